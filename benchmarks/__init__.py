@@ -1,0 +1,1 @@
+"""One benchmark per published claim: ``python -m benchmarks --list``."""

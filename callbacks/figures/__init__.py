@@ -1,0 +1,1 @@
+"""Figures as pure functions ``(outputs, datamodule) -> Figure``, and the callback that saves them."""

@@ -1,0 +1,1 @@
+"""LightningDataModules; every batch is a ``dict[str, Tensor]`` with documented keys."""

@@ -1,0 +1,1 @@
+"""One LightningModule per kind of task; the science is in ``networks`` and ``physics``."""

@@ -1,0 +1,1 @@
+"""Neural networks as plain PyTorch modules and functions: no Lightning, no Hydra."""

@@ -1,0 +1,102 @@
+"""Multi-head attention in two parts: projections (`AttentionLayer`) around an exchangeable mechanism.
+
+A mechanism maps queries (..., L_Q, heads, E), keys (..., L_K, heads, E), values (..., L_K, heads, V) to
+(..., L_Q, heads, V). Widths are read from the projections at run time, so a network whose heads were made narrower by
+structured pruning needs no other code; what was trained at the full width (the softmax scale) is stored.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def head_width(d_model: int, heads: int) -> int:
+    """Width E of one head, d_model / heads."""
+    if heads < 1 or d_model % heads:
+        raise ValueError(f"heads={heads} does not divide d_model={d_model}: choose a divisor of d_model")
+    return d_model // heads
+
+
+class FullAttention(nn.Module):
+    """Scaled dot-product attention over all keys.
+
+    Args:
+        width: head width E the network is trained with; fixes the softmax scale 1/sqrt(E), also after pruning.
+        dropout: dropout of the attention weights.
+        causal: a query attends to its own and earlier steps only.
+    """
+
+    def __init__(self, width: int, dropout: float = 0.0, *, causal: bool = False) -> None:
+        super().__init__()
+        self.scale = width**-0.5
+        self.dropout = dropout
+        self.causal = causal
+
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attend; leading dimensions broadcast, e.g. routers shared by the batch."""
+        leading = torch.broadcast_shapes(queries.shape[:-3], keys.shape[:-3])
+        # One batch dimension: the fused kernels take (N, heads, time, width) only.
+        queries, keys, values = (
+            x.expand(*leading, *x.shape[-3:]).flatten(0, -4).transpose(1, 2) for x in (queries, keys, values)
+        )
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal,
+            scale=self.scale,
+        )
+        return attended.transpose(1, 2).unflatten(0, leading)
+
+
+class AttentionLayer(nn.Module):
+    """Query, key, value and output projections around an attention mechanism.
+
+    Args:
+        mechanism: maps projected queries, keys, values to attended values (module docstring).
+        d_model: width of the residual stream.
+        heads: number of heads.
+        width: head width, d_model / heads by default.
+    """
+
+    def __init__(self, mechanism: nn.Module, d_model: int, heads: int, width: int | None = None) -> None:
+        super().__init__()
+        inner = heads * (head_width(d_model, heads) if width is None else width)
+        self.heads = heads
+        self.mechanism = mechanism
+        self.query_projection = nn.Linear(d_model, inner)
+        self.key_projection = nn.Linear(d_model, inner)
+        self.value_projection = nn.Linear(d_model, inner)
+        self.out_projection = nn.Linear(inner, d_model)
+
+    def forward(self, tokens: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Attend from ``tokens`` (..., L_Q, d_model) to ``memory`` (..., L_K, d_model); to themselves without one."""
+        memory = tokens if memory is None else memory
+        queries = self.query_projection(tokens).unflatten(-1, (self.heads, -1))
+        keys = self.key_projection(memory).unflatten(-1, (self.heads, -1))
+        values = self.value_projection(memory).unflatten(-1, (self.heads, -1))
+        return self.out_projection(self.mechanism(queries, keys, values).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """Two-layer perceptron with GELU, the same at every time step.
+
+    Args:
+        d_model: width of the residual stream.
+        hidden: hidden width f.
+        dropout: dropout after the activation and after the second map.
+        bias: False in the decomposition networks, whose blocks have no offsets.
+    """
+
+    def __init__(self, d_model: int, hidden: int, dropout: float = 0.05, *, bias: bool = True) -> None:
+        super().__init__()
+        self.expand = nn.Linear(d_model, hidden, bias=bias)
+        self.contract = nn.Linear(hidden, d_model, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Transform (..., d_model)."""
+        return self.dropout(self.contract(self.dropout(F.gelu(self.expand(tokens)))))

@@ -1,0 +1,98 @@
+"""DLinear: one linear map for the trend of a window and one for the rest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class TimeLinear(nn.Module):
+    """Linear map along time, shared by all channels or one for each of them.
+
+    The plain "Linear" of the LTSF-Linear family, and the building block of its relatives.
+
+    Args:
+        history_length: steps in.
+        horizon: steps out.
+        channels: number of channels; read only when `individual`.
+        individual: one map per channel instead of one for all.
+    """
+
+    def __init__(self, history_length: int, horizon: int, channels: int, individual: bool = False) -> None:
+        super().__init__()
+        self.individual = individual
+        maps = (channels,) if individual else ()
+        self.weight = nn.Parameter(torch.empty(*maps, horizon, history_length))
+        self.bias = nn.Parameter(torch.empty(*maps, horizon))
+        bound = 1 / math.sqrt(history_length)  # the bounds of nn.Linear
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, history: Tensor) -> Tensor:
+        """Map `(batch, time, channel)` to `(batch, horizon, channel)`."""
+        if self.individual:
+            # One matrix product per channel: (channel, batch, time) x (channel, time, horizon).
+            mapped = torch.baddbmm(self.bias[:, None], history.permute(2, 0, 1), self.weight.mT)
+            return mapped.permute(1, 2, 0)
+        return functional.linear(history.mT, self.weight, self.bias).mT
+
+
+def moving_average(series: Tensor, kernel_size: int) -> Tensor:
+    """Centred moving average along time; the ends are continued with the first and the last value.
+
+    Args:
+        series: `(batch, time, channel)`.
+        kernel_size: odd number of averaged steps.
+
+    Returns:
+        `(batch, time, channel)`.
+    """
+    side = (kernel_size - 1) // 2
+    # Running sums: several times faster than avg_pool1d on a CPU. Their differences lose digits where the level is
+    # large against the variation, so the level is taken out first.
+    level = series.mean(dim=1, keepdim=True)
+    sums = functional.pad((series - level).mT, (side + 1, side), mode="replicate").cumsum(dim=-1)
+    return ((sums[..., kernel_size:] - sums[..., :-kernel_size]) / kernel_size).mT + level
+
+
+class DLinear(nn.Module):
+    """Decomposition into trend and seasonal part, each mapped linearly to the horizon.
+
+    Zeng et al., "Are Transformers Effective for Time Series Forecasting?", AAAI 2023, section 4.
+
+    Args:
+        history_length: steps of the window.
+        horizon: steps to forecast.
+        channels: number of channels; read only when `individual`.
+        kernel_size: steps of the moving average that is the trend (odd; 25 in the paper).
+        individual: separate maps for every channel (DLinear-I).
+    """
+
+    def __init__(
+        self, history_length: int, horizon: int, channels: int, kernel_size: int = 25, individual: bool = False
+    ) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={kernel_size} must be odd and positive: the moving average is centred")
+        self.kernel_size = kernel_size
+        self.seasonal = TimeLinear(history_length, horizon, channels, individual)
+        self.trend = TimeLinear(history_length, horizon, channels, individual)
+
+    def decompose(self, history: Tensor) -> tuple[Tensor, Tensor]:
+        """Split `(batch, time, channel)` into seasonal part and trend, which add up to it."""
+        trend = moving_average(history, self.kernel_size)
+        return history - trend, trend
+
+    def forward(
+        self,
+        history: Tensor,
+        history_marks: Tensor | None = None,
+        forecast_marks: Tensor | None = None,
+        origin: Tensor | None = None,
+    ) -> Tensor:
+        """Map `(batch, time, channel)` to `(batch, horizon, channel)`; marks and origin are not used."""
+        seasonal, trend = self.decompose(history)
+        return self.seasonal(seasonal) + self.trend(trend)

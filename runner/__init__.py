@@ -1,0 +1,1 @@
+"""Composition, checking and launching of runs: the only code that knows Hydra."""

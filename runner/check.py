@@ -1,0 +1,166 @@
+"""Every mistake of a composed configuration, found before torch, data or process groups are touched."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.launch import num_processes
+from runner.signatures import TargetError, hint, signature
+
+HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+# Keys that the runner gives to the Trainer itself.
+TRAINER_OWN = ("strategy", "logger", "callbacks")
+TRAINER = "lightning.pytorch.Trainer"
+# Loggers whose package is an optional extra of pyproject.toml.
+EXTRAS = {
+    "lightning.pytorch.loggers.TensorBoardLogger": ("tensorboard", "tensorboard"),
+    "lightning.pytorch.loggers.MLFlowLogger": ("mlflow", "mlflow"),
+}
+
+
+class ConfigMistakes(Exception):
+    """The message lists all mistakes of a configuration."""
+
+    def __init__(self, found: list[str]) -> None:
+        noun = "1 mistake" if len(found) == 1 else f"{len(found)} mistakes"
+        super().__init__("\n".join([f"the configuration has {noun}:", *(f"  {line}" for line in found)]))
+        self.found = found
+
+
+def check(config: DictConfig, more: list[str] | None = None) -> None:
+    """Raise `ConfigMistakes` with everything that is wrong (``more`` was found on the command line), or return.
+
+    Looked at: targets that do not exist, arguments they do not take or that are missing, mandatory values ``???``,
+    broken interpolations, batch keys that the module needs and the data lack, devices that this machine lacks,
+    a batch that does not divide by the devices, missing optional packages.
+    """
+    found = [*(more or []), *_walk(config), *_strangers(config)]
+    found += _unknown_arguments(config.get("trainer") or {}, "trainer", TRAINER, given=TRAINER_OWN)
+    if not found:  # the following read values, which must resolve
+        found += [*_groups(config), *_batch_keys(config), *_devices(config)]
+    if found:
+        raise ConfigMistakes(found)
+
+
+def _walk(node: Any, key: str = "") -> Iterator[str]:
+    if isinstance(node, DictConfig):
+        if "_target_" in node and not OmegaConf.is_missing(node, "_target_"):
+            yield from _target(node, key)
+        for name in node:
+            full = f"{key}.{name}" if key else str(name)
+            if OmegaConf.is_missing(node, name):
+                yield f"{full}: needs a value (it is '???')"
+                continue
+            try:
+                child = node[name]
+            except OmegaConfBaseException as error:  # a broken interpolation
+                yield f"{full}: {str(error).splitlines()[0]}"
+                continue
+            yield from _walk(child, full)
+    elif isinstance(node, ListConfig):
+        for i in range(len(node)):
+            try:
+                child = node[i]
+            except OmegaConfBaseException as error:
+                yield f"{key}[{i}]: {str(error).splitlines()[0]}"
+                continue
+            yield from _walk(child, f"{key}[{i}]")
+
+
+def _target(node: DictConfig, key: str) -> Iterator[str]:
+    try:
+        target = node["_target_"]
+    except OmegaConfBaseException:
+        return  # reported by the walk over the keys
+    if target in EXTRAS and importlib.util.find_spec(EXTRAS[target][0]) is None:
+        package, extra = EXTRAS[target]
+        yield f"{key}: needs the package {package}: .venv/bin/pip install -c constraints.txt -e '.[{extra}]'"
+    yield from _unknown_arguments(node, key, target)
+
+
+def _unknown_arguments(node: Any, key: str, target: str, given: tuple[str, ...] = ()) -> Iterator[str]:
+    try:
+        accepted = signature(target)
+    except TargetError as error:
+        yield f"{key}._target_: {error}"
+        return
+    present = [str(name) for name in node if name not in HYDRA_KEYS]
+    if not accepted.open:
+        for name in present:
+            if name not in accepted.names or name in given:
+                known = [n for n in accepted.names if n not in given]
+                yield f"{key}.{name}: {target} takes no '{name}'.{hint(name, known)}"
+    if not node.get("_partial_") and "_args_" not in node:
+        for name in accepted.required:
+            if name not in present and name not in given:
+                yield f"{key}.{name}: {target} needs it"
+
+
+def _strangers(config: DictConfig) -> Iterator[str]:
+    """Callbacks and loggers that were given a value but are not part of the chosen option."""
+    for group in ("callbacks", "logger"):
+        members = config.get(group) or {}
+        for name in members:
+            if isinstance(members.get(name), DictConfig) and "_target_" not in members[name]:
+                known = [str(n) for n in members if n != name]
+                yield (
+                    f"{group}.{name}: not part of the chosen {group} option.{hint(str(name), known)} "
+                    f"Choose an option that has it: {group}=..."
+                )
+
+
+def _groups(config: DictConfig) -> Iterator[str]:
+    for group in ("data", "model"):
+        if "_target_" not in (config.get(group) or {}):
+            yield (
+                f"{group}: nothing is chosen; take an experiment (experiment=recycle) or an option of the group "
+                f"({group}=...); `python run.py --help` lists them"
+            )
+
+
+def _batch_keys(config: DictConfig) -> Iterator[str]:
+    try:
+        needs = signature(config.model._target_).literals.get("batch_keys")
+        gives = signature(config.data._target_).literals.get("batch_keys")
+    except (TargetError, OmegaConfBaseException, AttributeError):
+        return
+    if needs and gives and (missing := [key for key in needs if key not in gives]):
+        yield (
+            f"model: {config.model._target_} needs the batch keys {missing}, "
+            f"which {config.data._target_} does not give (it gives {list(gives)})"
+        )
+
+
+def _devices(config: DictConfig) -> Iterator[str]:
+    trainer = config.trainer
+    if str(trainer.get("accelerator")) in {"gpu", "cuda"}:
+        import torch  # only a run that asks for a GPU pays for this import here
+
+        available = torch.cuda.device_count()
+        wanted = trainer.get("devices")
+        if available == 0:
+            yield (
+                f"trainer.accelerator={trainer.accelerator}: no CUDA device found; "
+                "the same run on CPU processes: trainer=multi_cpu (one process: trainer=cpu)"
+            )
+            return
+        if isinstance(wanted, int) and wanted > available:
+            yield f"trainer.devices={wanted}: this machine has {available} CUDA device(s)"
+            return
+    try:
+        processes = num_processes(config)
+    except ValueError as error:
+        yield str(error)
+        return
+    batch = config.data.get("batch_size")
+    plain = config.strategy.get("_target_", "DDPStrategy").endswith("DDPStrategy")
+    if plain and isinstance(batch, int) and batch % processes:
+        yield (
+            f"data.batch_size={batch}: cannot be split over trainer.devices x trainer.num_nodes = {processes} "
+            f"processes (it counts the samples of one step over all of them): use a multiple of {processes}"
+        )

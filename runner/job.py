@@ -1,0 +1,266 @@
+"""One run in this process: build everything from the resolved configuration, train, evaluate, record."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from runner import guard, logs
+from runner.resume import find_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class BuildError(ValueError):
+    """A part of the configuration could not be built; the message names it and the original error."""
+
+
+def run(config: dict[str, Any], launched: bool = False) -> dict[str, Any]:
+    """Do one run.
+
+    Args:
+        config: The resolved configuration as plain data.
+        launched: Whether `runner.launch` started this process; errors then propagate, so that the launcher ends the
+            other ranks.
+
+    Returns:
+        ``status`` (``completed``, ``interrupted``, ``failed``), ``metrics`` (name to number), ``run_dir``, and
+        ``error`` or ``signum`` where they apply.
+    """
+    logs.set_up(config["run"]["dir"])
+    try:
+        guard.require_sound_torchvision()
+        return _run(config)
+    except Exception as error:
+        if launched:
+            raise
+        return _failed(config, error)
+
+
+def build(config: dict[str, Any]) -> tuple[Any, Any]:
+    """Instantiate (module, datamodule) of a resolved configuration, after seeding.
+
+    Raises:
+        BuildError: Naming the part and the original error.
+    """
+    import lightning.pytorch as pl
+
+    with contextlib.redirect_stdout(None):
+        pl.seed_everything(config["seed"], workers=True, verbose=False)
+    datamodule = instantiate("data", config["data"])
+    return instantiate("model", config["model"]), datamodule
+
+
+def instantiate(key: str, node: dict[str, Any]) -> Any:
+    """Build the object that a configuration node describes, with plain data as arguments.
+
+    Raises:
+        BuildError: With the original error instead of Hydra's wrapper.
+    """
+    import hydra.utils
+    from hydra.errors import InstantiationException
+
+    try:
+        return hydra.utils.instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        where = str(error).rsplit("full_key: ", 1)[-1] if "full_key: " in str(error) else ""
+        part = f"{key}.{where}" if where else key
+        raise BuildError(f"{part} ({node.get('_target_')}): {cause}") from cause
+
+
+def _run(config: dict[str, Any]) -> dict[str, Any]:
+    import lightning.pytorch as pl
+    import torch
+
+    from callbacks.interrupt import Interrupted
+    from callbacks.run_record import RunRecord
+
+    logs.adopt_lightning()
+    if config["num_threads"]:
+        torch.set_num_threads(config["num_threads"])
+    elif "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ckpt_path = find_checkpoint(config)
+    record = RunRecord(config["run"]["dir"], config)
+    loggers: list[Any] = []
+    trainer = None
+    with _environment_restored():
+        try:
+            module, datamodule = build(config)
+            callbacks = [instantiate(f"callbacks.{k}", v) for k, v in config["callbacks"].items() if v]
+            loggers = [_logger(k, v, record) for k, v in config["logger"].items() if v]
+            trainer = pl.Trainer(
+                **config["trainer"],
+                strategy=instantiate("strategy", config["strategy"]) if config["strategy"] else "auto",
+                callbacks=[record, *callbacks],
+                logger=loggers or False,
+            )
+            rank_zero = trainer.is_global_zero
+            if rank_zero:
+                record.update(world_size=trainer.world_size)
+                _announce(config, trainer, module, ckpt_path)
+            _log_config(trainer, config)
+            metrics = _stages(config, trainer, module, datamodule, record, ckpt_path)
+            if rank_zero:
+                record.update(status="completed", metrics=metrics)
+            return {"status": "completed", "metrics": metrics, "run_dir": config["run"]["dir"]}
+        except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
+            signum = getattr(stop, "signum", signal.SIGINT)
+            if trainer is None or trainer.is_global_zero:
+                record.update(status="interrupted", error=str(stop) or "interrupted")
+            metrics = record.record["metrics"]
+            return {"status": "interrupted", "signum": signum, "metrics": metrics, "run_dir": config["run"]["dir"]}
+        except Exception as error:
+            if trainer is None or trainer.is_global_zero:
+                # A message is enough for a mistake in the input; past the set-up the traceback matters.
+                record.update(status="failed", error=f"{type(error).__name__}: {error}")
+            error.computing = record.computing
+            raise
+        finally:
+            _finish(loggers)
+
+
+def _stages(config, trainer, module, datamodule, record, ckpt_path) -> dict[str, float]:
+    """Fit, validate, test and predict as the configuration asks; the numbers of all stages together."""
+    metrics: dict[str, float] = {}
+
+    def collect() -> None:
+        from callbacks.run_record import scalars
+
+        metrics.update(scalars(trainer.callback_metrics))
+        checkpointing = trainer.checkpoint_callback
+        if checkpointing is not None and getattr(checkpointing, "best_model_score", None) is not None:
+            metrics[f"{checkpointing.monitor}_best"] = float(checkpointing.best_model_score)
+
+    trained = False
+    if config["train"]:
+        if any(p.requires_grad for p in module.parameters()):
+            trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
+            trained = True
+            collect()
+        else:
+            log.info("%s has no parameters to train: evaluation only", type(module).__name__)
+    best = _best_checkpoint(config, trainer) if trained else ckpt_path
+    if trainer.is_global_zero:
+        record.update(best_checkpoint=best)
+    if config["validate"]:
+        trainer.validate(module, datamodule=datamodule, ckpt_path=best, verbose=False)
+        collect()
+    if config["test"]:
+        trainer.test(module, datamodule=datamodule, ckpt_path=best, verbose=False)
+        collect()
+    if config["predict"]:
+        trainer.predict(module, datamodule=datamodule, ckpt_path=best, return_predictions=False)
+    return metrics
+
+
+def _best_checkpoint(config: dict[str, Any], trainer: Any) -> str | None:
+    """The best checkpoint of the run; without one the module is evaluated as it is."""
+    callback = trainer.checkpoint_callback
+    path = getattr(callback, "best_model_path", "") if callback is not None else ""
+    if path and Path(path).is_file():
+        return path
+    stored = Path(config["run"]["dir"]) / "checkpoints" / "best.ckpt"  # a run folder that was moved
+    return str(stored) if callback is not None and stored.is_file() else None
+
+
+def _logger(key: str, node: dict[str, Any], record: Any) -> Any:
+    """Build a logger; a resumed W&B run keeps its id, a new one leaves it in results.json at once."""
+    if not node["_target_"].endswith("WandbLogger"):
+        return instantiate(f"logger.{key}", node)
+    import wandb
+
+    if not node.get("id"):
+        node = node | {"id": record.record["wandb_run_id"] or wandb.util.generate_id()}
+    record.record["wandb_run_id"] = node["id"]
+    try:
+        logger = instantiate(f"logger.{key}", node)
+        if logs.global_rank() == 0:
+            _ = logger.experiment
+    except (BuildError, wandb.errors.UsageError) as error:
+        raise BuildError(f"logger.{key}: {error}; log in with `wandb login`, or set WANDB_MODE=offline") from error
+    return logger
+
+
+def _log_config(trainer: Any, config: dict[str, Any]) -> None:
+    """Give every logger the whole configuration."""
+    flat = dict(_flatten(config))
+    for logger in trainer.loggers:
+        logger.log_hyperparams(flat)
+
+
+def _flatten(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        for name, child in node.items():
+            yield from _flatten(child, f"{key}/{name}" if key else str(name))
+    else:
+        yield key, str(node) if isinstance(node, list | dict) else node
+
+
+def _announce(config: dict[str, Any], trainer: Any, module: Any, ckpt_path: str | None) -> None:
+    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
+    log.info("%s: %s, %s trainable parameters", config["name"], type(module).__name__, f"{parameters:,}")
+    log.info("%d process(es) on %s, strategy %s", trainer.world_size, kind, type(trainer.strategy).__name__)
+    log.info("folder %s", config["run"]["dir"])
+    if ckpt_path:
+        log.info("continues from %s", ckpt_path)
+
+
+def _finish(loggers: list[Any]) -> None:
+    """Close every logger, whatever happened; W&B would otherwise give the next job in this process the same run."""
+    for logger in loggers:
+        with contextlib.suppress(Exception):
+            logger.finalize("success")
+        if type(logger).__name__ == "WandbLogger":
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.finish()
+        elif type(logger).__name__ == "TensorBoardLogger":
+            with contextlib.suppress(Exception):
+                logger.experiment.close()
+
+
+def _failed(config: dict[str, Any], error: Exception) -> dict[str, Any]:
+    """Report an error of this process: one line for a mistake in the input, the traceback for anything else."""
+    trace = "".join(traceback.format_exception(error))
+    with contextlib.suppress(OSError), (Path(config["run"]["dir"]) / "error.txt").open("w") as file:
+        file.write(trace)
+    message = describe(error)
+    return {
+        "status": "failed",
+        "error": message,
+        "trace": "" if is_input_error(error) else trace,
+        "metrics": {},
+        "run_dir": config["run"]["dir"],
+    }
+
+
+def is_input_error(error: Exception) -> bool:
+    """Whether the message says all: errors of values, files and packages before the first batch."""
+    return isinstance(error, ValueError | OSError | ImportError) and not getattr(error, "computing", False)
+
+
+def describe(error: Exception) -> str:
+    """The message of an error, with its type unless it is a plain input error."""
+    return str(error) if is_input_error(error) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _environment_restored() -> Iterator[None]:
+    """Undo what Lightning leaves in the environment (seeds, rendezvous), so that nothing leaks into a next run."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,0 +1,29 @@
+"""The entry of one rank that `runner.launch` started."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class InputError(Exception):
+    """An error of the input: its message says all, the supervisor shows no traceback."""
+
+
+def run_rank(config: dict[str, Any], processes: int) -> dict[str, Any]:
+    """Run the job in this process, one of ``processes`` on this machine.
+
+    Raises:
+        InputError: For mistakes in values, files and packages found before the first batch.
+        Exception: Whatever else went wrong.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    from runner import job
+
+    try:
+        return job.run(config, launched=True)
+    except Exception as error:
+        if job.is_input_error(error):
+            raise InputError(str(error)) from error
+        raise

@@ -1,0 +1,80 @@
+"""The typed top level of a configuration: unknown or ill-typed keys are refused while Hydra composes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from runner.stamp import run_stamp
+from runner.wandb_key import wandb_offline
+
+
+class OnFailure(Enum):
+    """What a sweep does after a failed job."""
+
+    proceed = "proceed"
+    stop = "stop"
+
+
+@dataclass
+class Run:
+    """Where the run writes."""
+
+    # The one place that asks Hydra for the folder; everything else says ${run.dir}.
+    dir: str = "${hydra:runtime.output_dir}"
+    # How W&B groups runs: all jobs of a sweep together (run.py sets it), else by experiment.
+    group: str = "${name}"
+    job_type: str = "${job_type:${train}}"
+
+
+@dataclass
+class Launch:
+    """How the supervisor treats the processes of a job (sweeps and several devices)."""
+
+    on_failure: OnFailure = OnFailure.proceed
+    timeout_s: float | None = None
+    retries: int = 0
+
+
+@dataclass
+class Config:
+    """Top-level keys; the groups (data, model, trainer, ...) are checked against signatures by `runner.check`."""
+
+    name: str = "run"
+    seed: int = 0
+    tags: list[str] = field(default_factory=list)
+    notes: str | None = None
+    train: bool = True
+    validate: bool = False
+    test: bool = True
+    predict: bool = False
+    check: bool = False
+    ckpt_path: str | None = "auto"
+    optimized_metric: str | None = None
+    num_threads: int | None = None
+    data_dir: str | None = None
+    run: Run = field(default_factory=Run)
+    launch: Launch = field(default_factory=Launch)
+    data: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    strategy: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+
+
+def register() -> None:
+    """Make the schema and the resolvers known to Hydra; calling it again changes nothing.
+
+    Resolvers: ``${stamp:}`` (`runner.stamp`), ``${count:${list}}`` (length of a list), ``${wandb_offline:}``,
+    ``${job_type:...}`` (``train`` or ``evaluate``).
+    """
+    ConfigStore.instance().store(name="run_schema", node=Config)
+    OmegaConf.register_new_resolver("stamp", run_stamp, replace=True)
+    OmegaConf.register_new_resolver("count", len, replace=True)
+    OmegaConf.register_new_resolver("job_type", lambda train: "train" if train else "evaluate", replace=True)
+    OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)

@@ -1,0 +1,83 @@
+"""Decides where a job runs, repeats it if asked to, and turns its end into output, exit code and objective."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import CompactHydraException
+
+from runner import report
+from runner.launch import JobFailed, JobInterrupted, launch, num_processes, ranks_exist
+
+
+class RunError(CompactHydraException):
+    """A failed run; Hydra prints the message alone and, in a sweep, goes on with the next job."""
+
+
+def supervise(config: dict[str, Any], sweep: bool) -> float | None:
+    """Run the job and return the value of ``optimized_metric``.
+
+    A single run on one device, and ranks that torchrun, srun or mpirun started, run in this process. Several devices,
+    and every job of a sweep, run in fresh processes (`runner.launch`).
+
+    Raises:
+        RunError: If the job failed (``launch.on_failure: stop`` ends a sweep instead, with exit code 1).
+        SystemExit: With 128 + the signal's number after an interruption.
+    """
+    processes = num_processes(config)
+    isolate = (processes > 1 or sweep) and not ranks_exist()
+    retries = config["launch"]["retries"]
+    for attempt in range(retries + 1):
+        result = _isolated(config, processes) if isolate else _here(config)
+        if result["status"] != "failed" or attempt == retries:
+            break
+        print(f"the job failed ({result['error']}); try {attempt + 2} of {retries + 1}", file=sys.stderr)
+        config = config | {"ckpt_path": config["ckpt_path"] or "auto"}
+    if result["status"] == "interrupted":
+        print(f"\ninterrupted; resume: {report.resume_command(result['run_dir'])}", file=sys.stderr)
+        raise SystemExit(128 + int(result.get("signum", 2)))
+    if result["status"] == "failed":
+        text = (result.get("trace", "") + "\n" if result.get("trace") else "") + f"error: {result['error']}"
+        if sweep and config["launch"]["on_failure"] == "stop":
+            raise SystemExit(text)
+        raise RunError(text)
+    from runner.logs import global_rank
+
+    if global_rank() == 0:
+        print(report.summary(result))
+    return _objective(config, result["metrics"])
+
+
+def _here(config: dict[str, Any]) -> dict[str, Any]:
+    from runner import job
+
+    return job.run(config)
+
+
+def _isolated(config: dict[str, Any], processes: int) -> dict[str, Any]:
+    from runner.record import mark
+
+    run_dir = Path(config["run"]["dir"])
+    outcome: dict[str, Any] = {"metrics": {}, "run_dir": str(run_dir)}
+    try:
+        return launch(config, processes)
+    except JobInterrupted as stop:
+        mark(run_dir, "interrupted", str(stop))
+        return outcome | {"status": "interrupted", "signum": stop.signum}
+    except (JobFailed, TimeoutError) as error:
+        mark(run_dir, "failed", str(error))
+        trace = getattr(error, "trace", "")
+        return outcome | {"status": "failed", "error": str(error), "trace": trace}
+
+
+def _objective(config: dict[str, Any], metrics: dict[str, float]) -> float | None:
+    name = config["optimized_metric"]
+    if not name:
+        return None
+    if name not in metrics:
+        raise RunError(
+            f"optimized_metric={name}: the run logged no such metric; it logged {', '.join(sorted(metrics))}"
+        )
+    return metrics[name]

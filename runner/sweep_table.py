@@ -1,0 +1,78 @@
+"""``table.csv`` and ``table.md`` of a sweep: overrides x metrics x status, rewritten after every job."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from runner.record import read
+
+# Columns of the Markdown table; the CSV file holds every metric.
+SHOWN_METRICS = 8
+
+
+class SweepTable(Callback):
+    """Hydra callback. The table is on disk after each job, so a killed sweep leaves one as well."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.folder: Path | None = None
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Add the row of a job."""
+        hydra = job_return.hydra_cfg.hydra if job_return.hydra_cfg else None
+        if hydra is None or str(hydra.mode).rsplit(".", 1)[-1] != "MULTIRUN":
+            return
+        self.folder = Path(hydra.sweep.dir)
+        overrides = [o.lstrip("+") for o in (job_return.overrides or []) if "=" in o]
+        self.rows.append(job_row(Path(hydra.runtime.output_dir), overrides, str(hydra.job.num)))
+        write_tables(self.rows, self.folder)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Print the table."""
+        if self.folder is not None and self.rows:
+            print((self.folder / "table.md").read_text())
+            print(f"table  {self.folder / 'table.csv'}")
+
+
+def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
+    """One row from the ``results.json`` of a job; a job that never wrote one has failed."""
+    result = read(run_dir) or {"status": "failed", "error": "ended before results.json was written"}
+    status = result.get("status", "failed")
+    row: dict[str, Any] = {"job": number}
+    row |= dict(o.split("=", 1) for o in overrides)
+    row |= {"status": "failed" if status == "running" else status, "world_size": result.get("world_size")}
+    row |= {"seconds": result.get("seconds", {}).get("total"), "run_dir": str(run_dir)}
+    row |= {"error": (result.get("error") or "").splitlines()[0] if result.get("error") else ""}
+    return row | result.get("metrics", {})
+
+
+def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Write ``table.csv`` (all columns) and ``table.md`` (what differs, and the main metrics)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    temporary = folder / ".table.csv"
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(folder / "table.csv")
+    metrics = [c for c in columns if c.startswith("test/")] or [c for c in columns if "/" in c and c != "run_dir"]
+    metrics = sorted(metrics, key=lambda c: (c.count("_"), c))[:SHOWN_METRICS]
+    plain = [c for c in columns if "/" not in c and c not in {"run_dir", "error"}]
+    if any(row.get("error") for row in rows):
+        plain.append("error")
+    chosen = plain + metrics
+    lines = ["| " + " | ".join(chosen) + " |", "|" + "---|" * len(chosen)]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in chosen) + " |" for row in rows]
+    (folder / "table.md").write_text("\n".join(lines) + "\n")
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.5g}" if isinstance(value, float) else str(value if value is not None else "")
+    return text.replace("|", "\\|")

@@ -1,0 +1,1 @@
+"""Lightning strategies: they place processes, networks do not know them."""

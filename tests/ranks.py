@@ -1,0 +1,105 @@
+"""A pool of gloo processes that lives as long as the test run: functions are sent to ranks, results come back."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class RankError(AssertionError):
+    """A rank raised, or was silent past the timeout; the message holds the traceback of that rank."""
+
+
+def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    # Lightning sees ranks that somebody else launched, and an initialised group: it starts no process of its own.
+    env = {
+        "LOCAL_RANK": str(rank),
+        "NODE_RANK": "0",
+        "RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+    os.environ.update(env)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)  # no port, no race
+    while (job := inbox.get()) is not None:
+        os.environ.update(env)  # Lightning's teardown removes WORLD_SIZE
+        try:
+            fn, args = pickle.loads(job)
+            outbox.put((rank, True, pickle.dumps(fn(*args))))
+        except BaseException:
+            outbox.put((rank, False, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """``Ranks(2)(fn, *args)`` runs ``fn(*args)`` on two ranks and returns their results, rank 0 first.
+
+    Starts on first use. A rank that raises, or that is silent past the timeout, fails the test with its own traceback
+    and ends the pool (the other ranks may hang in a collective); the next call starts a fresh one. ``fn`` must be
+    defined at the top level of a module, since it is pickled by name.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._procs: list[Any] = []
+
+    def _start(self) -> None:
+        import torch.multiprocessing as mp
+
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks")
+        store = str(Path(self._folder.name) / "store")
+        self._outbox = context.Queue()
+        self._inboxes = [context.Queue() for _ in range(self.size)]
+        self._procs = [
+            context.Process(target=_serve, args=(r, self.size, store, self._inboxes[r], self._outbox), daemon=True)
+            for r in range(self.size)
+        ]
+        for process in self._procs:
+            process.start()
+
+    def __call__(self, fn: Callable[..., Any], *args: Any, timeout: float = 110.0) -> list[Any]:
+        if not self._procs:
+            self._start()
+        for box in self._inboxes:
+            box.put(pickle.dumps((fn, args)))
+        results: dict[int, Any] = {}
+        while len(results) < self.size:
+            try:
+                rank, ok, value = self._outbox.get(timeout=timeout)
+            except queue.Empty:
+                silent = sorted(set(range(self.size)) - set(results))
+                self.close(kill=True)
+                raise RankError(f"ranks {silent} were silent for {timeout} s") from None
+            if not ok:
+                self.close(kill=True)
+                raise RankError(f"rank {rank}:\n{value}")
+            results[rank] = pickle.loads(value)
+        return [results[rank] for rank in range(self.size)]
+
+    def close(self, kill: bool = False) -> None:
+        """End the processes, gently unless one of them may hang."""
+        for box, process in zip(self._inboxes if self._procs else [], self._procs, strict=False):
+            if kill:
+                process.kill()
+            else:
+                box.put(None)
+        for process in self._procs:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+        if self._procs:
+            self._folder.cleanup()
+        self._procs = []
