@@ -12,7 +12,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runner import check, overrides, resume, schema, supervise
+from runner import check, overrides, resume, schema, supervise, sweep_table
 from runner.logs import global_rank
 from runner.stamp import run_stamp
 
@@ -48,3 +48,5 @@ if __name__ == "__main__":
         main()
     except HydraException as error:  # HYDRA_FULL_ERROR=1
         sys.exit(str(error))
+    finally:
+        sweep_table.SweepTable.show()

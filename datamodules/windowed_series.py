@@ -287,7 +287,6 @@ class WindowedSeries(LightningDataModule):
         full = np.full((num_steps + self.horizon, len(names)), np.nan)
         available = covariates[: len(full)]
         full[: len(available)] = available
-        full[num_steps:, :past] = np.nan  # an origin must not see them, whatever the file holds
         location, scale = _scale(full[:train_end], self.scaling, names, self.name)
         fill_gaps(full[:num_steps, :past], self.max_gap or 0, self._origin_grid)
         fill_gaps(full[:, past:], self.max_gap or 0, self._origin_grid)
@@ -304,7 +303,6 @@ class WindowedSeries(LightningDataModule):
         """List the origins of a part; windows in which no series is complete are dropped."""
         start, stop = self._bounds[part]
         first = max(start, self.history_length)
-        first += -(first - start) % self.origin_stride if start else 0
         origins = torch.arange(first, max(stop - self.horizon + 1, first), self.origin_stride)
         valid = arrays.valid(origins, self.history_length, self.horizon)
         keep = valid.any(dim=1)
@@ -376,7 +374,7 @@ class WindowedSeries(LightningDataModule):
             )
         if not valid.all():
             names = [name for name, good in zip(self.targets, valid.tolist(), strict=True) if not good]
-            log.warning("%s: gaps in the last %d steps of %s: missing values are taken as the mean of the scaled axis",
+            log.warning("%s: gaps in the last %d steps of %s: missing values enter as 0 on the scaled axis",
                         self.name, self.history_length, names)  # fmt: skip
         data = SeriesWindows(self._arrays, origin, self.history_length, self.horizon, with_target=False)
         return self._loader(data, self.eval_batch_size)

@@ -232,12 +232,9 @@ def _finish(loggers: list[Any]) -> None:
 def _failed(config: dict[str, Any], error: Exception) -> dict[str, Any]:
     """Report an error of this process: one line for a mistake in the input, the traceback for anything else."""
     trace = "".join(traceback.format_exception(error))
-    with contextlib.suppress(OSError), (Path(config["run"]["dir"]) / "error.txt").open("w") as file:
-        file.write(trace)
-    message = describe(error)
     return {
         "status": "failed",
-        "error": message,
+        "error": describe(error),
         "trace": "" if is_input_error(error) else trace,
         "metrics": {},
         "run_dir": config["run"]["dir"],

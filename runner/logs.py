@@ -22,11 +22,11 @@ HUSHED = (
 )
 
 
-class _NoTips(logging.Filter):
-    """Drops Lightning's lines about hardware that is absent and services that it sells."""
+class _NoChatter(logging.Filter):
+    """Drops Lightning's lines about absent hardware, services and process groups: the runner says what matters."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(("💡 Tip", "GPU available", "TPU available", "HPU available"))
+        return record.levelno > logging.INFO or record.name != "lightning.pytorch.utilities.rank_zero"
 
 
 def global_rank() -> int:
@@ -48,6 +48,7 @@ def set_up(run_dir: str) -> None:
     prefix = "" if rank == 0 else f"[rank {rank}] "
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(_Short(prefix))
+    console.addFilter(_NoChatter())
     handlers: list[logging.Handler] = [console]
     if rank == 0:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
@@ -56,7 +57,6 @@ def set_up(run_dir: str) -> None:
         handlers.append(file)
     for handler in handlers:
         handler._wattlight = True
-        handler.addFilter(_NoTips())
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     for noisy in ("matplotlib", "PIL", "fsspec", "urllib3", "git"):

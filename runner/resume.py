@@ -33,7 +33,10 @@ def rewrite(argv: list[str]) -> list[str]:
         raise SystemExit(
             f"resume={run}: no run there (no .hydra/config.yaml); give the folder of a run, logs/<name>/<stamp>"
         )
-    rest = [a for a in argv[1:] if not a.startswith("resume=")]
+    rest = [a for a in argv[1:] if "=" in a and not a.startswith(("-", "resume="))]
+    flags = [a for a in argv[1:] if a not in rest and not a.startswith("resume=")]
+    if any(flag in ("-m", "--multirun") for flag in flags):
+        raise SystemExit("resume= continues one run; it cannot be combined with --multirun")
     for argument in rest:
         key = argument.split("=", 1)[0].lstrip("+~")
         if key in GROUPS:
@@ -41,12 +44,11 @@ def rewrite(argv: list[str]) -> list[str]:
                 f"{argument}: a resumed run keeps its groups; change single values ({key}.<key>=...), "
                 "or start a new run with ckpt_path=" + str(run / "checkpoints/last.ckpt")
             )
-        if argument in ("-m", "--multirun"):
-            raise SystemExit("resume= continues one run; it cannot be combined with --multirun")
     numbers = [int(m[1]) for p in (run / ".hydra").glob("resumed_*") if (m := re.fullmatch(r"resumed_(\d+)", p.name))]
     return [
         argv[0],
         *("--config-path", str(run / ".hydra"), "--config-name", "config"),
+        *flags,  # argparse wants all overrides in one piece
         f"hydra.run.dir={run}",
         f"hydra.output_subdir=.hydra/resumed_{max(numbers, default=0) + 1}",
         "hydra.mode=RUN",

@@ -10,6 +10,7 @@ from hydra.errors import CompactHydraException
 
 from runner import report
 from runner.launch import JobFailed, JobInterrupted, launch, num_processes, ranks_exist
+from runner.traces import shorten
 
 
 class RunError(CompactHydraException):
@@ -23,8 +24,8 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
     and every job of a sweep, run in fresh processes (`runner.launch`).
 
     Raises:
-        RunError: If the job failed (``launch.on_failure: stop`` ends a sweep instead, with exit code 1).
-        SystemExit: With 128 + the signal's number after an interruption.
+        RunError: If a job of a sweep failed and the others are to proceed.
+        SystemExit: With code 1 after a failure, with 128 + the signal's number after an interruption.
     """
     processes = num_processes(config)
     isolate = (processes > 1 or sweep) and not ranks_exist()
@@ -39,10 +40,14 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
         print(f"\ninterrupted; resume: {report.resume_command(result['run_dir'])}", file=sys.stderr)
         raise SystemExit(128 + int(result.get("signum", 2)))
     if result["status"] == "failed":
-        text = (result.get("trace", "") + "\n" if result.get("trace") else "") + f"error: {result['error']}"
-        if sweep and config["launch"]["on_failure"] == "stop":
-            raise SystemExit(text)
-        raise RunError(text)
+        text = f"error: {result['error']}"
+        if trace := result.get("trace"):
+            whole = Path(result["run_dir"]) / "error.txt"
+            whole.write_text(trace)
+            text = f"{shorten(trace)}\n(whole traceback: {whole})\n{text}"
+        if sweep and config["launch"]["on_failure"] == "proceed":
+            raise RunError(text)
+        raise SystemExit(text)  # code 1
     from runner.logs import global_rank
 
     if global_rank() == 0:

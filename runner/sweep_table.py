@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from runner.record import read
@@ -19,25 +20,29 @@ SHOWN_METRICS = 8
 class SweepTable(Callback):
     """Hydra callback. The table is on disk after each job, so a killed sweep leaves one as well."""
 
+    folder: ClassVar[Path | None] = None  # of the sweep in this process
+
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.folder: Path | None = None
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Add the row of a job."""
         hydra = job_return.hydra_cfg.hydra if job_return.hydra_cfg else None
-        if hydra is None or str(hydra.mode).rsplit(".", 1)[-1] != "MULTIRUN":
+        if hydra is None or hydra.mode != RunMode.MULTIRUN:
             return
-        self.folder = Path(hydra.sweep.dir)
+        run_dir = Path(hydra.runtime.output_dir)
+        # hydra.sweep.dir holds interpolations that only resolve inside the job: take the job's folder and go up.
+        SweepTable.folder = run_dir.parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
         overrides = [o.lstrip("+") for o in (job_return.overrides or []) if "=" in o]
-        self.rows.append(job_row(Path(hydra.runtime.output_dir), overrides, str(hydra.job.num)))
-        write_tables(self.rows, self.folder)
+        self.rows.append(job_row(run_dir, overrides, str(hydra.job.num)))
+        write_tables(self.rows, SweepTable.folder)
 
-    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table."""
-        if self.folder is not None and self.rows:
-            print((self.folder / "table.md").read_text())
-            print(f"table  {self.folder / 'table.csv'}")
+    @classmethod
+    def show(cls) -> None:
+        """Print the table of the sweep that ran in this process, if one did; also after an error ended it."""
+        if cls.folder is not None:
+            print((cls.folder / "table.md").read_text())
+            print(f"table  {cls.folder / 'table.csv'}")
 
 
 def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ _CSV_SUFFIXES = (".csv", ".txt", ".tsv")
 _PARQUET_SUFFIXES = (".parquet", ".pq")
 _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zip", ".zst")
 _OFFSET = r"(?:Z|[+-]\d{2}:?\d{2})$"  # Z, +02:00 or -0500 behind a time of day
+_RANGE = r"(?<![:\d])(\d{1,2}):(\d{2})\s*-\s*(\d{1,2}):(\d{2})$"
 _ISO = r"^\d{4}-\d{2}-\d{2}(?:[T ]|$)"
 
 
@@ -129,8 +131,6 @@ def _read_frame(path: Path, columns: list[str], delimiter: str, decimal: str) ->
             usecols=wanted,
             skip_blank_lines=False,
             low_memory=False,
-            float_precision="round_trip",
-            keep_default_na=True,
             **options,
         )
     except pd.errors.ParserError as error:
@@ -207,9 +207,7 @@ def _parse_time(
         raise ValueError(f"{where(int(np.argmax(absent)))}: no time stamp; fill the cell or remove the row")
     text = text.str.strip()
     if time_format is None:
-        # An hour written as a range (6:00-6:59) begins at its first half; ISO needs two digits of the hour.
-        text = text.str.replace(r"(\d{1,2}:\d{2})\s*-\s*\d{1,2}:\d{2}$", r"\1", regex=True)
-        text = text.str.replace(r"([T ])(\d:\d{2})", r"\g<1>0\2", regex=True)
+        text = _begin_of_range(text).str.replace(r"([T ])(\d:\d{2})", r"\g<1>0\2", regex=True)  # ISO: two digits
     offset = text.str.contains(rf":\d{{2}}(?:\.\d+)?\s*{_OFFSET}", regex=True).to_numpy()
     if offset.any() and not offset.all():
         row = int(np.argmax(offset != offset[0]))
@@ -222,6 +220,23 @@ def _parse_time(
             f"{where(row)}: {text.iloc[row]!r} is not a time stamp; correct the cell or set data.time_format"
         )
     return pd.DatetimeIndex(stamps), text
+
+
+def _begin_of_range(text: pd.Series) -> pd.Series:
+    """Reduce hours written as a range (``6:00-6:59``) to their beginning.
+
+    ``06:00-05:00`` may also be a time with a UTC offset; a range has the same length, at most an hour, in every row.
+    """
+    if not re.search(_RANGE, text.iloc[0]):
+        return text
+    times = text.str.extract(_RANGE)
+    if times.isna().any(axis=None):
+        return text
+    hour, minute, end_hour, end_minute = (times[i].astype(int) for i in range(4))
+    length = ((end_hour - hour) * 60 + end_minute - minute) % 1440
+    if length.nunique() > 1 or not 0 < length.iloc[0] <= 60:
+        return text
+    return text.str.replace(r"\s*-\s*\d{1,2}:\d{2}$", "", regex=True)
 
 
 def _as_text(cells: pd.Series) -> pd.Series:

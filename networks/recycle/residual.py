@@ -166,20 +166,24 @@ class LinearSkip(nn.Module):
 
     ``g = sum_r A_r R B_r`` with R in R^{H x D} the window, A_r in R^{F x H} mixing days and B_r in R^{D x D} mixing
     the steps of a day. The unrestricted map (``rank=None``) has F D H D weights, most of them noise for a year of
-    data; days and steps treated apart need r (F H + D^2), a hundredth.
+    data; days and steps treated apart need r (F H + D^2), a hundredth for r = 1.
 
     Args:
         history_cycles: H.
         forecast_cycles: F.
         cycle_length: D.
         rank: r, the number of terms; None for the unrestricted map.
+        dropout: Applied to the window.
     """
 
-    def __init__(self, history_cycles: int, forecast_cycles: int, cycle_length: int, rank: int | None) -> None:
+    def __init__(
+        self, history_cycles: int, forecast_cycles: int, cycle_length: int, rank: int | None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         if rank is not None and rank < 1:
             raise ValueError(f"net.skip_rank={rank} has no terms; give at least 1, or null for the unrestricted map.")
         self.rank = rank
+        self.dropout = nn.Dropout(dropout)
         self.forecast_shape = (forecast_cycles, cycle_length)
         if rank is None:
             size = (forecast_cycles * cycle_length, history_cycles * cycle_length)
@@ -196,6 +200,7 @@ class LinearSkip(nn.Module):
 
     def forward(self, history: Tensor) -> Tensor:
         """Map (b, H, D) to (b, F, D)."""
+        history = self.dropout(history)
         if self.rank is None:
             linear = (history.flatten(1) @ self.weight.T).unflatten(1, self.forecast_shape)
         else:

@@ -31,7 +31,7 @@ class ReCycleTransformer(ResidualCycles):
         feed_forward: Hidden width of the feed-forward blocks.
         encoder_layers: Layers over the history days.
         decoder_layers: Layers over the forecast days.
-        dropout: Before the embeddings and the output map, and inside the Transformer.
+        dropout: Before the embeddings and the output map, inside the Transformer, and on the input of the linear path.
         positions: ``learned`` adds a vector per day to the embeddings; without it (``none``, the paper) the encoder
             cannot tell the first Monday from the third.
         residual_input: Whether the history is given as deviation from its profile.
@@ -44,6 +44,9 @@ class ReCycleTransformer(ResidualCycles):
         profile_bank: Depths k of further profiles that the decoder sees: means of the last k days of the same type
             *within the history window*, as deviation from the profile. Series differ in the depth that suits them;
             with a bank the network chooses. Needs ``calendar``.
+        profile_level: Whether the decoder sees the profile itself. If not, it sees only the shape, the profile minus
+            its mean over the horizon: then a forecast does not depend on a level outside the range of the training
+            part, which the absolute profile would carry into the network.
         quantiles: Q, number of quantiles, ascending in the output; 1 is a point forecast.
         calendar: Whether weekday and holidays are part of the tokens.
         past_covariates: P, number of covariates known up to the origin.
@@ -70,6 +73,7 @@ class ReCycleTransformer(ResidualCycles):
         skip_rank: int | None = None,
         ridge: float = 0.0,
         profile_bank: Sequence[int] = (),
+        profile_level: bool = True,
         quantiles: int = 1,
         calendar: bool = True,
         past_covariates: int = 0,
@@ -96,6 +100,7 @@ class ReCycleTransformer(ResidualCycles):
         self.past_covariates = past_covariates
         self.known_covariates = known_covariates
         self.profile_bank = tuple(profile_bank)
+        self.profile_level = profile_level
         self.ridge = ridge
 
         width = d_model * heads
@@ -112,7 +117,7 @@ class ReCycleTransformer(ResidualCycles):
         self.head = QuantileHead(width, cycle_length, quantiles, dropout, zero_init)
         self.skip = None
         if linear_skip:
-            self.skip = LinearSkip(self.history_cycles, self.forecast_cycles, cycle_length, skip_rank)
+            self.skip = LinearSkip(self.history_cycles, self.forecast_cycles, cycle_length, skip_rank, dropout)
 
     def residual_forecast_of(self, tokens: CycleTokens, batch: Mapping[str, Tensor]) -> Tensor:
         """Residual forecast g of every day, (b, F, D, Q)."""
@@ -138,8 +143,11 @@ class ReCycleTransformer(ResidualCycles):
             parts.append(tokens.history_calendar)
         return torch.cat(parts, dim=-1)
 
+    def _shape_of(self, profile: Tensor) -> Tensor:
+        return self.cycles.fold(profile - profile.mean(dim=1, keepdim=True))
+
     def _forecast_tokens(self, tokens: CycleTokens, batch: Mapping[str, Tensor]) -> Tensor:
-        parts = [tokens.profile]
+        parts = [tokens.profile if self.profile_level else self._shape_of(batch["forecast_profile"])]
         if self.profile_bank:
             parts.append(profile_bank(tokens, self.profile_bank))
         if self.known_covariates:

@@ -258,9 +258,15 @@ def transformer(horizon: int = F * D, **options) -> ReCycleTransformer:
 
 
 EVERYTHING = {
-    "positions": "learned", "window_scale": True, "linear_skip": True, "ridge": 0.1, "profile_bank": [1, 3, 10],
-    "past_covariates": 1, "known_covariates": 2,
-}  # fmt: skip
+    "positions": "learned",
+    "window_scale": True,
+    "linear_skip": True,
+    "ridge": 0.1,
+    "profile_bank": [1, 3, 10],
+    "profile_level": False,
+    "past_covariates": 1,
+    "known_covariates": 2,
+}
 VARIANTS = [
     {},
     {"window_scale": True},
@@ -427,6 +433,14 @@ def test_covariates_reach_the_forecast():
     net = randomise(transformer(**options)).eval()
     for key in ("history_covariates", "forecast_covariates"):
         assert not torch.allclose(net(dict(batch, **{key: batch[key] + 1})), net(batch))
+
+
+def test_without_profile_level_a_shift_of_the_series_shifts_the_forecast():
+    batch = make_batch()
+    moved = {key: x + 5 if key in ("history", "history_profile", "forecast_profile") else x for key, x in batch.items()}
+    for level in (True, False):
+        net = randomise(transformer(profile_level=level)).eval()
+        assert torch.allclose(net(moved), net(batch) + 5, atol=1e-3) == (not level)
 
 
 def test_positions_tell_equal_days_apart():

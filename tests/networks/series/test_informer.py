@@ -20,6 +20,7 @@ class TestInformer(BackboneContract):
     zero_gradient = (
         "key_projection.bias",
         "reductions.0.convolution.bias",
+        "encoder.layers.0.feed_forward_norm.bias",
     )
 
 
