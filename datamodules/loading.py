@@ -117,7 +117,7 @@ def make_loader(
     layout: dict[str, int] | None = None,
     drop_last: bool = False,
     **kwargs: Any,
-) -> ResumableLoader:
+) -> DataLoader:
     """Build the loader of this process.
 
     Args:
@@ -150,4 +150,6 @@ def make_loader(
     )
     if kwargs.get("num_workers"):
         kwargs.setdefault("persistent_workers", True)
-    return ResumableLoader(data, batch_size // replicas, sampler=sampler, generator=sampler.workers, **kwargs)
+    # Only training is resumed in mid-pass; Lightning rebuilds prediction loaders, which must be plain ones for that.
+    kind = ResumableLoader if shuffle else DataLoader
+    return kind(data, batch_size=batch_size // replicas, sampler=sampler, generator=sampler.workers, **kwargs)

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 
+POOL_NAME = "rank-pool"  # how the names of its processes begin
+
+
 class RankError(AssertionError):
     """A rank raised, or was silent past the timeout; the message holds the traceback of that rank."""
 
@@ -64,7 +67,12 @@ class Ranks:
         self._outbox = context.Queue()
         self._inboxes = [context.Queue() for _ in range(self.size)]
         self._procs = [
-            context.Process(target=_serve, args=(r, self.size, store, self._inboxes[r], self._outbox), daemon=True)
+            context.Process(
+                target=_serve,
+                args=(r, self.size, store, self._inboxes[r], self._outbox),
+                name=f"{POOL_NAME}-{r}",
+                daemon=True,
+            )
             for r in range(self.size)
         ]
         for process in self._procs:

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     Outputs = dict[str, Tensor]
 
 TRUTH, FORECAST, PROFILE, HIGHLIGHT, MUTED = "#000000", "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
-_PALETTE = (FORECAST, HIGHLIGHT, "#009E73", PROFILE, "#CC79A7", "#56B4E9", TRUTH, "#F0E442")
-_MARKERS = "osD^vP*X"
+_PALETTE = (FORECAST, HIGHLIGHT, "#009E73", PROFILE, "#CC79A7", "#56B4E9", TRUTH)
+_MARKERS = "osD^vP*Xp"  # nine and seven have no common divisor: 63 models look different
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 
 
@@ -111,7 +111,7 @@ def holiday_residual(outputs: Outputs, datamodule: Any, *, channel: int = 0) -> 
     lower.axhline(0, color=MUTED, linewidth=0.8)
     lower.plot(times, truth - profile, color=TRUTH, linewidth=1.4, label="_truth")
     lower.plot(times, point - profile, color=FORECAST, linewidth=1.6, label="_forecast")
-    lower.set_ylabel(f"minus profile{_bracketed(datamodule)}")
+    lower.set_ylabel(f"deviation from\nprofile{_bracketed(datamodule)}")
     for axes in (upper, lower):
         _shade_holidays(axes, outputs, times, window, channel)
     _date_axis(lower, times, datamodule)
@@ -132,19 +132,16 @@ def error_by_lead(outputs: Outputs, datamodule: Any, *, channel: int | None = No
     """
     days = (np.arange(outputs["target"].shape[1]) + 0.5) / datamodule.cycle_length
     figure, axes = _figure(6.0, 3.4)
-    for key, name, color, style in (
-        ("profile", "profile (RHP)", PROFILE, (0, (4, 2))),
-        ("prediction", "forecast", FORECAST, "-"),
-    ):
+    for key, name, color in (("profile", "profile (RHP)", PROFILE), ("prediction", "forecast", FORECAST)):
         error = _masked_error(outputs, key, channel).mean((0, 2))
         axes.plot(days, error, color=color, alpha=0.35, linewidth=0.9)
         # The daily means carry the message; single steps mostly show the hour of the day.
         edges = np.arange(0, len(error), datamodule.cycle_length)
         ends = np.append(edges[1:], len(error))
         means = [error[a:b].mean() for a, b in zip(edges, ends, strict=True)]
-        label = f"{name}, mean {_number(error.mean())}{_unit_suffix(datamodule)}"
+        label = f"{name}, mean {_number(error.mean())}"
         axes.hlines(means, edges / datamodule.cycle_length, ends / datamodule.cycle_length, color=color, linewidth=2.2)
-        axes.plot([], [], color=color, linestyle=style if key == "prediction" else "-", linewidth=2.2, label=label)
+        axes.plot([], [], color=color, linewidth=2.2, label=label)
     axes.set_xlim(0, len(error) / datamodule.cycle_length)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("lead time [days]; thick: mean of the lead day")
@@ -190,7 +187,7 @@ def error_by_hour_of_week(
     axes.spines[:].set_visible(False)
     axes.set_xlabel("hour of the day")
     axes.set_title(_scope(outputs, datamodule, channel))
-    name = "MAE, forecast minus profile" if relative else "mean absolute error"
+    name = "MAE minus\nthat of the profile" if relative else "mean absolute error"
     figure.colorbar(image, ax=axes, label=f"{name}{_bracketed(datamodule)}", pad=0.02)
     return figure
 
@@ -329,7 +326,10 @@ def _figure(width: float, height: float, rows: int = 1, grid: bool = True, **kwa
 
 def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 5), frameon=False)
+    columns = len(labels) if len(labels) <= 6 else -(-len(labels) // 2)
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small", columnspacing=1.4
+    )
 
 
 def _times(outputs: Outputs, datamodule: Any, window: int) -> pd.DatetimeIndex:
@@ -344,6 +344,7 @@ def _date_axis(axes: Axes, times: pd.DatetimeIndex, datamodule: Any) -> None:
     days = (times[-1] - times[0]).days + 1
     axes.xaxis.set_major_locator(DayLocator() if days <= 8 else AutoDateLocator(maxticks=8))
     axes.xaxis.set_major_formatter(DateFormatter("%a %d %b"))
+    axes.tick_params(axis="x", labelsize="small")
     axes.set_xlim(times[0], times[-1] + datamodule.step)
 
 

@@ -144,7 +144,7 @@ def test_sum_ratio_averages_over_seen_entries():
 
 
 def _evaluate(num_devices: int, batch_size: int, quantiles: int) -> tuple[dict[str, float], list[str], list]:
-    """Validate and test an untrained network with known weights; the validation part has 8, the test part 14 windows."""
+    """Validate and test a network with known weights; 13 test windows cannot be shared evenly by two ranks."""
     import lightning.pytorch as pl
     from lightning.pytorch.strategies import DDPStrategy
 
@@ -155,7 +155,6 @@ def _evaluate(num_devices: int, batch_size: int, quantiles: int) -> tuple[dict[s
     strategy = DDPStrategy(process_group_backend="gloo") if num_devices > 1 else "auto"
     trainer = quiet_trainer(max_epochs=1, devices=num_devices, strategy=strategy)
     assert isinstance(trainer, pl.Trainer)
-    # 59 days: 13 test windows, an odd number for two ranks
     data = TinySeries(num_days=59, batch_size=batch_size)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
