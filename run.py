@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -12,7 +13,7 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from runner import check, overrides, resume, schema, supervise, sweep_table
+from runner import check, overrides, record, resume, schema, supervise, sweep_table
 from runner.logs import global_rank
 from runner.stamp import run_stamp
 
@@ -27,9 +28,10 @@ def main(config: DictConfig) -> Any:
     if sweep:
         config.run.group = f"{config.name}-{run_stamp()}"
     try:
-        check.check(config, mistyped)
+        check.check(config, mistyped, OmegaConf.to_container(HydraConfig.get().overrides.task))
     except check.ConfigMistakes as mistakes:
         if sweep:  # the other jobs go on
+            record.mark(Path(config.run.dir), "failed", " ".join(str(mistakes).split()))
             raise supervise.RunError(str(mistakes)) from None
         print(mistakes, file=sys.stderr)
         raise SystemExit(2) from None

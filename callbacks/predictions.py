@@ -53,13 +53,6 @@ class PredictionWriter(pl.Callback):
         on_cpu = {key: value.detach().cpu() for key, value in outputs.items() if isinstance(value, Tensor)}
         self._tables.append(trainer.datamodule.prediction_table(on_cpu))
 
-    @override
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        parts = gather_to_rank_zero(self._tables)
-        self._tables = []
-        if parts is not None and any(len(part) for part in parts):
-            self._write(_merge([table for part in parts for table in part], trainer.datamodule.channel_names))
-
     def _write(self, table: pd.DataFrame) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -74,6 +67,12 @@ class PredictionWriter(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Here, and not in on_predict_end: a rank without a window (one origin, two ranks) skips the hooks of the loop,
+        # and the others would wait for it forever.
+        if stage == "predict":
+            parts = gather_to_rank_zero(self._tables)
+            if parts is not None and any(parts):
+                self._write(_merge([table for part in parts for table in part], trainer.datamodule.channel_names))
         self._tables = []
 
     @override

@@ -14,8 +14,14 @@ import math
 from collections.abc import Iterator, Sized
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
+
+
+def _mixed(*parts: int) -> int:
+    """One 32-bit seed from several numbers; torch's CPU generator ignores the bits of a seed above the lowest 32."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 class RankSampler(Sampler[int]):
@@ -54,12 +60,13 @@ class RankSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Select the permutation of ``epoch``; Lightning calls it before every epoch."""
         self.epoch = epoch
-        self.workers.manual_seed((self.seed << 32) + (self.rank << 24) + epoch)
+        self.workers.manual_seed(_mixed(self.seed, epoch, self.rank))
 
     def __iter__(self) -> Iterator[int]:
         n = len(self.data)
         if self.shuffle:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed((self.seed << 24) + self.epoch)).tolist()
+            generator = torch.Generator().manual_seed(_mixed(self.seed, self.epoch))
+            order = torch.randperm(n, generator=generator).tolist()
             if self.multiple_of:
                 del order[n - n % self.multiple_of :]
             else:

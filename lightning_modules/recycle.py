@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -131,14 +132,19 @@ class ReCycle(Forecaster):
         self.fallbacks.reset()
 
     def on_predict_epoch_end(self) -> None:
-        """Say how many forecasts are profiles."""
-        self._count_fallbacks("predict")
+        """Say how many forecasts of this rank are profiles (a rank without a window is not here to add its own)."""
+        if count := int(self.fallbacks.sum_value):
+            warnings.warn(_fallback_message("predict", count), stacklevel=2)
 
     def _count_fallbacks(self, stage: str) -> Tensor:
         count = self.fallbacks.compute()
         if count > 0:
-            rank_zero_warn(
-                f"{stage}: the network was not finite for {int(count)} windows (origins x series); their forecast is "
-                "the recent historic profile (model.fallback_on_nan=true)."
-            )
+            rank_zero_warn(_fallback_message(stage, int(count)))
         return count
+
+
+def _fallback_message(stage: str, count: int) -> str:
+    return (
+        f"{stage}: the network was not finite for {count} windows (origins x series); their forecast is the recent "
+        "historic profile (model.fallback_on_nan=true)."
+    )

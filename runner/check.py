@@ -32,14 +32,19 @@ class ConfigMistakes(Exception):
         self.found = found
 
 
-def check(config: DictConfig, more: list[str] | None = None) -> None:
-    """Raise `ConfigMistakes` with everything that is wrong (``more`` was found on the command line), or return.
+def check(config: DictConfig, more: list[str] | None = None, typed: list[str] | None = None) -> None:
+    """Raise `ConfigMistakes` with everything that is wrong, or return.
+
+    Args:
+        config: The composed configuration.
+        more: Mistakes that were found on the command line.
+        typed: The overrides of the command line.
 
     Looked at: targets that do not exist, arguments they do not take or that are missing, mandatory values ``???``,
     broken interpolations, batch keys that the module needs and the data lack, devices that this machine lacks,
     a batch that does not divide by the devices, missing optional packages.
     """
-    found = [*(more or []), *_walk(config), *_strangers(config)]
+    found = [*(more or []), *_walk(config), *_strangers(config, typed or [])]
     found += _unknown_arguments(config.get("trainer") or {}, "trainer", TRAINER, given=TRAINER_OWN)
     if not found:  # the following read values, which must resolve
         found += [*_groups(config), *_batch_keys(config), *_devices(config)]
@@ -101,15 +106,23 @@ def _unknown_arguments(node: Any, key: str, target: str, given: tuple[str, ...] 
                 yield f"{key}.{name}: {target} needs it"
 
 
-def _strangers(config: DictConfig) -> Iterator[str]:
-    """Callbacks and loggers that were given a value but are not part of the chosen option."""
+def _strangers(config: DictConfig, typed: list[str]) -> Iterator[str]:
+    """Values for callbacks and loggers that are not part of the chosen option.
+
+    An experiment may set a value of a callback that another choice of the group leaves out (``callbacks=none``): the
+    job ignores it. What was typed, or looks like a typing error, is a mistake.
+    """
+    keys = [override.lstrip("+~").split("=")[0] for override in typed]
     for group in ("callbacks", "logger"):
         members = config.get(group) or {}
+        known = [str(n) for n in members if isinstance(members.get(n), DictConfig) and "_target_" in members[n]]
         for name in members:
-            if isinstance(members.get(name), DictConfig) and "_target_" not in members[name]:
-                known = [str(n) for n in members if n != name]
+            if not isinstance(members.get(name), DictConfig) or "_target_" in members[name]:
+                continue
+            advice = hint(str(name), known)
+            if "Did you mean" in advice or any(key.startswith(f"{group}.{name}.") for key in keys):
                 yield (
-                    f"{group}.{name}: not part of the chosen {group} option.{hint(str(name), known)} "
+                    f"{group}.{name}: not part of the chosen {group} option.{advice} "
                     f"Choose an option that has it: {group}=..."
                 )
 

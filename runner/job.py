@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import guard, logs
+from runner.launch import ranks_exist
 from runner.resume import find_checkpoint
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     import lightning.pytorch as pl
     import torch
 
-    from callbacks.interrupt import Interrupted
+    from callbacks.interrupt import Interrupt, Interrupted
     from callbacks.run_record import RunRecord
 
     logs.adopt_lightning()
@@ -94,8 +95,12 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     with _environment_restored():
         try:
             module, datamodule = build(config)
-            callbacks = [instantiate(f"callbacks.{k}", v) for k, v in config["callbacks"].items() if v]
-            loggers = [_logger(k, v, record) for k, v in config["logger"].items() if v]
+            callbacks = [instantiate(f"callbacks.{k}", v) for k, v in _members(config["callbacks"])]
+            for callback in callbacks:
+                if isinstance(callback, Interrupt) and ranks_exist():
+                    callback.first_only = True  # a Ctrl-C comes twice: from the terminal and from the launcher
+            for key, node in _members(config["logger"]):
+                loggers.append(_logger(key, node, record))
             trainer = pl.Trainer(
                 **config["trainer"],
                 strategy=instantiate("strategy", config["strategy"]) if config["strategy"] else "auto",
@@ -124,7 +129,12 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             error.computing = record.computing
             raise
         finally:
-            _finish(loggers)
+            _finish(loggers, record.record["status"])
+
+
+def _members(group: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The members of a group; values for a member that the chosen option lacks are left out (`runner.check`)."""
+    return [(key, node) for key, node in group.items() if node and "_target_" in node]
 
 
 def _stages(config, trainer, module, datamodule, record, ckpt_path) -> dict[str, float]:
@@ -214,19 +224,25 @@ def _announce(config: dict[str, Any], trainer: Any, module: Any, ckpt_path: str 
         log.info("continues from %s", ckpt_path)
 
 
-def _finish(loggers: list[Any]) -> None:
-    """Close every logger, whatever happened; W&B would otherwise give the next job in this process the same run."""
-    for logger in loggers:
-        with contextlib.suppress(Exception):
-            logger.finalize("success")
-        if type(logger).__name__ == "WandbLogger":
-            import wandb
+def _finish(loggers: list[Any], status: str) -> None:
+    """Close every logger, whatever happened; W&B would otherwise give the next job in this process the same run.
 
-            with contextlib.suppress(Exception):
-                wandb.finish()
-        elif type(logger).__name__ == "TensorBoardLogger":
-            with contextlib.suppress(Exception):
+    The numbers are safe in ``results.json`` by now: a logger that fails here is reported and does not fail the run.
+    """
+    for logger in loggers:
+        kind = type(logger).__name__
+        try:
+            # Lightning has told the loggers of a failure; "success" would take it back.
+            if status == "completed":
+                logger.finalize("success")
+            if kind == "WandbLogger" and logs.global_rank() == 0:
+                import wandb
+
+                wandb.finish(exit_code=0 if status == "completed" else 1)
+            elif kind == "TensorBoardLogger":
                 logger.experiment.close()
+        except Exception as error:
+            log.warning("could not close %s: %s: %s", kind, type(error).__name__, error)
 
 
 def _failed(config: dict[str, Any], error: Exception) -> dict[str, Any]:

@@ -111,8 +111,9 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
         monitor_interval=0.1,
         logs_specs=specs,
     )
-    for noisy in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # the root cause is reported below, without the wrapper
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the root cause is reported below, without the wrapper
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}

@@ -26,7 +26,7 @@ class _NoChatter(logging.Filter):
     """Drops Lightning's lines about absent hardware, services and process groups: the runner says what matters."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or record.name != "lightning.pytorch.utilities.rank_zero"
+        return record.levelno > logging.INFO or not record.name.startswith("lightning.")
 
 
 def global_rank() -> int:

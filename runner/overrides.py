@@ -8,6 +8,7 @@ with suggestions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from runner.resume import GROUPS
@@ -51,7 +52,7 @@ def prepare(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def _user_groups(argv: list[str]) -> set[str]:
     """Groups in the folder of ``--config-dir``."""
-    folders = [b for a, b in zip(argv, argv[1:], strict=False) if a in ("--config-dir", "-cd")]
+    folders = [b for a, b in itertools.pairwise(argv) if a in ("--config-dir", "-cd")]
     folders += [a.split("=", 1)[1] for a in argv if a.startswith("--config-dir=")]
     return {p.name for folder in folders if Path(folder).is_dir() for p in Path(folder).iterdir() if p.is_dir()}
 

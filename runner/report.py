@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ def summary(result: dict[str, Any]) -> str:
     lines.append("")
     stored = read(run_dir)
     if best := stored.get("best_checkpoint"):
-        lines.append(f"best checkpoint  {best}")
+        lines.append(f"best checkpoint  {_nearby(best)}")
     for label, pattern in (("figure", "figures/*.png"), ("predictions", "predictions/*.csv")):
-        lines += [f"{label:<15}  {path}" for path in sorted(run_dir.glob(pattern))]
+        lines += [f"{label:<15}  {_nearby(path)}" for path in sorted(run_dir.glob(pattern))]
     if seconds := stored.get("seconds", {}).get("total"):
         lines.append(f"{'seconds':<15}  {seconds:.1f}")
     lines.append(f"{'resume':<15}  {resume_command(run_dir)}")
@@ -31,8 +32,16 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def resume_command(run_dir: str | Path) -> str:
-    """The command that continues a run, with the script as the user called it."""
-    return f"python {sys.argv[0]} resume={run_dir}"
+    """The command that continues a run, with interpreter, script and folder as seen from the working directory."""
+    return f"{_nearby(sys.executable)} {_nearby(sys.argv[0])} resume={_nearby(run_dir)}"
+
+
+def _nearby(path: str | Path) -> str:
+    """A path below the working directory relative to it; other interpreters by name."""
+    here, path = Path.cwd(), Path(os.path.abspath(path))  # not resolved: .venv/bin/python is a link
+    if path.is_relative_to(here):
+        return str(path.relative_to(here))
+    return "python" if path == Path(sys.executable) else str(path)
 
 
 def _order(item: tuple[str, float]) -> tuple[int, str]:

@@ -263,10 +263,11 @@ def _class(module: str, node: ast.ClassDef, depth: int = 0) -> Signature | None:
     init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
     if init is not None:
         names, required, is_open = _arguments(init.args, bound=True)
-        if is_open and not unknown_base:  # **kwargs go to the base class
+        passed_on = _passed_on(init) if is_open else None
+        if passed_on is not None and bases and not unknown_base:
             for inherited in bases:
-                names += tuple(n for n in inherited.names if n not in names)
-            is_open = not bases or any(inherited.open for inherited in bases)
+                names += tuple(n for n in inherited.names if n not in names and n not in passed_on)
+            is_open = any(inherited.open for inherited in bases)
         return Signature(names, required, is_open, literals)
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         inherited_names = tuple(n for base in bases for n in base.names)
@@ -279,6 +280,16 @@ def _class(module: str, node: ast.ClassDef, depth: int = 0) -> Signature | None:
         return Signature((), (), False, literals)
     first = bases[0]
     return Signature(first.names, first.required, first.open, literals)
+
+
+def _passed_on(init: ast.FunctionDef) -> set[str] | None:
+    """What ``super().__init__(..., **kwargs)`` sets beside ``**kwargs``; None if the kwargs do not go there."""
+    for call in ast.walk(init):
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__":
+            names = {keyword.arg for keyword in call.keywords if keyword.arg}
+            unpacked = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None]
+            return names if init.args.kwarg.arg in unpacked else None
+    return None
 
 
 def _attribute_or_dynamic(module: str, dotted: str):

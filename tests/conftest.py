@@ -35,11 +35,12 @@ _KEPT_VARIABLES = {
     "TQDM_MININTERVAL",
     "CRC32C_SW_MODE",
     "TORCHINDUCTOR_CACHE_DIR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
 }
 # Variables that a Trainer or a W&B run leaves in the process by design: undone here, not reported.
 _UNDONE_VARIABLES = ("WANDB_", "PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 _CACHES = {".pytest_cache", ".ruff_cache", "__pycache__"}
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SIGALRM is pytest-timeout's
 
 
 class _Writes:

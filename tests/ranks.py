@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
 POOL_NAME = "rank-pool"  # how the names of its processes begin
 
 

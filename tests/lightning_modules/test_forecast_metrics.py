@@ -140,7 +140,9 @@ def test_sum_ratio_averages_over_seen_entries():
     ratio.update(torch.tensor([1.0, 0.0, 6.0]), torch.tensor([2.0, 0.0, 3.0]))
     ratio.update(torch.tensor([1.0, 0.0, 0.0]), torch.tensor([2.0, 0.0, 1.0]))
     assert float(ratio.compute()) == pytest.approx((0.5 + 1.5) / 2)
-    assert SumRatio().compute().isnan()
+    empty = SumRatio()
+    empty.update(torch.zeros(()), torch.zeros(()))
+    assert empty.compute().isnan()
 
 
 def _evaluate(num_devices: int, batch_size: int, quantiles: int) -> tuple[dict[str, float], list[str], list]:

@@ -22,11 +22,12 @@ def test_zero_output_is_the_profile_bit_for_bit():
 
 
 def test_untrained_recycle_network_is_the_profile_bit_for_bit():
-    net = ReCycleTransformer(WEEK, 3 * DAY, DAY, d_model=8, calendar=False)
+    net = ReCycleTransformer(WEEK, 3 * DAY, DAY, d_model=8)
     data = TinySeries(horizon=3 * DAY)
     data.setup()
     batch = {key: torch.stack([data.window(o, True)[key] for o in (160, 164)]) for key in data.window(160, True)}
     batch["history_profile"] = torch.zeros_like(batch["history"])
+    batch |= {"history_calendar": torch.zeros(2, 7, 2, 9), "forecast_calendar": torch.zeros(2, 3, 2, 9)}
     assert torch.equal(ReCycle(net).eval().forecast(batch), batch["forecast_profile"])
 
 

@@ -57,7 +57,7 @@ class TinyData(pl.LightningDataModule):
 
 
 class TinyModule(pl.LightningModule):
-    """A small network. ``fault`` breaks it on purpose: raise, exit, kill, slow (a file says when it is mid-epoch)."""
+    """A small network. ``fault`` breaks it on purpose: raise, once, kill, term, slow, hang."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("x", "y")
 
@@ -97,9 +97,14 @@ class TinyModule(pl.LightningModule):
     def _fault(self) -> None:
         if self.hparams.fault == "slow":
             time.sleep(0.05)
+        if self.hparams.fault == "hang":
+            time.sleep(60)
         if self.global_step != self.hparams.fault_step:
             return
         if self.hparams.fault == "raise":
+            raise RuntimeError("boom")
+        if self.hparams.fault == "once" and not Path(f"{self.hparams.mark}.failed").exists():
+            Path(f"{self.hparams.mark}.failed").touch()
             raise RuntimeError("boom")
         if self.hparams.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)

@@ -1,0 +1,56 @@
+"""Every experiment runs: fit, validate, test and predict on one batch each, in this process."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from runner import job
+from tests.composing import SERIES, composed, experiments, plain
+
+# An experiment of many networks sweeps over other options; one job of it is what is run here.
+SMALL = (
+    "debug=fast",
+    "validate=true",
+    "predict=true",
+    "num_threads=1",
+    f"data_dir={os.environ.get('WATTLIGHT_DATA', SERIES)}",
+)
+SMALL += ("++callbacks.figures.dpi=30",)  # drawing is most of the time
+
+
+def missing_file(config: dict[str, Any]) -> str | None:
+    """The data file that an experiment needs and that is not on this machine."""
+    folder, file = config["data"].get("data_dir"), config["data"].get("file")
+    return file if folder and file and not (Path(folder) / file).is_file() else None
+
+
+@pytest.mark.parametrize("name", experiments())
+def test_experiment_runs(name, tmp_path):
+    config = plain(composed(f"experiment={name}", *SMALL, run_dir=tmp_path))
+    if file := missing_file(config):
+        pytest.skip(f"needs {file}, which does not ship with the program")
+    result = job.run(config)
+    assert result["status"] == "completed", result["error"]
+    record = json.loads((tmp_path / "results.json").read_text())
+    assert record["status"] == "completed" and record["world_size"] == 1 and record["metrics"]
+    assert record["metrics"] == result["metrics"]
+    assert any(key.startswith("test/") for key in record["metrics"])
+    assert any(key.startswith("val/") for key in record["metrics"])
+    for path in (tmp_path / "checkpoints").glob("*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        assert checkpoint["config"] == config
+    trains = any(p.requires_grad for p in job.build(config)[0].parameters())
+    assert (tmp_path / "checkpoints/last.ckpt").is_file() == trains
+    assert (tmp_path / "checkpoints/best.ckpt").is_file() == trains
+    if "predictions" in config["callbacks"]:
+        assert (tmp_path / "predictions" / config["callbacks"]["predictions"]["filename"]).stat().st_size > 0
+    if "figures" in config["callbacks"]:
+        figures = {p.stem for p in (tmp_path / "figures").glob("*.png")}
+        wanted = set(config["callbacks"]["figures"]["plots"])
+        assert {plot for plot in wanted if any(f.startswith(plot) for f in figures)} >= wanted - {"holiday_residual"}
