@@ -80,8 +80,8 @@ def _run(names: Sequence[str], known: Mapping[str, str], write: bool) -> int:
         if any(record.holds(row) is False for row in content["rows"]):
             failed.append(name)
         if write:
-            print(f"wrote {record.store(content)}")
-            document.write()
+            print(f"wrote {record.store(content, record.RESULTS)}")
+            document.write(document.PAGE, record.RESULTS)
     if failed:
         print(f"failed, or missed a bound: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

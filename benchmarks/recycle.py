@@ -23,13 +23,17 @@ from runner import job
 
 CLAIM: str = (
     "On hourly road traffic ReCycle forecasts the next week with a scaled MAE of at most 0.215, at least 15 % below "
-    "the profile, DLinear, NLinear and CycleNet and 12 % below repeating the last week, in less than a minute of training."
+    "the profile, DLinear, NLinear and CycleNet and 12 % below last week, in less than a minute."
 )
 
 MAE = "test/mae_scaled"
 UNTRAINED = ("seasonal_naive_day", "seasonal_naive_week", "rhp")
 TRAINED = ("recycle", "recycle_linear_skip", "recycle_paper", "rhp_linear", "dlinear", "nlinear", "cyclenet")
-WEEKLY = {"cyclenet": ("model.net.backbone.cycle_length=168",)}
+# CycleNet learns a weekly cycle; the published network keeps its published optimizer settings.
+OPTIONS = {
+    "cyclenet": ("model.net.backbone.cycle_length=168",),
+    "recycle_paper": ("optimizer=adam", "model.optimizer.lr=1e-3", "model.optimizer.weight_decay=0", "scheduler=none"),
+}
 # Our error as a fraction of theirs.
 AT_MOST = {"rhp": 0.85, "seasonal_naive_week": 0.88, "dlinear": 0.85, "nlinear": 0.85, "cyclenet": 0.85}
 
@@ -38,7 +42,7 @@ def run(seeds: Sequence[int] = SEEDS, repeats: int = REPEATS, trained: Sequence[
     """Train every model with every seed; untrained ones run once."""
     table = {name: runs("experiment=recycle", f"model={name}", seeds=seeds[:1]) for name in UNTRAINED}
     for name in trained:
-        table[name] = runs("experiment=recycle", f"model={name}", *WEEKLY.get(name, ()), seeds=seeds)
+        table[name] = runs("experiment=recycle", f"model={name}", *OPTIONS.get(name, ()), seeds=seeds)
     rows: list[Row] = []
     for name in (*trained, *UNTRAINED):
         bound = {"at_most": 0.215} if name in ("recycle", "recycle_linear_skip") else {}

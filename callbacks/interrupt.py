@@ -68,10 +68,15 @@ class Interrupt(pl.Callback):
             if current != self._handle:
                 self._before.setdefault(signum, current)
                 signal.signal(signum, self._handle)
+
+    on_sanity_check_start = on_validation_start = on_test_start = on_predict_start = _install
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._install(trainer, pl_module)
+        # Only here: a rank without a share of an evaluation skips its hooks, and making a group takes all ranks.
         if trainer.world_size > 1 and self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
-
-    on_sanity_check_start = on_train_start = on_validation_start = on_test_start = on_predict_start = _install
 
     def _agreed(self, trainer: pl.Trainer) -> int:
         """The signal to obey after this step: the same number on every rank (0: go on)."""
@@ -112,7 +117,7 @@ class Interrupt(pl.Callback):
     ) -> None:
         # Shares of an evaluation may differ by a batch, so ranks cannot agree step by step: one process only.
         # Several ranks end after the evaluation, or when the supervisor's patience ends; nothing is lost by either.
-        if self._group is None and self._requested and not trainer.sanity_checking and trainer.state.fn != "fit":
+        if trainer.world_size == 1 and self._requested and not trainer.sanity_checking and trainer.state.fn != "fit":
             raise Interrupted(self._requested)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end

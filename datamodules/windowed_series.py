@@ -61,6 +61,7 @@ class WindowedSeries(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # predict has one window, one rank takes it
         self.targets = [str(name) for name in targets]
         self.past_covariates, self.known_covariates = list(past_covariates), list(known_covariates)
         self.history_length, self.horizon, self.cycle_length = history_length, horizon, cycle_length
@@ -436,8 +437,9 @@ class WindowedSeries(LightningDataModule):
         }
         if prediction.ndim == 4:
             levels = outputs["quantiles"].detach().cpu().double()
-            # The level next to the median is the point forecast, of one-sided sets as well.
-            columns["forecast"] = prediction[..., int((levels - 0.5).abs().argmin())]
+            # The level next to the median is the point forecast, the upper one of two; of one-sided sets as well.
+            distance = (levels - 0.5).abs().round(decimals=6)  # levels arrive in float32
+            columns["forecast"] = prediction[..., len(levels) - 1 - int(distance.flip(0).argmin())]
             for i, level in enumerate(levels.tolist()):
                 columns[f"q{round(100 * level, 4):g}"] = prediction[..., i]
         if outputs.get("target") is not None:

@@ -104,7 +104,8 @@ class ReCycle(Forecaster):
     @override
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        self._log_exact({"val/fallback_windows": self._count_fallbacks("validation")})
+        if self.fallback_on_nan:
+            self._log_exact({"val/fallback_windows": self._count_fallbacks("validation")})
 
     @override
     def on_test_epoch_start(self) -> None:
@@ -123,8 +124,9 @@ class ReCycle(Forecaster):
     @override
     def on_test_epoch_end(self) -> None:
         super().on_test_epoch_end()
-        fallbacks = self._count_fallbacks("test")
-        self._log_exact({"test/residual_ratio": self.residual_ratio.compute(), "test/fallback_windows": fallbacks})
+        self._log_exact({"test/residual_ratio": self.residual_ratio.compute()})
+        if self.fallback_on_nan:
+            self._log_exact({"test/fallback_windows": self._count_fallbacks("test")})
 
     @override
     def on_predict_epoch_start(self) -> None:

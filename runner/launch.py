@@ -15,6 +15,8 @@ from typing import Any
 
 # Variables that describe ranks; a supervisor that inherits some of them must not pass them on.
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+# Exit codes of ranks that a signal ended in good order (`runner.rank`).
+_INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
 
 class JobFailed(Exception):
@@ -123,6 +125,8 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
             return elastic_launch(settings, run_rank)(config, processes)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode in _INTERRUPTED:  # the ranks were told to stop, and this process was not
+            raise JobInterrupted(failure.exitcode - 128) from None
         raise _failed(rank, failure, log_dir) from None
     except SignalException as error:
         raise JobInterrupted(int(error.sigval)) from None

@@ -14,6 +14,8 @@ def run_rank(config: dict[str, Any], processes: int) -> dict[str, Any]:
     """Run the job in this process, one of ``processes`` on this machine.
 
     Raises:
+        SystemExit: After an interruption, with 128 + the signal's number. A rank that returned would be kept alive
+            until the launcher has collected the results of all, which it does not do while it ends them.
         InputError: For mistakes in values, files and packages found before the first batch.
         Exception: Whatever else went wrong.
     """
@@ -22,8 +24,11 @@ def run_rank(config: dict[str, Any], processes: int) -> dict[str, Any]:
     from runner import job
 
     try:
-        return job.run(config, launched=True)
+        result = job.run(config, launched=True)
     except Exception as error:
         if job.is_input_error(error):
             raise InputError(str(error)) from error
         raise
+    if result["status"] == "interrupted":
+        raise SystemExit(128 + int(result["signum"]))
+    return result

@@ -193,7 +193,10 @@ def _attribute(module: str, names: list[str], seen: frozenset[tuple[str, str]]):
             continue
     if dynamic:
         return _DYNAMIC
-    known = {n.name for n in _statements(_tree(path).body) if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    statements = list(_statements(_tree(path).body))
+    known = {n.name for n in statements if isinstance(n, ast.ClassDef | ast.FunctionDef)}
+    if path.name == "__init__.py":  # what a package takes from its modules
+        known |= {a.asname or a.name for n in statements if isinstance(n, ast.ImportFrom) for a in n.names}
     public = [k for k in known if not k.startswith("_")]
     if path.name == "__init__.py":
         public += [p.stem for p in path.parent.iterdir() if p.suffix == ".py" or (p / "__init__.py").is_file()]

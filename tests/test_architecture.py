@@ -150,5 +150,7 @@ def test_documents_name_files_that_exist(page):
         pytest.skip("describes the whole plan, files of later papers included")
     places = "|".join([*sorted(OURS - {"run"}), "conf", "docs"])
     found = re.findall(rf"`((?:{places})/[\w./-]*)`", page.read_text())
-    missing = [name for name in found if not (ROOT / name).exists()]
+    # `networks/x.py` and `tests/...` stand for something of the reader's own, `conf/local/default.yaml` is theirs.
+    theirs = re.compile(r"/x\.\w+$|\.\.\.$|^conf/local/default\.yaml$")
+    missing = [name for name in found if not theirs.search(name) and not (ROOT / name).exists()]
     assert not missing, f"{page.name} names {missing}"

@@ -163,7 +163,7 @@ def killed_and_resumed(folder: Path, *more: str) -> None:
 
 
 def test_killed_run_resumes_bit_for_bit(whole, tmp_path):
-    killed_and_resumed(tmp_path / "run")
+    killed_and_resumed(tmp_path)
     assert not differences(whole[0], tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_sigint_on_two_ranks(tmp_path):
 def test_two_ranks_lose_nothing(whole_two, tmp_path, number, group):
     interrupted(tmp_path / "run", number, *MULTI_CPU, group=group, ranks=2)
     resumed(tmp_path / "run")
-    assert not differences(whole_two, tmp_path)
+    assert not differences(whole_two, tmp_path / "run")
 
 
 @pytest.mark.slow

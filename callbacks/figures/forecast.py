@@ -174,8 +174,8 @@ def error_by_hour_of_week(
         seconds = times.hour * 3600 + times.minute * 60 + times.second
         column = (seconds * per_day // 86400).to_numpy()
         seen = ~np.isnan(error[window])
-        np.add.at(total, (times.weekday.to_numpy()[seen], column[seen]), error[window][seen])
-        np.add.at(count, (times.weekday.to_numpy()[seen], column[seen]), 1)
+        np.add.at(total, (times.day_of_week.to_numpy()[seen], column[seen]), error[window][seen])
+        np.add.at(count, (times.day_of_week.to_numpy()[seen], column[seen]), 1)
     mean = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     figure, axes = _figure(7.5, 3.0, grid=False)
     limit = np.nanmax(np.abs(mean)) or 1.0

@@ -259,8 +259,9 @@ class ConformalIntervals(nn.Module):
 
     def fit_offsets(self, offsets: Tensor) -> None:
         """Take over offsets, (lead day, interval)."""
-        self.offsets = offsets.detach().to(self.offsets).clone()
-        self.fitted = torch.ones_like(self.fitted)
+        with torch.inference_mode(False):  # validation runs inside it, and a checkpoint could not be loaded into these
+            self.offsets = offsets.detach().to(self.offsets).clone()
+            self.fitted = torch.ones_like(self.fitted)
 
     def forward(self, prediction: Tensor, cycle_length: int) -> Tensor:
         """Calibrated quantiles, (batch, time, channel, quantile), scaled axis as the scores were."""

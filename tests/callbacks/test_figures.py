@@ -205,7 +205,7 @@ def test_error_by_lead_draws_the_mean_over_valid_windows(results):
 def test_hour_of_week_map_puts_errors_where_they_belong(results):
     outputs, data = dict(results[0].outputs), results[0].datamodule
     times = [data.time_of(int(o), 28) for o in outputs["origin"]]
-    late_friday = torch.tensor(np.array([(t.weekday == 4) & (t.hour == 18) for t in times]))
+    late_friday = torch.tensor(np.array([(t.day_of_week == 4) & (t.hour == 18) for t in times]))
     outputs["prediction"] = outputs["target"] + 3.0 * late_friday[..., None]
     image = forecast.error_by_hour_of_week(outputs, data).axes[0].images[0].get_array()
     expected = np.zeros((7, 4))
@@ -274,7 +274,7 @@ def test_profile_depth_marks_the_lowest_error():
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[3, 0.2]])
 
 
-def test_figures_do_not_use_pyplot(tmp_path, results):
-    sys.modules.pop("matplotlib.pyplot", None)
+def test_figures_do_not_use_pyplot(tmp_path, results, monkeypatch):
+    monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     forecast.forecast_week(results[0].outputs, results[0].datamodule).savefig(tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules
