@@ -34,8 +34,8 @@ class Console(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = time.monotonic()
-        self._next = self._begin + (self.redraw_s if sys.stderr.isatty() else 0.0)
-        self._terminal = sys.stderr.isatty()
+        self._terminal = trainer.is_global_zero and sys.stderr.isatty()
+        self._next = self._begin + (self.redraw_s if self._terminal else 0.0)
 
     def _shown(self, trainer: pl.Trainer) -> str:
         values = trainer.callback_metrics

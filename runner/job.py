@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import traceback
 from collections.abc import Iterator
@@ -81,6 +82,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from callbacks.interrupt import Interrupt, Interrupted
+    from callbacks.plateau import PlateauStep
     from callbacks.run_record import RunRecord
 
     logs.adopt_lightning()
@@ -104,7 +106,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             trainer = pl.Trainer(
                 **config["trainer"],
                 strategy=instantiate("strategy", config["strategy"]) if config["strategy"] else "auto",
-                callbacks=[record, *callbacks],
+                callbacks=[record, PlateauStep(), *callbacks],
                 logger=loggers or False,
             )
             rank_zero = trainer.is_global_zero
@@ -188,7 +190,7 @@ def _logger(key: str, node: dict[str, Any], record: Any) -> Any:
     import wandb
 
     if not node.get("id"):
-        node = node | {"id": record.record["wandb_run_id"] or wandb.util.generate_id()}
+        node = node | {"id": record.record["wandb_run_id"] or secrets.token_hex(4)}
     record.record["wandb_run_id"] = node["id"]
     try:
         logger = instantiate(f"logger.{key}", node)

@@ -157,7 +157,7 @@ def test_resume_refuses_groups_and_wrong_folders(whole, tmp_path):
 
 
 def killed_and_resumed(folder: Path, *more: str) -> None:
-    done = cli.run(*TINY, *more, "model.fault=kill", "model.fault_step=9", f"hydra.run.dir={folder}", cwd=folder)
+    done = cli.run(*TINY, *more, "model.fault=SIGKILL", "model.fault_step=9", f"hydra.run.dir={folder}", cwd=folder)
     assert done.returncode != 0
     cli.ok(f"resume={folder}", "model.fault=none", cwd=folder)
 
@@ -304,7 +304,7 @@ def test_sweep_over_devices_downwards(tmp_path):
 
 
 def test_failing_jobs_do_not_end_a_sweep(tmp_path):
-    done, folder = sweep(tmp_path, "model.fault=raise,kill,none")
+    done, folder = sweep(tmp_path, "model.fault=raise,SIGKILL,none")
     assert done.returncode == 1, done.stdout + done.stderr
     failed, killed, fine = table(folder)
     assert failed["status"] == "failed" and "boom" in failed["error"]

@@ -57,7 +57,7 @@ class TinyData(pl.LightningDataModule):
 
 
 class TinyModule(pl.LightningModule):
-    """A small network. ``fault`` breaks it on purpose: raise, once, kill, term, slow, hang."""
+    """A small network. ``fault`` breaks it on purpose: raise, once, slow, hang, or a signal."""
 
     batch_keys: ClassVar[tuple[str, ...]] = ("x", "y")
 
@@ -79,12 +79,18 @@ class TinyModule(pl.LightningModule):
         self.net = torch.nn.Sequential(
             torch.nn.Linear(4, width), torch.nn.ReLU(), torch.nn.Dropout(dropout), torch.nn.Linear(width, 1)
         )
-        self.optimizer = optimizer
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.val_loss, self.test_loss, self.seen = MeanMetric(), MeanMetric(), MeanMetric()
         self.count = 0
 
     def configure_optimizers(self):
-        return self.optimizer(self.parameters())
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.scheduler(optimizer), "monitor": "val/loss"},
+        }
 
     def training_step(self, batch, batch_idx):
         if self.hparams.mark and self.global_step == 0:
@@ -106,10 +112,8 @@ class TinyModule(pl.LightningModule):
         if self.hparams.fault == "once" and not Path(f"{self.hparams.mark}.failed").exists():
             Path(f"{self.hparams.mark}.failed").touch()
             raise RuntimeError("boom")
-        if self.hparams.fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.hparams.fault == "term":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if self.hparams.fault.startswith("SIG"):
+            os.kill(os.getpid(), signal.Signals[self.hparams.fault])
 
     def validation_step(self, batch, batch_idx):
         loss = torch.nn.functional.mse_loss(self.net(batch["x"]), batch["y"], reduction="none")

@@ -1,0 +1,140 @@
+"""Signals end a run between two steps, with a checkpoint; SLURM's warning queues the job again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.interrupt import Interrupt
+from runner import job
+from tests.cli import results
+from tests.composing import tiny
+
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def faulty(folder: Path, fault: str, *overrides: str) -> dict:
+    return job.run(tiny(folder, f"model.fault={fault}", "model.fault_step=8", *overrides))
+
+
+@pytest.mark.parametrize("number", ALL, ids=lambda n: n.name)
+def test_signal_ends_the_run_after_the_step(tmp_path, number):
+    before = [signal.getsignal(s) for s in ALL]
+    result = faulty(tmp_path, number.name)
+    assert result["status"] == "interrupted" and result["signum"] == number
+    record = results(tmp_path)
+    assert record["status"] == "interrupted" and record["error"] == f"interrupted by {number.name}"
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 9 and checkpoint["config"]["name"] == "tiny"
+    assert [signal.getsignal(s) for s in ALL] == before
+
+
+def test_last_step_of_an_epoch_waits_for_its_validation(tmp_path):
+    faulty(tmp_path, "SIGTERM", "model.fault_step=11")
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 13
+    assert "val/loss" in results(tmp_path)["metrics"]
+
+
+def test_handlers_are_put_back_after_an_error(tmp_path):
+    before = [signal.getsignal(s) for s in ALL]
+    assert faulty(tmp_path, "raise")["status"] == "failed"
+    assert [signal.getsignal(s) for s in ALL] == before
+
+
+def test_handlers_are_put_back_after_success(tmp_path):
+    before = [signal.getsignal(s) for s in ALL]
+    assert job.run(tiny(tmp_path))["status"] == "completed"
+    assert [signal.getsignal(s) for s in ALL] == before
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_second_ctrl_c(first_only):
+    callback = Interrupt("/nowhere", first_only=first_only)
+    callback._handle(signal.SIGINT, None)
+    if first_only:
+        callback._handle(signal.SIGINT, None)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            callback._handle(signal.SIGINT, None)
+    callback._handle(signal.SIGTERM, None)  # a second polite request changes nothing
+    assert callback._requested == signal.SIGINT
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """A stand-in for SLURM's command on PATH, which notes how it was called."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script, log = folder / "scontrol", tmp_path / "scontrol.log"
+    script.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    script.chmod(script.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
+    return log
+
+
+@pytest.fixture
+def slurm_job(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+
+
+def test_slurms_warning_queues_the_job_again(tmp_path, scontrol, slurm_job):
+    result = faulty(tmp_path / "run", "SIGUSR1")
+    assert result["status"] == "interrupted" and result["signum"] == signal.SIGUSR1
+    assert scontrol.read_text() == "requeue 4711\n"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_task_of_an_array(tmp_path, scontrol, slurm_job, monkeypatch):
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "4700")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    faulty(tmp_path / "run", "SIGUSR1")
+    assert scontrol.read_text() == "requeue 4700_3\n"
+
+
+@pytest.mark.parametrize(("fault", "overrides"), [("SIGTERM", ()), ("SIGUSR1", ("callbacks.interrupt.requeue=false",))])
+def test_nothing_is_queued_otherwise(tmp_path, scontrol, slurm_job, fault, overrides):
+    assert faulty(tmp_path / "run", fault, *overrides)["status"] == "interrupted"
+    assert not scontrol.exists()
+
+
+def test_without_slurm_nothing_is_queued(tmp_path, scontrol, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert faulty(tmp_path / "run", "SIGUSR1")["status"] == "interrupted"
+    assert not scontrol.exists()
+
+
+def test_a_failing_scontrol_is_reported_and_loses_nothing(tmp_path, scontrol, slurm_job):
+    (tmp_path / "bin" / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    assert faulty(tmp_path / "run", "SIGUSR1")["status"] == "interrupted"
+    assert "could not queue job 4711 again" in (tmp_path / "run" / "run.log").read_text()
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file()
+
+
+def _one_rank_is_told(folder: str, rank: int) -> dict:
+    return faulty(Path(folder), "SIGTERM", "trainer=multi_cpu", f"model.fault_rank={rank}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_ranks_stop_after_the_same_step(ranks2, tmp_path, rank):
+    first, second = ranks2(_one_rank_is_told, str(tmp_path), rank)
+    assert first["status"] == second["status"] == "interrupted"
+    assert first["signum"] == second["signum"] == signal.SIGTERM
+    assert results(tmp_path)["status"] == "interrupted"
+    assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def _evaluate_on(folder: str) -> str:
+    return job.run(tiny(folder, "trainer=multi_cpu"))["status"]
+
+
+def test_the_group_of_the_callback_is_closed(ranks2, tmp_path):
+    """Many runs in the same ranks: a leaking process group would end in too many of them."""
+    for i in range(3):
+        assert ranks2(_evaluate_on, str(tmp_path / str(i))) == ["completed", "completed"]

@@ -1,0 +1,100 @@
+"""Every kind of mistake is found, named by its key, and a sound configuration passes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from runner import check as checking
+from runner.check import ConfigMistakes, check
+from tests.composing import composed
+
+
+def found(*overrides: str, more: list[str] | None = None, typed: list[str] | None = None) -> list[str]:
+    with pytest.raises(ConfigMistakes) as error:
+        check(composed("experiment=tiny", *overrides, user=True), more, typed)
+    assert str(error.value).startswith("the configuration has ")
+    return error.value.found
+
+
+def test_a_sound_configuration_passes():
+    check(composed("experiment=tiny", user=True))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("++model.widht=3", "model.widht: tiny_model.TinyModule takes no 'widht'. Did you mean 'width'?"),
+        ("++model.optimizer.learning=1", "model.optimizer.learning: torch.optim.Adam takes no 'learning'"),
+        ("++trainer.max_epoch=3", "trainer.max_epoch: lightning.pytorch.Trainer takes no 'max_epoch'. Did you mean"),
+        ("++trainer.strategy=ddp", "trainer.strategy: lightning.pytorch.Trainer takes no 'strategy'"),
+        (
+            "model._target_=tiny_model.TinyModul",
+            "model._target_: 'tiny_model' has no 'TinyModul'. Did you mean 'TinyMo",
+        ),
+        ("model.width=???", "model.width: needs a value (it is '???')"),
+        ("model.width=${nothing.here}", "model.width: Interpolation key 'nothing.here' not found"),
+        ("++callbacks.more._target_=callbacks.interrupt.Interrupt", "callbacks.more.dirpath: callbacks.interrupt.Int"),
+        ("trainer.devices=0", "trainer.devices=0: on CPU it is a number of processes, 1 or more"),
+        ("trainer.devices=3", "data.batch_size=8: cannot be split over trainer.devices x trainer.num_nodes = 3"),
+        ("trainer.num_nodes=2", "trainer.num_nodes=2: start one process per device with srun or torchrun"),
+        (
+            "++callbacks.consol.every_s=3",
+            "callbacks.consol: not part of the chosen callbacks option. Did you mean 'con",
+        ),
+        ("++tags=[a,${b}]", "tags[1]: Interpolation key 'b' not found"),
+    ],
+)
+def test_mistake(override, message):
+    lines = found(override)
+    assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_all_at_once_with_those_of_the_command_line():
+    lines = found("++model.widht=3", "++trainer.max_epoch=3", more=["sed: no such key or group."])
+    assert [line.split(":")[0] for line in lines] == ["sed", "model.widht", "trainer.max_epoch"]
+
+
+def test_nothing_is_chosen():
+    with pytest.raises(ConfigMistakes) as error:
+        check(composed("optimizer=none"))
+    assert [line.split(":")[0] for line in error.value.found] == ["data", "model"]
+    assert "experiment=recycle" in error.value.found[0]
+
+
+def test_a_value_for_what_the_option_lacks():
+    """An experiment may hold it, who types it is told."""
+    override = "++callbacks.early_stopping.patience=3"
+    check(composed("experiment=tiny", override, user=True))
+    (line,) = found(override, typed=[override])
+    assert line.startswith("callbacks.early_stopping: not part of the chosen callbacks option.")
+
+
+def test_batch_keys_that_the_data_lack(tmp_path, monkeypatch):
+    (tmp_path / "picture_data.py").write_text(
+        "from tiny_model import TinyData\n"
+        "class Pictures(TinyData):\n    batch_keys = ('x', 'label')\n"
+        "class Everything(TinyData):\n    batch_keys = ('x', 'label', 'y')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (line,) = found("data._target_=picture_data.Pictures")
+    assert "tiny_model.TinyModule needs the batch keys ['y']" in line and "it gives ['x', 'label']" in line
+    check(composed("experiment=tiny", "data._target_=picture_data.Everything", user=True))
+
+
+def test_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    (line,) = found("trainer=gpu")
+    assert "no CUDA device found" in line and "trainer=multi_cpu" in line
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check(composed("experiment=tiny", "trainer=multi_gpu", user=True))
+    (line,) = found("trainer=multi_gpu", "trainer.devices=4")
+    assert line == "trainer.devices=4: this machine has 2 CUDA device(s)"
+    (line,) = found("trainer=multi_gpu", "data.batch_size=7")
+    assert "use a multiple of 2" in line
+
+
+def test_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(checking.importlib.util, "find_spec", lambda name: None)
+    (line,) = found("logger=tensorboard")
+    assert line.startswith("logger.tensorboard: needs the package tensorboard") and "'.[tensorboard]'" in line
