@@ -103,8 +103,10 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
                     callback.first_only = True  # a Ctrl-C comes twice: from the terminal and from the launcher
             for key, node in _members(config["logger"]):
                 loggers.append(_logger(key, node, record))
+            # Without a checkpoint callback Lightning would add its own, which writes where nobody looks.
+            keeps = any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks)
             trainer = pl.Trainer(
-                **config["trainer"],
+                **config["trainer"] | {"enable_checkpointing": keeps and config["trainer"]["enable_checkpointing"]},
                 strategy=instantiate("strategy", config["strategy"]) if config["strategy"] else "auto",
                 callbacks=[record, PlateauStep(), *callbacks],
                 logger=loggers or False,

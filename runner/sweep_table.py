@@ -14,7 +14,9 @@ from omegaconf import DictConfig
 from runner.record import read
 
 # Columns of the Markdown table; the CSV file holds every metric.
-SHOWN_METRICS = 8
+SHOWN_METRICS = 12
+# Columns that are never folded into one line, however alike.
+OUTCOME = {"job", "status", "world_size", "seconds"}
 
 
 class SweepTable(Callback):
@@ -68,12 +70,16 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
         writer.writerows(rows)
     temporary.replace(folder / "table.csv")
     metrics = [c for c in columns if c.startswith("test/")] or [c for c in columns if "/" in c and c != "run_dir"]
-    metrics = sorted(metrics, key=lambda c: (c.count("_"), c))[:SHOWN_METRICS]
+    # Whole numbers before their break-down: test/mae and test/mae_scaled before test/mae_day_1.
+    metrics = sorted(metrics, key=lambda c: (c.removesuffix("_scaled").count("_"), c))[:SHOWN_METRICS]
     plain = [c for c in columns if "/" not in c and c not in {"run_dir", "error"}]
+    same = [c for c in plain if c not in OUTCOME and len(rows) > 1 and len({str(r.get(c)) for r in rows}) == 1]
+    plain = [c for c in plain if c not in same]
     if any(row.get("error") for row in rows):
         plain.append("error")
     chosen = plain + metrics
-    lines = ["| " + " | ".join(chosen) + " |", "|" + "---|" * len(chosen)]
+    lines = ["all jobs: " + " ".join(f"{c}={rows[0][c]}" for c in same), ""] if same else []
+    lines += ["| " + " | ".join(chosen) + " |", "|" + "---|" * len(chosen)]
     lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in chosen) + " |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 

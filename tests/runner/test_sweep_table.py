@@ -44,3 +44,11 @@ def test_a_second_table_replaces_the_first(tmp_path):
     stored = list(csv.DictReader((tmp_path / "table.csv").open()))
     assert [row["test/b"] for row in stored] == ["", "2.0"]
     assert {p.name for p in tmp_path.iterdir()} == {"1", "2", "table.csv", "table.md"}
+
+
+def test_what_all_jobs_share_is_said_once(tmp_path):
+    rows = [job_row(tmp_path, ["experiment=x", f"seed={seed}"], str(seed)) | {"test/mae": 1.0} for seed in (1, 2)]
+    write_tables(rows, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].startswith("all jobs: ") and "experiment=x" in lines[0]
+    assert "experiment" not in lines[2] and "seed" in lines[2] and "status" in lines[2]
