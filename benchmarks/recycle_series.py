@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.record import Result, Row
-from benchmarks.trained import SEEDS, Runs, best_of, configuration, ratio_of_means, runs
+from benchmarks.trained import SEEDS, Runs, best_of, data_available, ratio_of_means, runs
 
 CLAIM: str = (
     "One setting of ReCycle with a linear path stays within 5 % of the best model of the table on traffic (MAE at most "
@@ -28,21 +28,11 @@ WEEK = {"elecdemand": 336}
 def run(seeds: Sequence[int] = SEEDS, series: Sequence[str] = tuple(AT_MOST)) -> Result:
     """Train every model on every series that is there."""
     rows: list[Row] = []
-    missing = [name for name in series if not _available(name)]
+    missing = [name for name in series if not data_available(name)]
     for name in series:
         if name not in missing:
             rows += _rows(name, {model: _runs(name, model, seeds) for model in (*TRAINED, *UNTRAINED)})
     return Result(rows, {"seeds": ", ".join(map(str, seeds)), "threads": 1, "not there": ", ".join(missing) or "-"})
-
-
-def _available(series: str) -> bool:
-    from runner.job import instantiate
-
-    try:
-        instantiate("data", configuration("/nowhere", "experiment=recycle", f"data={series}")["data"]).prepare_data()
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def _runs(series: str, model: str, seeds: Sequence[int]) -> Runs:

@@ -31,6 +31,16 @@ def configuration(run_dir: Path | str, *overrides: str) -> dict[str, Any]:
     return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True, enum_to_str=True)
 
 
+def data_available(data: str) -> bool:
+    """Whether the files of a data option are there."""
+    node = configuration("/nowhere", "experiment=recycle", f"data={data}")["data"]
+    try:
+        job.instantiate("data", node).prepare_data()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Runs:
     """What the runs of one setting reported.

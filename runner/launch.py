@@ -8,6 +8,8 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
+import threading
 import time
 import uuid
 from pathlib import Path
@@ -121,7 +123,7 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
     timeout_s = config["launch"]["timeout_s"]
     try:
-        with _alarm(timeout_s):
+        with _alarm(timeout_s), _second_ctrl_c():
             return elastic_launch(settings, run_rank)(config, processes)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
@@ -171,6 +173,35 @@ def _alarm(seconds: float | None):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@contextlib.contextmanager
+def _second_ctrl_c():
+    """Kill the ranks on a second SIGINT: the elastic agent, told twice, would only begin to wait for them anew.
+
+    Its handlers replace ours, so a thread listens where Python announces signals.
+    """
+    listening, announcing = socket.socketpair()
+    announcing.setblocking(False)
+
+    def listen() -> None:
+        presses = 0
+        while byte := listening.recv(1):
+            presses += byte[0] == signal.SIGINT
+            if presses >= 2:
+                for child in multiprocessing.active_children():
+                    child.kill()
+
+    listener = threading.Thread(target=listen, name="second-ctrl-c", daemon=True)
+    before = signal.set_wakeup_fd(announcing.fileno(), warn_on_full_buffer=False)
+    listener.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        announcing.close()
+        listener.join()
+        listening.close()
 
 
 def _remove_empty(folder: Path) -> None:

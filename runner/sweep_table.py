@@ -6,10 +6,11 @@ import csv
 from pathlib import Path
 from typing import Any, ClassVar
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.record import read
 
@@ -22,26 +23,37 @@ OUTCOME = {"job", "status", "world_size", "seconds"}
 class SweepTable(Callback):
     """Hydra callback. The table is on disk after each job, so a killed sweep leaves one as well."""
 
-    folder: ClassVar[Path | None] = None  # of the sweep in this process
+    # Of the sweep in this process.
+    folder: ClassVar[Path | None] = None
+    rows: ClassVar[list[dict[str, Any]]] = []
+    running: ClassVar[tuple[Path, list[str], str] | None] = None
 
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Add the row of a job."""
-        hydra = job_return.hydra_cfg.hydra if job_return.hydra_cfg else None
-        if hydra is None or hydra.mode != RunMode.MULTIRUN:
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Remember the job: one that ends the sweep (an interruption, ``launch.on_failure=stop``) has no other hook."""
+        hydra = HydraConfig.get()
+        if hydra.mode != RunMode.MULTIRUN:
             return
         run_dir = Path(hydra.runtime.output_dir)
         # hydra.sweep.dir holds interpolations that only resolve inside the job: take the job's folder and go up.
         SweepTable.folder = run_dir.parents[len(Path(str(hydra.sweep.subdir)).parts) - 1]
-        overrides = [o.lstrip("+") for o in (job_return.overrides or []) if "=" in o]
-        self.rows.append(job_row(run_dir, overrides, str(hydra.job.num)))
-        write_tables(self.rows, SweepTable.folder)
+        overrides = OmegaConf.to_container(hydra.overrides.task)
+        SweepTable.running = run_dir, [o.lstrip("+") for o in overrides if "=" in o], str(hydra.job.num)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Add the row of the job."""
+        self._add()
+
+    @classmethod
+    def _add(cls) -> None:
+        if cls.running is not None and cls.folder is not None:
+            cls.rows.append(job_row(*cls.running))
+            cls.running = None
+            write_tables(cls.rows, cls.folder)
 
     @classmethod
     def show(cls) -> None:
         """Print the table of the sweep that ran in this process, if one did; also after an error ended it."""
+        cls._add()
         if cls.folder is not None:
             print((cls.folder / "table.md").read_text())
             print(f"table  {cls.folder / 'table.csv'}")

@@ -108,6 +108,7 @@ def test_torchvision_is_not_installed():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_mistake_in_a_value_is_one_line(tmp_path):
     done = cli.run(*TINY, "model.width=0", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path)
     assert done.returncode == 1
@@ -133,6 +134,7 @@ def test_a_run_leaves_its_record(whole):
     assert names == {".hydra", "checkpoints", "csv", "results.json", "run.log"}
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_train_on(whole, tmp_path):
     """`resume=DIR trainer.max_epochs=N` trains the missing epochs only, and equals a run that was that long."""
     longer, resumed = tmp_path / "longer", tmp_path / "resumed"
@@ -322,6 +324,7 @@ def test_on_failure_stop(tmp_path):
     assert [row["status"] for row in table(folder)] == ["failed"]
 
 
+@pytest.mark.slow
 def test_mistakes_in_one_job_of_a_sweep(tmp_path):
     """The others run, and the table says what was wrong."""
     done, folder = sweep(tmp_path, "data.batch_size=7,8", *MULTI_CPU, "train=false", "test=false")
@@ -427,7 +430,7 @@ from tiny_model import TinyData, TinyModule
 @hydra.main(version_base="1.3", config_path=".", config_name="config")
 def main(cfg):
     module = TinyModule(mark=f"{cfg.mark}_{cfg.devices}", optimizer=partial(torch.optim.Adam, lr=0.01))
-    trainer = pl.Trainer(accelerator="cpu", devices=cfg.devices, strategy="ddp" if cfg.devices > 1 else "auto",
+    trainer = pl.Trainer(accelerator="cpu", devices=cfg.devices, strategy="ddp",
                          max_epochs=1, logger=False, enable_checkpointing=False, use_distributed_sampler=False)
     trainer.fit(module, datamodule=TinyData())
 

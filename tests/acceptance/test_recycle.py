@@ -156,13 +156,13 @@ def test_on_noise_around_the_profile_training_does_no_harm(tmp_path):
 
 
 def test_the_best_epoch_is_restored(tmp_path):
-    # A learning rate that soon does harm: the last epoch is not the best. A second callback keeps the last one.
+    # A high, constant learning rate: two epochs without progress come soon. A second callback keeps the last one.
     keep = (
         "+callbacks.final={_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: final, monitor: null}",
         "+callbacks.final.dirpath=${run.dir}/checkpoints",
     )
-    options = ("experiment=recycle", "trainer.max_epochs=6", "scheduler=none", "model.optimizer.lr=0.05", *keep)
-    metrics = run(tmp_path, *options, "validate=true", "callbacks.early_stopping.patience=1")
+    options = ("experiment=recycle", "trainer.max_epochs=15", "scheduler=none", "model.optimizer.lr=0.01", *keep)
+    metrics = run(tmp_path, *options, "validate=true", "callbacks.early_stopping.patience=2")
     folder = tmp_path / "checkpoints"
     best, final = (torch.load(folder / f"{name}.ckpt", weights_only=True) for name in ("best", "final"))
     assert best["epoch"] < final["epoch"], "the last epoch is the best: nothing is tested"
