@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -33,8 +34,19 @@ def wandb_run(tmp_path_factory):
 
 
 def wandb_files(run_dir: Path) -> list[wandb_file.WandbRun]:
+    """The W&B runs of a folder; W&B's own process may still be writing after ``finish`` has returned."""
     paths = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime)
+    deadline = time.monotonic() + 30
+    while any(not ended(path) for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.1)
     return [wandb_file.read(path) for path in paths]
+
+
+def ended(path: Path) -> bool:
+    try:
+        return wandb_file.read(path).exit_code is not None
+    except ValueError:  # in the middle of a record
+        return False
 
 
 def test_wandb_has_what_metrics_csv_has(wandb_run):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from runner import job
 from tests.composing import composed, plain, tiny
 
@@ -19,3 +21,12 @@ def test_a_module_without_parameters_is_only_evaluated(tmp_path):
     assert result["status"] == "completed", result
     assert result["metrics"]["test/mae_scaled"] == result["metrics"]["test/rhp_mae_scaled"]
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_the_last_checkpoint_does_not_wait_for_a_better_one(tmp_path):
+    """ModelCheckpoint(save_last=True) writes it with a new best only: a killed run would lose every epoch since."""
+    result = job.run(tiny(tmp_path, "model.optimizer.lr=0.0", "trainer.max_epochs=3"))
+    assert result["status"] == "completed"
+    best, last = (torch.load(tmp_path / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("best", "last"))
+    assert (best["epoch"], last["epoch"]) == (0, 2)
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
