@@ -49,6 +49,8 @@ class Interrupt(pl.Callback):
         self.dirpath, self.requeue, self.first_only = dirpath, requeue, first_only
         self._requested = 0
         self._before: dict[int, Any] = {}
+        self._at_epoch_end = 0  # signal to obey once the running epoch is over
+        self._saved_step = -1
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
@@ -97,14 +99,31 @@ class Interrupt(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         signum = self._agreed(trainer)
-        # After the last step of an epoch its validation comes first: stop after the first step of the next epoch.
-        if signum and not trainer.is_last_batch:
+        if signum and trainer.is_last_batch:  # the validation of the epoch comes first
+            self._at_epoch_end = signum
+        elif signum:
             path = Path(self.dirpath) / "last.ckpt"
             trainer.save_checkpoint(path)
             log.warning("saved %s", path)
             if signum == signal.SIGUSR1 and trainer.is_global_zero:
                 self._requeue()
             raise Interrupted(signum)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._saved_step = trainer.global_step
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._at_epoch_end:  # all that follows an epoch has been done, its checkpoint included if it was validated
+            path = Path(self.dirpath) / "last.ckpt"
+            if self._saved_step != trainer.global_step or not path.is_file():
+                trainer.save_checkpoint(path)
+            if self._at_epoch_end == signal.SIGUSR1 and trainer.is_global_zero:
+                self._requeue()
+            raise Interrupted(self._at_epoch_end)
 
     def _evaluation_batch_end(
         self,

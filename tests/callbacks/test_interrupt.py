@@ -37,7 +37,7 @@ def test_signal_ends_the_run_after_the_step(tmp_path, number):
 
 def test_last_step_of_an_epoch_waits_for_its_validation(tmp_path):
     faulty(tmp_path, "SIGTERM", "model.fault_step=11")
-    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 13
+    assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12
     assert "val/loss" in results(tmp_path)["metrics"]
 
 

@@ -30,3 +30,13 @@ def test_the_last_checkpoint_does_not_wait_for_a_better_one(tmp_path):
     best, last = (torch.load(tmp_path / "checkpoints" / f"{n}.ckpt", weights_only=True) for n in ("best", "last"))
     assert (best["epoch"], last["epoch"]) == (0, 2)
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_signal_is_obeyed_where_every_step_is_the_last_of_its_epoch(tmp_path):
+    options = ("data.batch_size=48", "trainer.max_epochs=8")  # one step an epoch
+    whole = job.run(tiny(tmp_path / "whole", *options))
+    cut = job.run(tiny(tmp_path / "cut", *options, "model.fault=SIGTERM", "model.fault_step=3"))
+    assert cut["status"] == "interrupted"
+    assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
+    resumed = job.run(tiny(tmp_path / "cut", *options, "ckpt_path=last"))
+    assert resumed["status"] == "completed" and resumed["metrics"] == whole["metrics"]
