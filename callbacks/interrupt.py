@@ -51,6 +51,7 @@ class Interrupt(pl.Callback):
         self._before: dict[int, Any] = {}
         self._at_epoch_end = 0  # signal to obey once the running epoch is over
         self._saved_step = -1
+        self._requeued = False
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Any, torch.Tensor] | None = None
 
@@ -136,12 +137,17 @@ class Interrupt(pl.Callback):
     ) -> None:
         # Shares of an evaluation may differ by a batch, so ranks cannot agree step by step: one process only.
         # Several ranks end after the evaluation, or when the supervisor's patience ends; nothing is lost by either.
-        if trainer.world_size == 1 and self._requested and not trainer.sanity_checking and trainer.state.fn != "fit":
+        if not self._requested or trainer.sanity_checking or trainer.state.fn == "fit":
+            return
+        if self._requested == signal.SIGUSR1 and trainer.is_global_zero and not self._requeued:
+            self._requeue()
+        if trainer.world_size == 1:
             raise Interrupted(self._requested)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end
 
     def _requeue(self) -> None:
+        self._requeued = True
         job = os.environ.get("SLURM_JOB_ID")
         if not self.requeue or job is None:
             return

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runner.annotations import mismatch
 from runner.launch import num_processes
 from runner.signatures import TargetError, hint, signature
 
@@ -100,6 +101,13 @@ def _unknown_arguments(node: Any, key: str, target: str, given: tuple[str, ...] 
             if name not in accepted.names or name in given:
                 known = [n for n in accepted.names if n not in given]
                 yield f"{key}.{name}: {target} takes no '{name}'.{hint(name, known)}"
+    for name in present:
+        if name not in accepted.annotations or OmegaConf.is_missing(node, name):
+            continue
+        if OmegaConf.is_interpolation(node, name):  # judged where the value stands, if that is an argument
+            continue
+        if expected := mismatch(accepted.annotations[name], node[name]):
+            yield f"{key}.{name}={node[name]}: {target} expects {expected}"
     if not node.get("_partial_") and "_args_" not in node:
         for name in accepted.required:
             if name not in present and name not in given:
@@ -157,8 +165,13 @@ def _devices(config: DictConfig) -> Iterator[str]:
         available = torch.cuda.device_count()
         wanted = trainer.get("devices")
         if available == 0:
+            build = (
+                ""
+                if torch.version.cuda
+                else " (the installed torch is the CPU build: on a GPU machine remove .venv and run ./quickstart)"
+            )
             yield (
-                f"trainer.accelerator={trainer.accelerator}: no CUDA device found; "
+                f"trainer.accelerator={trainer.accelerator}: no CUDA device found{build}; "
                 "the same run on CPU processes: trainer=multi_cpu (one process: trainer=cpu)"
             )
             return

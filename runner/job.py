@@ -256,6 +256,7 @@ def _failed(config: dict[str, Any], error: Exception) -> dict[str, Any]:
         "status": "failed",
         "error": describe(error),
         "trace": "" if is_input_error(error) else trace,
+        "hopeless": is_input_error(error),
         "metrics": {},
         "run_dir": config["run"]["dir"],
     }

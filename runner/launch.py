@@ -18,15 +18,20 @@ from typing import Any
 # Variables that describe ranks; a supervisor that inherits some of them must not pass them on.
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 # Exit codes of ranks that a signal ended in good order (`runner.rank`).
+# What the supervisor passes on to its ranks; SIGUSR1 is SLURM's warning.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _INTERRUPTED = {128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
 
 
 class JobFailed(Exception):
-    """A rank ended with an error; the message is the root cause, `trace` its traceback if there is one."""
+    """A rank ended with an error; the message is the root cause, `trace` its traceback if there is one.
 
-    def __init__(self, message: str, trace: str = "") -> None:
+    ``hopeless`` says that the input is wrong: another try would end the same.
+    """
+
+    def __init__(self, message: str, trace: str = "", hopeless: bool = False) -> None:
         super().__init__(message)
-        self.trace = trace
+        self.trace, self.hopeless = trace, hopeless
 
 
 class JobInterrupted(Exception):
@@ -114,13 +119,14 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=specs,
+        signals_to_handle=",".join(number.name for number in _SIGNALS),
     )
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the root cause is reported below, without the wrapper
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     timeout_s = config["launch"]["timeout_s"]
     try:
         with _alarm(timeout_s), _second_ctrl_c():
@@ -152,7 +158,7 @@ def _failed(rank: int, failure: Any, log_dir: Path) -> JobFailed:
         message, trace = detail["message"], detail["extraInfo"]["py_callstack"]
     kind, _, text = str(message).partition(": ")
     if kind.endswith("InputError"):
-        return JobFailed(text)
+        return JobFailed(text, hopeless=True)
     return JobFailed(f"rank {rank}: {message}", trace)
 
 

@@ -53,9 +53,17 @@ def rewrite(argv: list[str]) -> list[str]:
         f"hydra.output_subdir=.hydra/resumed_{max(numbers, default=0) + 1}",
         "hydra.mode=RUN",
         *("hydra/job_logging=none", "hydra/hydra_logging=none"),
-        *([] if any(a.startswith("ckpt_path=") for a in rest) else ["ckpt_path=last"]),
+        *([] if any(a.startswith("ckpt_path=") for a in rest) else [f"ckpt_path={_stored_checkpoint(run)}"]),
         *rest,
     ]
+
+
+def _stored_checkpoint(run: Path) -> str:
+    """``last``, or ``null`` for a run that was killed before it had saved anything."""
+    if (run / "checkpoints" / "last.ckpt").is_file():
+        return "last"
+    print(f"resume={run}: nothing was saved yet, the run starts afresh")
+    return "null"
 
 
 def find_checkpoint(config: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ the target is imported after all.
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
 import importlib
 import inspect
@@ -33,6 +34,7 @@ class Signature:
     required: tuple[str, ...] = ()
     open: bool = False
     literals: dict[str, object] = field(default_factory=dict, compare=False)  # class-level constants, bases included
+    annotations: dict[str, str] = field(default_factory=dict, compare=False)  # of the arguments, as written
 
 
 @cache
@@ -48,7 +50,7 @@ def signature(target: str) -> Signature:
     module, node = found
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
         names, required, is_open = _arguments(node.args, bound=False)
-        return Signature(names, required, is_open)
+        return Signature(names, required, is_open, annotations=_annotations(module, node.args))
     described = _class(module, node)
     return _imported(target) if described is None else described
 
@@ -229,6 +231,33 @@ def _arguments(args: ast.arguments, bound: bool) -> tuple[tuple[str, ...], tuple
     return tuple(a.arg for a in [*positional, *args.kwonlyargs]), tuple(required), args.kwarg is not None
 
 
+class _Aliases(ast.NodeTransformer):
+    """Replaces the names of aliases that a module defines itself (``Mode = Literal["a", "b"]``)."""
+
+    def __init__(self, module: str) -> None:
+        path = _file(module)
+        assigned = [n for n in _statements(_tree(path).body) if isinstance(n, ast.Assign)] if path else []
+        self.known = {n.targets[0].id: n.value for n in assigned if isinstance(n.targets[0], ast.Name)}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        value = self.known.get(node.id)
+        return value if isinstance(value, ast.Subscript | ast.BinOp) else node
+
+
+def _annotations(module: str, args: ast.arguments) -> dict[str, str]:
+    """Annotations as written, own aliases resolved; a default of None is one of the values that are accepted."""
+    aliases = _Aliases(module)
+    positional = [*args.posonlyargs, *args.args]
+    defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
+    found = {}
+    for argument, default in zip([*positional, *args.kwonlyargs], [*defaults, *args.kw_defaults], strict=True):
+        if argument.annotation is not None:
+            optional = " | None" if isinstance(default, ast.Constant) and default.value is None else ""
+            written = aliases.visit(copy.deepcopy(argument.annotation))
+            found[argument.arg] = f"{ast.unparse(written)}{optional}"
+    return found
+
+
 def _class(module: str, node: ast.ClassDef, depth: int = 0) -> Signature | None:
     """Signature of a class's constructor, inherited where it has none; None where that cannot be read statically."""
     if depth > 20:
@@ -271,7 +300,8 @@ def _class(module: str, node: ast.ClassDef, depth: int = 0) -> Signature | None:
             for inherited in bases:
                 names += tuple(n for n in inherited.names if n not in names and n not in passed_on)
             is_open = any(inherited.open for inherited in bases)
-        return Signature(names, required, is_open, literals)
+        annotations = {k: v for inherited in reversed(bases) for k, v in inherited.annotations.items() if k in names}
+        return Signature(names, required, is_open, literals, annotations | _annotations(module, init.args))
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
         inherited_names = tuple(n for base in bases for n in base.names)
         names = inherited_names + tuple(n for n, _ in fields if n not in inherited_names)
@@ -282,7 +312,7 @@ def _class(module: str, node: ast.ClassDef, depth: int = 0) -> Signature | None:
     if not bases:
         return Signature((), (), False, literals)
     first = bases[0]
-    return Signature(first.names, first.required, first.open, literals)
+    return Signature(first.names, first.required, first.open, literals, first.annotations)
 
 
 def _passed_on(init: ast.FunctionDef) -> set[str] | None:

@@ -36,4 +36,5 @@ def run_stamp() -> str:
 
 
 def _format(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d_%H-%M-%S")
+    """To the millisecond: runs that a shell starts in the background at once must not share a folder."""
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d_%H-%M-%S-%f")[:-3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from hydra.errors import CompactHydraException
 
 from runner import report
 from runner.launch import JobFailed, JobInterrupted, launch, num_processes, ranks_exist
+from runner.lock import FolderInUse, exclusive
 from runner.traces import shorten
 
 
@@ -31,11 +33,15 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
     isolate = (processes > 1 or sweep) and not ranks_exist()
     retries = config["launch"]["retries"]
     for attempt in range(retries + 1):
-        result = _isolated(config, processes) if isolate else _here(config)
-        if result["status"] != "failed" or attempt == retries:
+        try:
+            result = _isolated(config, processes) if isolate else _here(config)
+        except FolderInUse as error:
+            result = {"status": "failed", "error": str(error), "hopeless": True, "run_dir": config["run"]["dir"]}
+        if result["status"] != "failed" or result.get("hopeless") or attempt == retries:
             break
         print(f"the job failed ({result['error']}); try {attempt + 2} of {retries + 1}", file=sys.stderr)
-        config = config | {"ckpt_path": config["ckpt_path"] or "auto"}
+        if (Path(config["run"]["dir"]) / "checkpoints" / "last.ckpt").is_file():  # of the failed try: it is ahead
+            config = config | {"ckpt_path": "last"}
     if result["status"] == "interrupted":
         print(f"\ninterrupted; resume: {report.resume_command(result['run_dir'])}", file=sys.stderr)
         raise SystemExit(128 + int(result.get("signum", 2)))
@@ -57,8 +63,11 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
 
 def _here(config: dict[str, Any]) -> dict[str, Any]:
     from runner import job
+    from runner.logs import global_rank
 
-    return job.run(config)
+    # Ranks that somebody else started share the folder: rank 0 holds it for all.
+    with exclusive(config["run"]["dir"]) if global_rank() == 0 else contextlib.nullcontext():
+        return job.run(config)
 
 
 def _isolated(config: dict[str, Any], processes: int) -> dict[str, Any]:
@@ -67,14 +76,15 @@ def _isolated(config: dict[str, Any], processes: int) -> dict[str, Any]:
     run_dir = Path(config["run"]["dir"])
     outcome: dict[str, Any] = {"metrics": {}, "run_dir": str(run_dir)}
     try:
-        return launch(config, processes)
+        with exclusive(run_dir):
+            return launch(config, processes)
     except JobInterrupted as stop:
         mark(run_dir, "interrupted", str(stop))
         return outcome | {"status": "interrupted", "signum": stop.signum}
     except (JobFailed, TimeoutError) as error:
         mark(run_dir, "failed", str(error))
-        trace = getattr(error, "trace", "")
-        return outcome | {"status": "failed", "error": str(error), "trace": trace}
+        details = {name: getattr(error, name, None) for name in ("trace", "hopeless")}
+        return outcome | {"status": "failed", "error": str(error), **details}
 
 
 def _objective(config: dict[str, Any], metrics: dict[str, float]) -> float | None:

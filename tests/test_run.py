@@ -205,6 +205,14 @@ def resumed(folder: Path) -> None:
     assert results(folder)["earlier"][-1]["status"] == before["status"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [(), MULTI_CPU], ids=["one", "two"])
+def test_slurms_warning_to_the_process_that_was_started(tmp_path, target):
+    """`sbatch --signal=B:USR1` and `scancel` reach run.py itself, which passes the warning on to its ranks."""
+    interrupted(tmp_path / "run", signal.SIGUSR1, *target, ranks=2 if target else 1)
+    resumed(tmp_path / "run")
+
+
 def test_sigterm_loses_nothing(whole, tmp_path):
     interrupted(tmp_path / "run", signal.SIGTERM)
     resumed(tmp_path / "run")

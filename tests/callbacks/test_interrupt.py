@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from callbacks.interrupt import Interrupt
+from callbacks.interrupt import Interrupt, Interrupted
 from runner import job
 from tests.cli import results
 from tests.composing import tiny
@@ -138,3 +140,16 @@ def test_the_group_of_the_callback_is_closed(ranks2, tmp_path):
     """Many runs in the same ranks: a leaking process group would end in too many of them."""
     for i in range(3):
         assert ranks2(_evaluate_on, str(tmp_path / str(i))) == ["completed", "completed"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_slurms_warning_in_an_evaluation_queues_the_job_once(scontrol, slurm_job, world_size):
+    trainer = SimpleNamespace(
+        world_size=world_size, is_global_zero=True, sanity_checking=False, state=SimpleNamespace(fn="test")
+    )
+    callback = Interrupt("/nowhere")
+    callback._handle(signal.SIGUSR1, None)
+    for batch in range(2):
+        with pytest.raises(Interrupted) if world_size == 1 else contextlib.nullcontext():
+            callback.on_test_batch_end(trainer, None, None, None, batch)
+    assert scontrol.read_text() == "requeue 4711\n"

@@ -19,6 +19,8 @@ def stored(tmp_path):
     """A folder that looks like a run."""
     (tmp_path / ".hydra" / "resumed_2").mkdir(parents=True)
     (tmp_path / ".hydra" / "config.yaml").write_text("name: x\n")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
     return tmp_path
 
 
@@ -29,6 +31,12 @@ def test_rewrite(stored):
     assert argv[5:7] == ["--cfg", "job"]
     assert f"hydra.run.dir={stored}" in argv and "hydra.output_subdir=.hydra/resumed_3" in argv
     assert "ckpt_path=last" in argv and argv[-1] == "trainer.max_epochs=9"
+
+
+def test_a_run_that_had_saved_nothing_starts_afresh(stored, capsys):
+    (stored / "checkpoints" / "last.ckpt").unlink()
+    assert "ckpt_path=null" in rewrite(["run.py", f"resume={stored}"])
+    assert "nothing was saved yet" in capsys.readouterr().out
 
 
 def test_rewrite_keeps_another_checkpoint(stored):

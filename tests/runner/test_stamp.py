@@ -8,7 +8,7 @@ import pytest
 
 from runner.stamp import run_stamp
 
-CLOCK = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d"
+CLOCK = r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{3}"
 
 
 @pytest.fixture
