@@ -27,6 +27,7 @@ def main(config: DictConfig) -> Any:
     sweep = HydraConfig.get().mode == RunMode.MULTIRUN
     if sweep:
         config.run.group = f"{config.name}-{run_stamp()}"
+        config.run.label = f"{config.name}-{HydraConfig.get().job.num}"
     try:
         check.check(config, mistyped, OmegaConf.to_container(HydraConfig.get().overrides.task))
     except check.ConfigMistakes as mistakes:

@@ -100,6 +100,7 @@ class RunRecord(pl.Callback):
             "metrics": {},
             "best_checkpoint": None,
             "world_size": None,
+            "parameters": None,
             "wandb_run_id": earlier[-1].get("wandb_run_id") if earlier else None,
             "git": git_state(Path(__file__).parents[1]),
             "versions": versions(),

@@ -113,8 +113,9 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             )
             rank_zero = trainer.is_global_zero
             if rank_zero:
-                record.update(world_size=trainer.world_size)
-                _announce(config, trainer, module, ckpt_path)
+                trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+                record.update(world_size=trainer.world_size, parameters=trainable)
+                _announce(config, trainer, module, trainable, ckpt_path)
             _log_config(trainer, config)
             metrics = _stages(config, trainer, module, datamodule, record, ckpt_path)
             if rank_zero:
@@ -218,8 +219,7 @@ def _flatten(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         yield key, str(node) if isinstance(node, list | dict) else node
 
 
-def _announce(config: dict[str, Any], trainer: Any, module: Any, ckpt_path: str | None) -> None:
-    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _announce(config: dict[str, Any], trainer: Any, module: Any, parameters: int, ckpt_path: str | None) -> None:
     kind = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     log.info("%s: %s, %s trainable parameters", config["name"], type(module).__name__, f"{parameters:,}")
     log.info("%d process(es) on %s, strategy %s", trainer.world_size, kind, type(trainer.strategy).__name__)

@@ -29,6 +29,7 @@ class Run:
     # How W&B groups runs: all jobs of a sweep together (run.py sets it), else by experiment.
     group: str = "${name}"
     job_type: str = "${job_type:${train}}"
+    label: str = "${name}-seed${seed}"  # name of the run in dashboards; jobs of a sweep get their number
 
 
 @dataclass

@@ -65,6 +65,7 @@ def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
     status = result.get("status", "failed")
     row: dict[str, Any] = {"job": number}
     row |= dict(o.split("=", 1) for o in overrides)
+    row |= {"parameters": result.get("parameters")}
     row |= {"status": "failed" if status == "running" else status, "world_size": result.get("world_size")}
     row |= {"seconds": result.get("seconds", {}).get("total"), "run_dir": str(run_dir)}
     row |= {"error": (result.get("error") or "").splitlines()[0] if result.get("error") else ""}
@@ -90,7 +91,8 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
     if any(row.get("error") for row in rows):
         plain.append("error")
     chosen = plain + metrics
-    lines = ["all jobs: " + " ".join(f"{c}={rows[0][c]}" for c in same), ""] if same else []
+    shared = [f"{c}={rows[0][c]}" for c in same if rows[0].get(c) is not None]
+    lines = ["all jobs: " + " ".join(shared), ""] if shared else []
     lines += ["| " + " | ".join(chosen) + " |", "|" + "---|" * len(chosen)]
     lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in chosen) + " |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
