@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class FolderInUse(ValueError):
@@ -21,15 +25,17 @@ def exclusive(run_dir: str | Path) -> Iterator[None]:
     """
     folder = Path(run_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
+    handle = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind
+    try:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise FolderInUse(
                 f"run.dir={folder}: another run is writing there; wait for it, or set RUN_STAMP or hydra.run.dir to "
                 "another folder"
             ) from None
-        except OSError:  # a file system without locks: go on without one
-            yield
-            return
+        except OSError as error:  # a file system without locks: go on without one
+            log.debug("%s cannot be locked: %s", folder, error)
         yield
+    finally:
+        os.close(handle)
