@@ -1,8 +1,8 @@
-"""Nine quantiles of the next week of road traffic, calibrated on the validation part.
+"""Nine quantiles of the next week of road traffic, calibrated on the weeks before each origin.
 
-Acceptance 12. ``experiment=recycle/quantile``, raw and calibrated from the same settings. The published program cannot
-train its quantile options; a network with an unordered head and no calibration let 3.6 % of its quantiles cross and
-covered 71 % with its 80 % intervals.
+Acceptance 12. ``experiment=recycle/quantile``, raw and calibrated (rolling, and once on validation) from the same
+settings. The published program cannot train its quantile options; a network with an unordered head and no calibration
+let 3.6 % of its quantiles cross and covered 71 % with its 80 % intervals.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BOUNDS = {
 def run(seeds: Sequence[int] = SEEDS) -> Result:
     """Train with every seed, with and without calibration."""
     rows = []
-    for variant, calibrate in (("calibrated", "conformal"), ("raw", "none")):
+    for variant, calibrate in (("calibrated", "rolling"), ("calibrated once", "conformal"), ("raw", "none")):
         found = runs("experiment=recycle/quantile", f"model.calibrate={calibrate}", seeds=seeds)
         for metric, bound in BOUNDS.items():
             extra = bound if variant == "calibrated" else {}

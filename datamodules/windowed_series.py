@@ -360,6 +360,13 @@ class WindowedSeries(LightningDataModule):
     def test_dataloader(self) -> DataLoader:
         return self._loader(self._windows("test"), self.eval_batch_size)
 
+    def calibration_dataloader(self) -> DataLoader:
+        """Give the windows of validation and then of test, in the order of time, all of them on every rank."""
+        assert self._arrays is not None, "setup() comes first"
+        origins = torch.cat([self._origins["val"], self._origins["test"]])
+        data = SeriesWindows(self._arrays, origins, self.history_length, self.horizon)
+        return make_loader(data, self.eval_batch_size, seed=self.seed, collate_fn=same_batch)
+
     @override
     def predict_dataloader(self) -> DataLoader:
         """Give the one window whose origin is the first step after the last observation."""

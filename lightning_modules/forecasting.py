@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +19,7 @@ from lightning_modules.metrics.calibration import (
     ConformalScores,
     QuantileScores,
     QuantileSet,
+    RollingScores,
     pinball_loss,
     point_index,
     quantile_levels,
@@ -25,7 +27,7 @@ from lightning_modules.metrics.calibration import (
 from lightning_modules.metrics.forecast import ForecastErrors, SumRatio
 
 Batch = dict[str, Tensor]
-Calibration = Literal["none", "conformal"]
+Calibration = Literal["none", "conformal", "rolling"]
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"l1": F.l1_loss, "mse": F.mse_loss, "huber": F.huber_loss}
 _NEEDED_FROM_DATA = (
@@ -77,7 +79,9 @@ class Forecaster(pl.LightningModule):
 
     Works with every network that is called as ``net(batch)`` and returns (batch, time, channel) or (batch, time,
     channel, quantile) on the scaled axis; a method ``net.penalty() -> Tensor``, if it has one, is added to the training
-    loss. Series with a missing value in a window (``valid`` is False) count neither in the loss nor in a metric.
+    loss. A network with ``net.member_outputs(batch) -> list[Tensor]`` (`networks.ensemble.Ensemble`) is trained on the
+    sum of its members' losses, ``train/loss`` is their mean. Series with a missing value in a window (``valid`` is
+    False) count neither in the loss nor in a metric.
 
     Steps of validation, test and predict return, in the data's units, ``prediction`` (batch, time, channel[,
     quantile]), ``target`` and ``profile`` (batch, time, channel), further ``loss`` (scaled axis), ``valid``,
@@ -101,7 +105,11 @@ class Forecaster(pl.LightningModule):
         sort_quantiles: Whether forecasts are rearranged into ascending order (training sees the raw ones). It never
             increases the pinball loss (Chernozhukov, Fernandez-Val and Galichon, 2010).
         calibrate: ``conformal``: after every validation the central intervals are calibrated for each lead day; test
-            and predict widen or narrow them accordingly, validation reports the raw ones. ``none``: never.
+            and predict widen or narrow them accordingly, validation reports the raw ones. ``rolling``: test and
+            predict calibrate every origin on the latest windows whose targets lie wholly before it, those of
+            validation and of the test part, so that the intervals follow a series that changes. It costs one more
+            pass over both parts. ``none``: never.
+        calibration_windows: Windows that ``rolling`` looks back on (56 daily origins = eight weeks).
         scheduler_monitor: Metric given to schedulers that watch one (ReduceLROnPlateau).
         scheduler_interval: When the scheduler steps, after each ``epoch`` or each ``step``.
         log_steps: Whether the loss of single steps is logged too, as ``train/loss_step``. It costs as much as a
@@ -129,6 +137,7 @@ class Forecaster(pl.LightningModule):
         quantile_set: QuantileSet = "equidistant",
         sort_quantiles: bool = True,
         calibrate: Calibration = "none",
+        calibration_windows: int = 56,
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         log_steps: bool = False,
@@ -145,6 +154,8 @@ class Forecaster(pl.LightningModule):
             raise ValueError(
                 f"model.calibrate={calibrate!r} is unknown; choose one of {', '.join(get_args(Calibration))}."
             )
+        if calibration_windows < 1:
+            raise ValueError(f"model.calibration_windows={calibration_windows} calibrates on nothing; give at least 1.")
         if calibrate != "none" and quantiles is None:
             raise ValueError(f"model.calibrate={calibrate!r} needs intervals; set model.quantiles, e.g. to 9.")
         if scheduler_interval not in ("epoch", "step"):
@@ -159,7 +170,8 @@ class Forecaster(pl.LightningModule):
         if self.levels is not None:
             self.register_buffer("quantiles", torch.tensor(self.levels), persistent=False)
         self.units = TargetUnits()
-        self.intervals = ConformalIntervals(self.levels) if calibrate == "conformal" else None
+        self.calibrate, self.calibration_windows = calibrate, calibration_windows
+        self.intervals = None if calibrate == "none" else ConformalIntervals(self.levels)
         self.cycle_length = self.season_length = 0  # known after setup
         self._train_sums: tuple[Tensor, Tensor] | None = None
 
@@ -178,12 +190,15 @@ class Forecaster(pl.LightningModule):
         if self.levels is not None:
             self.val_quantiles = QuantileScores(self.levels, scale)
             self.test_quantiles = QuantileScores(self.levels, scale)
-        if self.intervals is not None:
+        if self.calibrate == "conformal":
             self.conformal_scores = ConformalScores(self.levels, data.cycle_length)
+        elif self.calibrate == "rolling":
+            self.rolling_scores = RollingScores(self.levels, data.cycle_length, self.calibration_windows)
 
     def _datamodule(self) -> Any:
         data = getattr(self.trainer, "datamodule", None)
-        if missing := [name for name in _NEEDED_FROM_DATA if not hasattr(data, name)]:
+        needed = (*_NEEDED_FROM_DATA, *(["calibration_dataloader"] if self.calibrate == "rolling" else []))
+        if missing := [name for name in needed if not hasattr(data, name)]:
             raise ValueError(
                 f"data: {type(self).__name__} needs a DataModule with {', '.join(missing)} "
                 "(datamodules.series.SeriesDataModule has them); loaders alone do not tell the units."
@@ -214,7 +229,10 @@ class Forecaster(pl.LightningModule):
     @override
     def forward(self, batch: Batch) -> Tensor:
         """What the network says, scaled, (batch, time, channel[, quantile])."""
-        prediction = self.net(batch)
+        return self._checked(self.net(batch), batch)
+
+    def _checked(self, prediction: Tensor, batch: Batch) -> Tensor:
+        """Refuse outputs of a network whose sizes disagree with the data or the levels."""
         batch_size, _, channels = batch["history"].shape
         expected = (batch_size, batch["forecast_profile"].shape[1], channels)
         if self.levels is not None:
@@ -235,7 +253,10 @@ class Forecaster(pl.LightningModule):
         if self.levels is not None and self.sort_quantiles:
             prediction = prediction.sort(dim=-1).values
         if self.intervals is not None and calibrated:
-            prediction = self.intervals(prediction, self.cycle_length)
+            offsets = None
+            if self.calibrate == "rolling":
+                offsets = self.rolling_scores.offsets(batch["origin"], prediction.shape[1])
+            prediction = self.intervals(prediction, self.cycle_length, offsets)
         return prediction
 
     def point(self, prediction: Tensor) -> Tensor:
@@ -254,20 +275,27 @@ class Forecaster(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         self._train_sums = None
 
+    def _outputs_to_train(self, batch: Batch) -> list[Tensor]:
+        """What the loss is taken of: the members of an ensemble one by one, or the one forecast there is."""
+        if hasattr(self.net, "member_outputs"):
+            return [self._checked(output, batch) for output in self.net.member_outputs(batch)]
+        return [self(batch)]
+
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         valid = batch["valid"]
         target = batch["target"]
-        losses = self._window_losses(self(batch).to(target.dtype), target)
+        outputs = self._outputs_to_train(batch)
+        losses = torch.stack([self._window_losses(output.to(target.dtype), target) for output in outputs]).sum(0)
         total = torch.where(valid, losses, losses.new_zeros(())).sum()
         # Divided by all windows, not by the valid ones: a valid value then weighs the same in every batch and on every
         # rank, and the gradient averaged over ranks is that of one process.
         loss = total / valid.numel()
         # Summed here and handed to a metric once per epoch: a call of self.log costs as much as a small network's step.
-        sums = (total.detach().double(), valid.sum())
+        sums = (total.detach().double() / len(outputs), valid.sum())
         self._train_sums = sums if self._train_sums is None else tuple(map(torch.add, self._train_sums, sums))
         if self.log_steps:
-            self.log("train/loss_step", total.detach() / valid.sum(), on_step=True, on_epoch=False)
+            self.log("train/loss_step", (sums[0] / sums[1]).to(target.dtype), on_step=True, on_epoch=False)
         if hasattr(self.net, "penalty"):
             loss = loss + self.net.penalty()
         return {"loss": loss}
@@ -297,7 +325,7 @@ class Forecaster(pl.LightningModule):
         )
         if self.levels is not None:
             getattr(self, f"{stage}_quantiles").update(prediction, target, valid)
-        if stage == "val" and self.intervals is not None:
+        if stage == "val" and self.calibrate == "conformal":
             self.conformal_scores.update(prediction, target, valid)
         return {"loss": (losses.sum() / valid.sum()).to(target.dtype)} | self._in_units(batch, prediction)
 
@@ -331,13 +359,13 @@ class Forecaster(pl.LightningModule):
     @override
     def on_test_epoch_start(self) -> None:
         self._adopt_units()
-        self._warn_if_uncalibrated()
+        self._prepare_calibration()
         self._reset(self.test_loss, self.test_errors, getattr(self, "test_quantiles", None))
 
     @override
     def on_predict_epoch_start(self) -> None:
         self._adopt_units()
-        self._warn_if_uncalibrated()
+        self._prepare_calibration()
 
     @staticmethod
     def _reset(*metrics: Any) -> None:
@@ -345,19 +373,30 @@ class Forecaster(pl.LightningModule):
             if metric is not None:
                 metric.reset()
 
-    def _warn_if_uncalibrated(self) -> None:
-        if self.intervals is not None and not self.intervals.fitted:
+    def _prepare_calibration(self) -> None:
+        if self.calibrate == "rolling":
+            self._score_past_windows()
+        elif self.calibrate == "conformal" and not self.intervals.fitted:
             rank_zero_warn(
                 "model.calibrate='conformal', but these weights were never validated: the intervals are the raw ones. "
                 "Run validation first (validate=true) or load a checkpoint of a finished epoch."
             )
+
+    def _score_past_windows(self) -> None:
+        """Forecast all windows of validation and test once, uncalibrated, on every rank alike."""
+        self.rolling_scores.reset()
+        for batch in self._datamodule().calibration_dataloader():
+            batch = move_data_to_device(batch, self.device)
+            with self.trainer.precision_plugin.forward_context():
+                prediction = self.forecast(batch, calibrated=False)
+            self.rolling_scores.update(prediction, batch["target"], batch["valid"], batch["origin"])
 
     @override
     def on_validation_epoch_end(self) -> None:
         values = self._values("val")
         self._log_exact({"val/loss": values.pop("loss")}, prog_bar=True)
         self._log_exact({f"val/{name}": values[name] for name in _VALIDATION_METRICS if name in values})
-        if self.intervals is not None and not self.trainer.sanity_checking:
+        if self.calibrate == "conformal" and not self.trainer.sanity_checking:
             # Now, and not in on_validation_end: that is where ModelCheckpoint saves the buffers.
             self._join_gather()
             self.intervals.fit_offsets(self.conformal_scores.compute())

@@ -37,6 +37,7 @@ class ReCycle(Forecaster):
         quantile_set: See `Forecaster`.
         sort_quantiles: See `Forecaster`.
         calibrate: See `Forecaster`.
+        calibration_windows: See `Forecaster`.
         scheduler_monitor: See `Forecaster`.
         scheduler_interval: See `Forecaster`.
         log_steps: See `Forecaster`.
@@ -54,6 +55,7 @@ class ReCycle(Forecaster):
         quantile_set: QuantileSet = "equidistant",
         sort_quantiles: bool = True,
         calibrate: Calibration = "none",
+        calibration_windows: int = 56,
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         log_steps: bool = False,
@@ -69,6 +71,7 @@ class ReCycle(Forecaster):
             quantile_set,
             sort_quantiles,
             calibrate,
+            calibration_windows,
             scheduler_monitor,
             scheduler_interval,
             log_steps,

@@ -1,7 +1,9 @@
 """Quantile forecasts: levels, pinball loss, scores of the intervals, and their split-conformal calibration.
 
 Conformalised quantile regression follows Romano, Patterson and Candes (NeurIPS 2019); intervals are calibrated apart
-for every lead day, because the error of a forecast grows with the lead.
+for every lead day, because the error of a forecast grows with the lead. Its guarantee needs a test part like the one
+that calibrates. `RollingScores` follows a series that changes: Barber, Candes, Ramdas and Tibshirani ("Conformal
+prediction beyond exchangeability", 2023) with weight 1 for the latest windows and 0 for all others.
 """
 
 from __future__ import annotations
@@ -172,8 +174,7 @@ class QuantileScores(Metric):
 class ConformalScores(Metric):
     """Conformity scores of all valid validation windows, gathered over ranks, and the offsets that follow from them.
 
-    The score of a value is how far it lies outside of the interval, max(lower - y, y - upper), negative inside. Keeps
-    4 bytes per window, step, channel and interval.
+    Keeps 4 bytes per window, step, channel and interval.
 
     Args:
         levels: Ascending levels.
@@ -199,10 +200,7 @@ class ConformalScores(Metric):
             target: Truth, scaled, (batch, time, channel).
             valid: Windows that count, (batch, channel) bool.
         """
-        lower = prediction[..., [i.lower for i in self.intervals]]
-        upper = prediction[..., [i.upper for i in self.intervals]]
-        truth = target.unsqueeze(-1)
-        scores = torch.maximum(lower - truth, truth - upper)
+        scores = conformity_scores(prediction, target, self.intervals)
         self.scores.append(scores.transpose(1, 2)[valid].float())
 
     @override
@@ -211,8 +209,98 @@ class ConformalScores(Metric):
         scores = dim_zero_cat(self.scores)
         if not len(scores):
             raise ValueError("model.calibrate='conformal' needs at least one validation window without missing values.")
-        coverages = [i.coverage for i in self.intervals]
-        return torch.stack([conformal_quantile(day, coverages) for day in scores.split(self.cycle_length, dim=1)])
+        return offsets_by_lead_day(scores, self.cycle_length, self.intervals)
+
+
+class RollingScores:
+    """Conformity scores of consecutive windows, and for any origin the offsets from the latest ones known there.
+
+    An origin o knows a window with origin p when all its targets lie before o: p + horizon <= o. So every offset is
+    one that was available at its origin. No communication: every rank collects the scores of all windows.
+
+    Args:
+        levels: Ascending levels.
+        cycle_length: D, steps per day.
+        num_windows: n, the latest known windows that count.
+    """
+
+    def __init__(self, levels: Sequence[float], cycle_length: int, num_windows: int) -> None:
+        self.cycle_length, self.num_windows = cycle_length, num_windows
+        self.intervals = central_intervals(levels)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all windows."""
+        self._scores: list[Tensor] = []  # (window, channel, time, interval)
+        self._valid: list[Tensor] = []
+        self._origins: list[Tensor] = []
+        self._offsets: dict[int, Tensor] = {}
+
+    def update(self, prediction: Tensor, target: Tensor, valid: Tensor, origin: Tensor) -> None:
+        """Add windows, in ascending order of their origins.
+
+        Args:
+            prediction: Quantiles, scaled, (batch, time, channel, quantile).
+            target: Truth, scaled, (batch, time, channel).
+            valid: Windows that count, (batch, channel) bool.
+            origin: Index of the first step of each window, (batch,).
+        """
+        self._scores.append(conformity_scores(prediction, target, self.intervals).transpose(1, 2).float())
+        self._valid.append(valid)
+        self._origins.append(origin)
+        self._offsets.clear()
+
+    def offsets(self, origin: Tensor, horizon: int) -> Tensor:
+        """Offsets for forecasts from these origins, (batch, lead day, interval).
+
+        Args:
+            origin: Index of the first step to forecast, (batch,).
+            horizon: Steps to forecast, as in the windows.
+
+        Raises:
+            ValueError: If an origin knows no complete window.
+        """
+        if not self._origins:
+            raise ValueError("model.calibrate='rolling' has seen no window yet; validation windows come first.")
+        for name in ("_scores", "_valid", "_origins"):
+            if len(blocks := getattr(self, name)) > 1:
+                setattr(self, name, [torch.cat(blocks)])
+        known = torch.searchsorted(self._origins[0], origin - horizon, right=True)
+        return torch.stack([self._offsets_of(stop) for stop in known.tolist()])
+
+    def _offsets_of(self, stop: int) -> Tensor:
+        if stop not in self._offsets:
+            latest = slice(max(stop - self.num_windows, 0), stop)
+            scores = self._scores[0][latest][self._valid[0][latest]]
+            if not len(scores):
+                raise ValueError(
+                    f"model.calibrate='rolling' needs a window without missing values among the "
+                    f"{self.num_windows} before an origin; raise model.calibration_windows or data.max_gap."
+                )
+            self._offsets[stop] = offsets_by_lead_day(scores, self.cycle_length, self.intervals)
+        return self._offsets[stop]
+
+
+def conformity_scores(prediction: Tensor, target: Tensor, intervals: Sequence[CentralInterval]) -> Tensor:
+    """How far values lie outside of each interval, max(lower - y, y - upper), negative inside.
+
+    Args:
+        prediction: Quantiles, (..., quantile).
+        target: Truth y, (...).
+        intervals: Positions of the ends.
+
+    Returns:
+        Scores, (..., interval).
+    """
+    lower, upper = prediction[..., [i.lower for i in intervals]], prediction[..., [i.upper for i in intervals]]
+    truth = target.unsqueeze(-1)
+    return torch.maximum(lower - truth, truth - upper)
+
+
+def offsets_by_lead_day(scores: Tensor, cycle_length: int, intervals: Sequence[CentralInterval]) -> Tensor:
+    """Conformal quantiles of scores (window, time, interval), apart for each day of the horizon, (day, interval)."""
+    coverages = [i.coverage for i in intervals]
+    return torch.stack([conformal_quantile(day, coverages) for day in scores.split(cycle_length, dim=1)])
 
 
 def conformal_quantile(scores: Tensor, coverages: Sequence[float]) -> Tensor:
@@ -249,7 +337,7 @@ class ConformalIntervals(nn.Module):
         self.intervals = central_intervals(levels)
         if not self.intervals:
             raise ValueError(
-                f"model.calibrate='conformal' needs central intervals, but model.quantiles={list(levels)} has no pair "
+                f"model.calibrate needs central intervals, but model.quantiles={list(levels)} has no pair "
                 "q, 1 - q; use equidistant levels or calibrate='none'."
             )
         self.num_below = sum(q < 0.5 - 1e-9 for q in levels)
@@ -263,22 +351,33 @@ class ConformalIntervals(nn.Module):
             self.offsets = offsets.detach().to(self.offsets).clone()
             self.fitted = torch.ones_like(self.fitted)
 
-    def forward(self, prediction: Tensor, cycle_length: int) -> Tensor:
-        """Calibrated quantiles, (batch, time, channel, quantile), scaled axis as the scores were."""
+    def forward(self, prediction: Tensor, cycle_length: int, offsets: Tensor | None = None) -> Tensor:
+        """Calibrated quantiles on the scaled axis of the scores.
+
+        Args:
+            prediction: Raw quantiles, (batch, time, channel, quantile).
+            cycle_length: D, steps per day.
+            offsets: Of every window, (batch, lead day, interval); None takes those of `fit_offsets` for all.
+
+        Returns:
+            Quantiles, (batch, time, channel, quantile).
+        """
         num_lead_days = math.ceil(prediction.shape[1] / cycle_length)
-        if not self.fitted:
-            return prediction
-        if len(self.offsets) != num_lead_days:
-            raise ValueError(
-                f"the intervals were calibrated for {len(self.offsets)} lead days, data.horizon has {num_lead_days}; "
-                "validate with this horizon first."
-            )
-        shift = prediction.new_zeros(num_lead_days, prediction.shape[-1])
-        offsets = self.offsets.to(prediction.dtype)
-        shift[:, [i.lower for i in self.intervals]] = -offsets
-        shift[:, [i.upper for i in self.intervals]] = offsets
+        if offsets is None:
+            if not self.fitted:
+                return prediction
+            if len(self.offsets) != num_lead_days:
+                raise ValueError(
+                    f"the intervals were calibrated for {len(self.offsets)} lead days, data.horizon has "
+                    f"{num_lead_days}; validate with this horizon first."
+                )
+            offsets = self.offsets.unsqueeze(0)
+        offsets = offsets.to(prediction)
+        shift = prediction.new_zeros(len(offsets), num_lead_days, prediction.shape[-1])
+        shift[..., [i.lower for i in self.intervals]] = -offsets
+        shift[..., [i.upper for i in self.intervals]] = offsets
         day = torch.arange(prediction.shape[1], device=prediction.device) // cycle_length
-        return self._nested(prediction + shift[day][:, None, :])
+        return self._nested(prediction + shift[:, day].unsqueeze(2))
 
     def _nested(self, quantiles: Tensor) -> Tensor:
         """Order the quantiles from the middle outwards. Outer ones move out, never in, so that coverage is kept."""

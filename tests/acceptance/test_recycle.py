@@ -330,18 +330,19 @@ def test_gaps_and_changes_of_the_clock_cost_less_than_a_tenth(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("data", "limit"),
+    ("data", "best", "limit"),
     [
-        pytest.param("traffic", 0.215, id="traffic"),
-        pytest.param("electricity", 0.135, id="electricity"),
-        pytest.param("bikes", 0.415, id="bikes", marks=needs("hourly_bikesharing.csv")),
+        # The best single models: plain ReCycle, CycleNet, linear skip; means of three seeds (docs/benchmarks.md).
+        pytest.param("traffic", 0.1955, 0.215, id="traffic"),
+        pytest.param("electricity", 0.1258, 0.135, id="electricity"),
+        pytest.param("bikes", 0.3976, 0.415, id="bikes", marks=needs("hourly_bikesharing.csv")),
     ],
 )
-def test_one_linear_skip_setting_serves_all_series(tmp_path, data, limit):
-    """11: one seed; the bounds are for the mean of three, a single one may be 3 % above."""
-    metrics = run(tmp_path, "experiment=recycle/linear_skip", f"data={data}", f"data_dir={series_folder()}")
-    assert metrics["test/mae_scaled"] <= 1.03 * limit
-    assert metrics["test/mae_scaled"] < metrics["test/rhp_mae_scaled"]
+def test_one_setting_with_a_linear_path_serves_all_series(tmp_path, data, best, limit):
+    """11."""
+    options = ("experiment=recycle/ensemble", f"data={data}", f"data_dir={series_folder()}")
+    errors = [run(tmp_path / str(seed), *options, f"seed={seed}")["test/mae_scaled"] for seed in range(3)]
+    assert sum(errors) / 3 <= min(limit, 1.05 * best)
 
 
 @pytest.mark.slow

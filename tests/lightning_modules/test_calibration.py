@@ -9,6 +9,7 @@ from lightning_modules.metrics.calibration import (
     ConformalIntervals,
     ConformalScores,
     QuantileScores,
+    RollingScores,
     central_intervals,
     conformal_quantile,
     pinball_loss,
@@ -188,3 +189,44 @@ def test_nothing_to_calibrate_with_is_an_error():
     scores.update(normal_quantiles(NINE, (0, 10, 1)), torch.zeros(0, 10, 1), torch.zeros(0, 1, dtype=torch.bool))
     with pytest.raises(ValueError, match="validation window"):
         scores.compute()
+
+
+def test_rolling_offsets_use_the_latest_windows_known_at_the_origin():
+    """Windows every 5 steps, horizon 10: at origin 40 the last one known began at 30."""
+    rolling = RollingScores(NINE, cycle_length=5, num_windows=2)
+    origins = torch.arange(0, 100, 5)
+    prediction = torch.zeros(20, 10, 1, 9)
+    target = (origins.float() + 1).view(20, 1, 1).expand(20, 10, 1)  # score of the window at p: p + 1
+    for part in (slice(0, 7), slice(7, 20)):
+        rolling.update(prediction[part], target[part], torch.ones(20, 1, dtype=torch.bool)[part], origins[part])
+    offsets = rolling.offsets(torch.tensor([40, 41, 44, 45, 10]), 10)
+    assert offsets.shape == (5, 2, 4)
+    assert offsets[:, :, 0].tolist() == [[31.0] * 2, [31.0] * 2, [31.0] * 2, [36.0] * 2, [1.0] * 2]
+    assert offsets[0, 0].tolist() == [31.0, 31.0, 26.0, 26.0]  # ranks 9, 7, 5, 3 of 10 scores, half of them 26
+
+
+def test_rolling_offsets_do_not_know_the_future():
+    generator = torch.Generator().manual_seed(0)
+    prediction = normal_quantiles(NINE, (20, 10, 1))
+    target, valid = torch.randn(20, 10, 1, generator=generator), torch.ones(20, 1, dtype=torch.bool)
+    changed = target.clone()
+    changed[12:] += 100  # origins from 60 on
+    offsets = []
+    for truth in (target, changed):
+        rolling = RollingScores(NINE, 5, 6)
+        rolling.update(prediction, truth, valid, torch.arange(0, 100, 5))
+        offsets.append(rolling.offsets(torch.arange(10, 100), 10))
+    known = torch.arange(10, 100) < 60 + 10
+    assert torch.equal(offsets[0][known], offsets[1][known])
+    assert (offsets[0][~known] != offsets[1][~known]).any(-1).any(-1).all()
+
+
+def test_rolling_without_a_known_window_is_an_error():
+    rolling = RollingScores(NINE, 5, 3)
+    with pytest.raises(ValueError, match="no window yet"):
+        rolling.offsets(torch.tensor([20]), 10)
+    valid = torch.tensor([[True], [False], [False], [False]])
+    rolling.update(normal_quantiles(NINE, (4, 10, 1)), torch.zeros(4, 10, 1), valid, torch.arange(0, 20, 5))
+    assert rolling.offsets(torch.tensor([10, 20]), 10).shape == (2, 2, 4)
+    with pytest.raises(ValueError, match="calibration_windows"):
+        rolling.offsets(torch.tensor([25]), 10)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import functools
+import math
 import pickle
 import warnings
 from pathlib import Path
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_modules.forecast_baselines import UntrainedForecaster
 from lightning_modules.forecasting import Forecaster, repeat_last
+from networks.ensemble import Ensemble
 from tests.lightning_modules.tiny_series import WEEK, LinearNet, ProfileNet, TinySeries, quiet_trainer
 
 ADAM = functools.partial(torch.optim.Adam, lr=1e-2)
@@ -153,10 +156,7 @@ def test_forecast_is_sorted_and_training_sees_the_raw_output():
 
 def test_conformal_calibration_acts_in_test_but_not_in_validation():
     data = TinySeries(num_days=120)
-    net = LinearNet(quantiles=9, zero=True)
-    with torch.no_grad():  # the profile as median, intervals far too narrow
-        net.map.bias.copy_(torch.linspace(-0.02, 0.02, 9).repeat(10))
-    module = Forecaster(net, quantiles=9, calibrate="conformal")
+    module = Forecaster(narrow_net(), quantiles=9, calibrate="conformal")
     raw = quiet_trainer().test(module, datamodule=data, verbose=False)[0]
     before = quiet_trainer().validate(module, datamodule=data, verbose=False)[0]
     assert module.intervals.fitted
@@ -171,6 +171,88 @@ def test_conformal_calibration_acts_in_test_but_not_in_validation():
     delivered = quiet_trainer().predict(module, datamodule=data)[0]["prediction"]
     raw_width = 0.04 * data.target_scale[1]
     assert ((delivered[..., 8] - delivered[..., 0]) > 2 * raw_width).all()
+
+
+def narrow_net() -> LinearNet:
+    """The profile as median, intervals far too narrow."""
+    net = LinearNet(quantiles=9, zero=True)
+    with torch.no_grad():
+        net.map.bias.copy_(torch.linspace(-0.02, 0.02, 9).repeat(10))
+    return net
+
+
+def test_rolling_calibration_needs_no_validation_and_is_the_same_for_any_batches():
+    data = TinySeries(num_days=120)
+    raw = quiet_trainer().test(Forecaster(narrow_net(), quantiles=9), datamodule=data, verbose=False)[0]
+    module = Forecaster(narrow_net(), quantiles=9, calibrate="rolling", calibration_windows=30)
+    rolling = quiet_trainer().test(module, datamodule=data, verbose=False)[0]
+    assert raw["test/coverage_80"] < 0.2
+    assert rolling["test/coverage_80"] == pytest.approx(0.8, abs=0.06)
+    assert rolling["test/mae"] == raw["test/mae"]
+    assert rolling["test/pinball"] < raw["test/pinball"]
+    other = TinySeries(num_days=120, batch_size=7)
+    assert quiet_trainer().test(module, datamodule=other, verbose=False)[0] == pytest.approx(rolling, rel=1e-6)
+
+
+def test_rolling_calibration_follows_a_series_that_becomes_wilder():
+    class Wilder(TinySeries):
+        def setup(self, stage: str | None = None) -> None:
+            super().setup(stage)
+            noise = torch.randn(self.scaled.shape, generator=torch.Generator().manual_seed(1))
+            noise[: 44 * 4] = 0  # the test part begins on day 44
+            self.scaled = self.scaled + 0.5 * noise
+
+    data = Wilder(num_days=120)
+    once = Forecaster(narrow_net(), quantiles=9, calibrate="conformal")
+    quiet_trainer().validate(once, datamodule=data, verbose=False)
+    rolling = Forecaster(narrow_net(), quantiles=9, calibrate="rolling", calibration_windows=14)
+    coverage = [
+        quiet_trainer().test(module, datamodule=data, verbose=False)[0]["test/coverage_80"]
+        for module in (once, rolling)
+    ]
+    assert coverage[0] < 0.6
+    assert coverage[1] == pytest.approx(0.8, abs=0.09)
+
+
+def test_rolling_forecasts_after_the_end_take_the_latest_windows():
+    data = TinySeries(num_days=120)
+    module = Forecaster(narrow_net(), quantiles=9, calibrate="rolling", calibration_windows=5)
+    batch = quiet_trainer().predict(module, datamodule=data)[0]
+    known = [o for o in (*data.origins("val"), *data.origins("test")) if o + data.horizon <= int(batch["origin"][0])]
+    windows = [data.window(origin, True) for origin in known[-5:]]
+    past = {key: torch.stack([w[key] for w in windows]) for key in windows[0]}
+    with torch.no_grad():
+        raw = module.forecast(past, calibrated=False)
+    lower, upper = raw[..., 0], raw[..., 8]
+    scores = torch.maximum(lower - past["target"], past["target"] - upper).transpose(1, 2)[past["valid"]][:, :4]
+    rank = math.ceil((scores.numel() + 1) * 0.8 - 1e-9)
+    offset = scores.flatten().sort().values[rank - 1]
+    width = (batch["prediction"][0, 0, :, 8] - batch["prediction"][0, 0, :, 0]) / data.target_scale[1]
+    assert width == pytest.approx(0.04 + 2 * float(offset), rel=1e-4)
+
+
+def test_rolling_needs_a_datamodule_that_gives_the_past():
+    class WithoutPast(TinySeries):
+        calibration_dataloader = property()
+
+    module = Forecaster(LinearNet(quantiles=5), quantiles=5, calibrate="rolling")
+    with pytest.raises(ValueError, match="calibration_dataloader"):
+        quiet_trainer().test(module, datamodule=WithoutPast(), verbose=False)
+
+
+def test_an_ensemble_trains_as_its_members_do_alone():
+    torch.manual_seed(0)
+    net = Ensemble(LinearNet, [{}, {}])
+    alone = [copy.deepcopy(member) for member in net.members]
+    together = Forecaster(net, ADAM)
+    trainer = fit(together, max_epochs=3)
+    losses = []
+    for member, trained in zip(alone, net.members, strict=True):
+        single = fit(Forecaster(member, ADAM), max_epochs=3)
+        losses.append(float(single.callback_metrics["train/loss"]))
+        for one, other in zip(member.parameters(), trained.parameters(), strict=True):
+            assert torch.equal(one, other)
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(sum(losses) / 2, rel=1e-6)
 
 
 def test_offsets_are_in_the_checkpoint_of_the_same_epoch(tmp_path: Path):
@@ -215,7 +297,7 @@ def test_checkpoint_is_self_contained_and_plain(tmp_path: Path):
     trainer.save_checkpoint(path)
     checkpoint = torch.load(path, weights_only=True)
     assert set(checkpoint["hyper_parameters"]) == {
-        "loss", "quantiles", "quantile_set", "sort_quantiles", "calibrate", "scheduler_monitor",
+        "loss", "quantiles", "quantile_set", "sort_quantiles", "calibrate", "calibration_windows", "scheduler_monitor",
         "scheduler_interval", "log_steps", "log_channels",
     }  # fmt: skip
     loaded = Forecaster.load_from_checkpoint(path, net=LinearNet(), weights_only=True)
@@ -273,7 +355,8 @@ def test_single_steps_are_logged_on_request():
         ({"loss": "mape"}, r"model\.loss='mape'"),
         ({"loss": "mse", "quantiles": 3}, r"model\.loss='mse' has no quantiles"),
         ({"calibrate": "conformal"}, "set model.quantiles"),
-        ({"calibrate": "platt", "quantiles": 3}, "none, conformal"),
+        ({"calibrate": "platt", "quantiles": 3}, "none, conformal, rolling"),
+        ({"calibrate": "rolling", "quantiles": 3, "calibration_windows": 0}, "calibration_windows=0"),
         ({"calibrate": "conformal", "quantiles": 3, "quantile_set": "upper"}, "equidistant"),
         ({"scheduler_interval": "hour"}, "epoch or step"),
     ],

@@ -114,6 +114,10 @@ class TinySeries(pl.LightningDataModule):
     def test_dataloader(self) -> Any:
         return self._loader("test")
 
+    def calibration_dataloader(self) -> Any:
+        origins = [*self.origins("val"), *self.origins("test")]
+        return DataLoader(Windows(self, origins), batch_size=self.batch_size)
+
     def predict_dataloader(self) -> Any:
         last = self.num_days * DAY
         data = Windows(self, range(last - DAY, last + 1, DAY), with_target=False)
