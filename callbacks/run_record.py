@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "wandb")
+PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "torchmetrics", "numpy", "wandb", "codecarbon")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -86,6 +86,7 @@ class RunRecord(pl.Callback):
         self.path = Path(run_dir) / "results.json"
         self.config = config
         self.computing = False  # true once a stage has begun: setup is over, errors are no longer input errors
+        self.costs: dict[str, float] = {}  # energy; unlike metrics it differs between equal runs
         self._begin = time.monotonic()
         self._stage_begin = self._begin
         earlier = self._earlier()

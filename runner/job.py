@@ -32,8 +32,8 @@ def run(config: dict[str, Any], launched: bool = False) -> dict[str, Any]:
             other ranks.
 
     Returns:
-        ``status`` (``completed``, ``interrupted``, ``failed``), ``metrics`` (name to number), ``run_dir``, and
-        ``error`` or ``signum`` where they apply.
+        ``status`` (``completed``, ``interrupted``, ``failed``), ``metrics`` (name to number), ``costs`` (the same, of
+        energy), ``run_dir``, and ``error`` or ``signum`` where they apply.
     """
     logs.set_up(config["run"]["dir"])
     try:
@@ -93,11 +93,14 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
     ckpt_path = find_checkpoint(config)
     record = RunRecord(config["run"]["dir"], config)
     loggers: list[Any] = []
+    callbacks: list[Any] = []
     trainer = None
     with _environment_restored():
         try:
+            for key, node in _members(config["callbacks"]):
+                callbacks.append(instantiate(f"callbacks.{key}", node))
+                _call(callbacks[-1:], "begin_run")
             module, datamodule = build(config)
-            callbacks = [instantiate(f"callbacks.{k}", v) for k, v in _members(config["callbacks"])]
             for callback in callbacks:
                 if isinstance(callback, Interrupt) and ranks_exist():
                     callback.first_only = True  # a Ctrl-C comes twice: from the terminal and from the launcher
@@ -118,16 +121,20 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
                 _announce(config, trainer, module, trainable, ckpt_path)
             _log_config(trainer, config)
             metrics = _stages(config, trainer, module, datamodule, record, ckpt_path)
+            _call(callbacks, "end_run", "completed")
             if rank_zero:
                 record.update(status="completed", metrics=metrics)
-            return {"status": "completed", "metrics": metrics, "run_dir": config["run"]["dir"]}
+            result = {"status": "completed", "metrics": metrics, "costs": record.costs}
+            return result | {"run_dir": config["run"]["dir"]}
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
             signum = getattr(stop, "signum", signal.SIGINT)
+            _call(callbacks, "end_run", "interrupted")
             if trainer is None or trainer.is_global_zero:
                 record.update(status="interrupted", error=str(stop) or "interrupted")
             metrics = record.record["metrics"]
             return {"status": "interrupted", "signum": signum, "metrics": metrics, "run_dir": config["run"]["dir"]}
         except Exception as error:
+            _call(callbacks, "end_run", "failed")
             if trainer is None or trainer.is_global_zero:
                 # A message is enough for a mistake in the input; past the set-up the traceback matters.
                 record.update(status="failed", error=f"{type(error).__name__}: {error}")
@@ -135,6 +142,13 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             raise
         finally:
             _finish(loggers, record.record["status"])
+
+
+def _call(callbacks: list[Any], name: str, *args: Any) -> None:
+    """Tell the callbacks that want to know that the run begins or ends, which Lightning has no hooks for."""
+    for callback in callbacks:
+        if hook := getattr(callback, name, None):
+            hook(*args)
 
 
 def _members(group: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -25,10 +25,26 @@ def summary(result: dict[str, Any]) -> str:
         lines.append(f"best checkpoint  {_nearby(best)}")
     for label, pattern in (("figure", "figures/*.png"), ("predictions", "predictions/*.csv")):
         lines += [f"{label:<15}  {_nearby(path)}" for path in sorted(run_dir.glob(pattern))]
+    lines += _energy(stored.get("energy"))
     if seconds := stored.get("seconds", {}).get("total"):
         lines.append(f"{'seconds':<15}  {seconds:.1f}")
     lines.append(f"{'resume':<15}  {resume_command(run_dir)}")
     return "\n".join(lines)
+
+
+def _energy(energy: dict[str, Any] | None) -> list[str]:
+    """What the run has cost, and how much of that an instrument has measured."""
+    if not energy:
+        return []
+    measured = 100 * (1 - energy["estimated_fraction"])
+    co2 = 1000 * energy["co2_kg"]
+    stages = {name: values["it_j"] for name, values in energy["stages"].items() if not name.startswith("fit/")}
+    parts = ", ".join(f"{name} {joules:.3g}" for name, joules in stages.items())
+    total = f"{energy['it_j']:.4g} J ({energy['it_kwh']:.3g} kWh, {co2:.3g} g CO2)"
+    return [
+        f"{'energy':<15}  {total}, {measured:.0f} % measured",
+        f"{'  by stage, J':<15}  {parts}",
+    ]
 
 
 def resume_command(run_dir: str | Path) -> str:

@@ -11,7 +11,7 @@ from runner.record import read
 
 GROUPS = (
     "experiment", "data", "model", "optimizer", "scheduler", "trainer", "strategy", "callbacks", "logger", "hydra",
-    "hparams_search", "debug", "local",
+    "hparams_search", "debug", "local", "node",
 )  # fmt: skip
 # What a checkpoint of the same run must have in common with the configuration that continues it.
 IDENTITY = ("name", "seed", "data", "model")

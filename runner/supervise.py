@@ -58,7 +58,7 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
 
     if global_rank() == 0:
         print(report.summary(result))
-    return _objective(config, result["metrics"])
+    return _objective(config, result["metrics"] | result.get("costs", {}))
 
 
 def _here(config: dict[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
     row |= {"status": "failed" if status == "running" else status, "world_size": result.get("world_size")}
     row |= {"seconds": result.get("seconds", {}).get("total"), "run_dir": str(run_dir)}
     row |= {"error": (result.get("error") or "").splitlines()[0] if result.get("error") else ""}
-    return row | result.get("metrics", {})
+    return row | result.get("metrics", {}) | result.get("energy", {}).get("costs", {})
 
 
 def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:

@@ -131,7 +131,7 @@ def test_a_run_leaves_its_record(whole):
     assert (folder / "csv" / "version_0" / "metrics.csv").is_file()
     assert not (folder / "ranks").exists()
     names = {p.name for p in folder.iterdir()}
-    assert names == {".hydra", "checkpoints", "csv", "results.json", "run.log"}
+    assert names == {".hydra", "checkpoints", "csv", "energy", "results.json", "run.log"}
 
 
 @pytest.mark.slow

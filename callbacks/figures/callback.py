@@ -90,7 +90,7 @@ class FiguresCallback(pl.Callback):
                 for path in paths:
                     figure.savefig(path, dpi=self.dpi)
                 for logger in trainer.loggers:
-                    _hand_over(logger, f"figures/{name}", figure, paths, trainer.global_step)
+                    hand_over(logger, f"figures/{name}", figure, paths, trainer.global_step)
             except Exception as error:
                 rank_zero_warn(f"figure {name!r} was not drawn: {type(error).__name__}: {error}")
 
@@ -157,7 +157,8 @@ def _name(plot: Plot) -> str:
     return (plot.func if isinstance(plot, partial) else plot).__name__
 
 
-def _hand_over(logger: Any, key: str, figure: Figure, paths: list[Path], step: int) -> None:
+def hand_over(logger: Any, key: str, figure: Figure, paths: list[Path], step: int) -> None:
+    """Give a figure to a logger that takes images (W&B) or figures (TensorBoard)."""
     images = [str(path) for path in paths if path.suffix == ".png"]
     if images and hasattr(logger, "log_image"):
         logger.log_image(key=key, images=images, step=step)

@@ -27,7 +27,7 @@ from tests.composing import ROOT, SERIES, composed, plain
 
 TRAFFIC = EMBEDDED / "hourly_sf_traffic.csv"
 # Figures and tables are tested elsewhere.
-LEAN = ("callbacks=early_stopping", "logger=none", "num_threads=1", "predict=false")
+LEAN = ("callbacks=early_stopping", "logger=none", "num_threads=1", "predict=false", "~callbacks.energy")
 
 
 def series_folder() -> Path:

@@ -15,10 +15,17 @@ class MeterError(ValueError):
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a meter can be read here, and if not why, with the remedy where there is one."""
+    """Whether a meter can be read here, and if not why, with the remedy where there is one.
+
+    Attributes:
+        ok: It can be read.
+        reason: Why not.
+        present: It cannot be read, but the hardware is there: worth a warning, because somebody can mend it.
+    """
 
     ok: bool
     reason: str = ""
+    present: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,3 +80,4 @@ class Meter(ABC):
 
     def close(self) -> None:
         """Release the source; twice without harm."""
+        return

@@ -1,0 +1,345 @@
+"""What measuring energy costs, here and in the usual tools.
+
+- *Per reading*: CPU time of one reading of all meters of this machine, against one measurement of codecarbon.
+- *Per run*: the same training (1,000 steps of about 3 ms in a Lightning Trainer) without anything, with the callback at
+  one reading per second, and with the tracker of each peer around it as its documentation says. Rounds are interleaved;
+  a variant's tracker is started before the clock and stopped behind it, so what counts is what it does meanwhile.
+- *In the hooks*: time inside the callback's hooks and its thread, as a share of the run, which no noise can hide.
+- *Short stages*: energy of a stage of one second that begins between two periods, against the truth (10 W constant).
+
+codecarbon is a dependency of the program; carbontracker, zeus and perun are peers that are measured where they are
+installed (extra ``peers``). Without sensors zeus and perun read nothing, which costs little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from benchmarks.measure import REPEATS, Lap, Timing, compare, interleave, ratio_row, threads, time_rows
+from benchmarks.record import Result, Row
+from callbacks.energy.callback import EnergyCallback
+
+CLAIM: str = (
+    "The energy callback takes less than 0.5 % of a run's time and leaves at least 99 % of its speed; a reading of all "
+    "meters takes less CPU time than one of codecarbon."
+)
+
+OURS, NOTHING, CODECARBON = "Wattlight", "without", "codecarbon"
+STEPS, STEP_MS = 1000, 3.0
+
+
+class Work(pl.LightningModule):
+    """A network whose training step takes about ``STEP_MS`` on one core."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(512, 512), nn.ReLU())])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Mean square of the output."""
+        return self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Plain gradient descent."""
+        return torch.optim.SGD(self.parameters(), 1e-3)
+
+
+def train(batch_size: int, steps: int, *callbacks: pl.Callback) -> Lap:
+    """Train and return the time from the first to the last step."""
+    data = DataLoader(TensorDataset(torch.randn(steps * batch_size, 512)), batch_size=batch_size)
+    clock = Steps()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, *callbacks],
+    )  # fmt: skip
+    trainer.fit(Work(), data)
+    return Lap(clock.end.wall - clock.begin.wall, clock.end.cpu - clock.begin.cpu)
+
+
+class Steps(pl.Callback):
+    """Reads the clocks at the first and the last step."""
+
+    begin: Lap
+    end: Lap
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the first batch."""
+        self.begin = Lap(time.perf_counter(), time.process_time())
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After the last one."""
+        self.end = Lap(time.perf_counter(), time.process_time())
+
+
+class Clocked(EnergyCallback):
+    """Adds up the time inside its own hooks and its thread."""
+
+    HOOKS = (
+        "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end",
+        "on_train_end",
+    )  # fmt: skip
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.seconds = 0.0
+        for name in self.HOOKS:
+            setattr(self, name, self._timed(getattr(self, name)))
+
+    def begin_run(self) -> None:
+        """Time the thread's readings too."""
+        super().begin_run()
+        self._recorder.read = self._timed(self._recorder.read)
+
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - begin
+
+        return timed
+
+
+# ------------------------------------------------------------------------------------------------------------ peers
+
+
+@contextlib.contextmanager
+def nothing(folder: Path) -> Iterator[list[pl.Callback]]:
+    """No measurement."""
+    yield []
+
+
+@contextlib.contextmanager
+def ours(folder: Path) -> Iterator[list[pl.Callback]]:
+    """The callback at one reading per second, with its file; codecarbon, which it can run beside, is off."""
+    callback = EnergyCallback(folder / "energy", codecarbon=False, figures=[])
+    callback.begin_run()
+    try:
+        yield [callback]
+    finally:
+        callback.end_run()
+
+
+@contextlib.contextmanager
+def ours_with_codecarbon(folder: Path) -> Iterator[list[pl.Callback]]:
+    """As the platform runs it."""
+    callback = EnergyCallback(folder / "energy", figures=[])
+    callback.begin_run()
+    time.sleep(2)  # codecarbon starts in the background
+    try:
+        yield [callback]
+    finally:
+        callback.end_run()
+
+
+@contextlib.contextmanager
+def codecarbon(folder: Path) -> Iterator[list[pl.Callback]]:
+    """Codecarbon's own tracker, one measurement per second."""
+    tracker = _codecarbon_tracker(1)
+    tracker.start()
+    try:
+        yield []
+    finally:
+        tracker.stop()
+
+
+def _codecarbon_tracker(period_s: float) -> Any:
+    from codecarbon import OfflineEmissionsTracker
+
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    return OfflineEmissionsTracker(
+        country_iso_code="DEU", measure_power_secs=period_s, output_methods=[], allow_multiple_runs=True,
+        log_level="critical", force_ram_power=10, force_cpu_power=10,
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def carbontracker(folder: Path) -> Iterator[list[pl.Callback]]:
+    """Carbontracker with its calls around the epoch."""
+    from carbontracker.tracker import CarbonTracker
+
+    tracker = CarbonTracker(epochs=1, update_interval=1, verbose=0, ignore_errors=True, log_dir=str(folder))
+
+    class Epochs(pl.Callback):
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            tracker.epoch_start()
+
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            tracker.epoch_end()
+
+    try:
+        yield [Epochs()]
+    finally:
+        tracker.stop()
+
+
+@contextlib.contextmanager
+def zeus(folder: Path) -> Iterator[list[pl.Callback]]:
+    """Zeus with a window around the epoch."""
+    from zeus.monitor import ZeusMonitor
+
+    monitor = ZeusMonitor(approx_instant_energy=False)
+    monitor.begin_window("run")
+    try:
+        yield []
+    finally:
+        monitor.end_window("run")
+
+
+VARIANTS = {
+    NOTHING: nothing,
+    OURS: ours,
+    "Wattlight with codecarbon beside": ours_with_codecarbon,
+    CODECARBON: codecarbon,
+    "carbontracker": carbontracker,
+    "zeus": zeus,
+}
+NEEDS = {"carbontracker": "carbontracker", "zeus": "zeus"}
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Discard what trackers and Lightning print."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(before)
+
+
+def timed(variant: Callable[[Path], Any], batch_size: int, steps: int) -> Lap:
+    """One training under a variant."""
+    with tempfile.TemporaryDirectory() as folder, quiet(), variant(Path(folder)) as callbacks:
+        return train(batch_size, steps, *callbacks)
+
+
+# -------------------------------------------------------------------------------------------------------------- run
+
+
+def run(repeats: int = 2 * REPEATS, steps: int = STEPS) -> Result:
+    """All comparisons."""
+    available = {name: v for name, v in VARIANTS.items() if name not in NEEDS or importlib.util.find_spec(NEEDS[name])}
+    with threads(1):
+        batch_size = batch_for(STEP_MS)
+        laps = interleave(
+            {name: functools.partial(timed, variant, batch_size, steps) for name, variant in available.items()}, repeats
+        )
+        share = statistics.median(hook_share(batch_size, steps) for _ in range(3))
+        rows = reading_rows()
+    timings = {name: Timing.of(found) for name, found in laps.items()}
+    what = f"{steps} training steps"
+    rows += time_rows(what, timings, unit="s")
+    for name in available:
+        if name != NOTHING:
+            bound = {"at_most": 1 / 0.99} if name == OURS else {}
+            rows.append(ratio_row(what, timings, name, NOTHING, **bound))
+    rows.append(
+        {"what": "time in hooks and thread / time of the run", "variant": OURS, "value": 100 * share, "unit": "%",
+         "at_most": 0.5}
+    )  # fmt: skip
+    rows += short_stage_rows()
+    missing = ", ".join(name for name in VARIANTS if name not in available) or "-"
+    settings = {"steps": steps, "batch": batch_size, "repeats": repeats, "threads": 1, "period": "1 s"}
+    packages = ("codecarbon", *(NEEDS[name] for name in NEEDS if name in available))
+    return Result(rows, settings | {"not installed": missing}, packages=packages)
+
+
+def batch_for(milliseconds: float) -> int:
+    """Batch size with which a step takes about this long."""
+    with quiet():
+        lap = train(32, 50)
+    return max(1, round(32 * milliseconds / (1000 * lap.wall / 50)))
+
+
+def hook_share(batch_size: int, steps: int) -> float:
+    """Time inside the callback as a share of the time of the run."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        callback = Clocked(Path(folder), codecarbon=False, figures=[])
+        callback.begin_run()
+        callback.seconds = 0.0
+        lap = train(batch_size, steps, callback)
+        seconds = callback.seconds
+        callback.end_run()
+    return seconds / lap.wall
+
+
+def reading_rows() -> list[Row]:
+    """CPU time of one reading."""
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        callback = EnergyCallback(folder, codecarbon=False, figures=[], period_s=1000.0)
+        callback.begin_run()
+        tracker = _codecarbon_tracker(1000)
+        tracker.start()
+        timings = compare(
+            {OURS: callback._recorder.read, CODECARBON: tracker._measure_power_and_energy},
+            repeats=3 * REPEATS, calls=200,
+        )  # fmt: skip
+        tracker.stop()
+        callback.end_run()
+    what = "one reading of all meters"
+    return [
+        *time_rows(what, timings, unit="µs"),
+        ratio_row(what, timings, OURS, CODECARBON, at_most=1.0),
+    ]
+
+
+def short_stage_rows() -> list[Row]:
+    """A stage of one second between two others of 0.7 s, at a period of 0.5 s and a constant power of 10 W."""
+    from callbacks.energy.meters.constant import ConstantMeter
+    from callbacks.energy.recorder import Recorder
+
+    recorder = Recorder([ConstantMeter(10.0)], period_s=0.5)
+    recorder.start("before")
+    time.sleep(0.7)
+    recorder.switch("stage")
+    begin = time.perf_counter()
+    time.sleep(1.0)
+    recorder.switch("after")
+    mine = time.perf_counter() - begin
+    time.sleep(0.7)
+    recorder.stop()
+    found = recorder.tallies()["stage"].total_j / (10 * mine)
+    with quiet():
+        tracker = _codecarbon_tracker(0.5)
+        tracker.start()
+        time.sleep(0.7)
+        tracker.start_task("stage")
+        begin = time.perf_counter()
+        time.sleep(1.0)
+        data = tracker.stop_task("stage")
+        theirs = time.perf_counter() - begin
+        time.sleep(0.7)
+        total = tracker.stop()
+    del total
+    ram = data.ram_energy * 3.6e6 / (10 * theirs)
+    what = "energy of a stage of 1 s, found / true"
+    return [
+        {"what": what, "variant": OURS, "value": found, "unit": "", "at_least": 0.99, "at_most": 1.01},
+        {"what": what, "variant": f"{CODECARBON}, tasks (memory)", "value": ram, "unit": ""},
+    ]

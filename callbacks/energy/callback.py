@@ -1,0 +1,499 @@
+"""EnergyCallback: what a run costs, by stage, epoch, device, sample and update."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from callbacks.energy import identity
+from callbacks.energy.accounting import Tally
+from callbacks.energy.meters.base import Meter
+from callbacks.energy.node import NodeProfile
+from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_file, read_folder, start_record
+from callbacks.energy.recorder import SHORTEST_PERIOD_S, Recorder
+from callbacks.energy.selection import Selection, describe, select
+from callbacks.energy.summary import (
+    IDLE,
+    J_PER_KWH,
+    OTHER,
+    SANITY,
+    STARTUP,
+    TRAIN,
+    VALIDATION,
+    Facility,
+    main_metrics_of,
+    metrics_of,
+    summarize,
+)  # fmt: skip
+from callbacks.gathering import gather_to_rank_zero
+from callbacks.run_record import RunRecord, scalars, write_json
+
+log = logging.getLogger(__name__)
+
+STAGES = {"fit": OTHER, "validate": "validate", "test": "test", "predict": "predict"}
+
+
+class EnergyCallback(pl.Callback):
+    """Measures the energy of a run where there are instruments, estimates the rest, and says which is which.
+
+    One process per machine records (the one that holds ``<dirpath>/<host>.jsonl``); the others only count samples. The
+    meters are read every ``period_s`` in a thread and at every boundary between stages, epochs and validations, so that
+    the stages' energies add up to the total. Every reading is in the file at once: a killed run loses at most what came
+    after the last one. `summarize` lists what comes out; it is logged (``energy/...``), kept in ``summary.json`` and in
+    ``results.json``.
+
+    Stages: ``startup``, ``fit/sanity``, ``fit/train``, ``fit/val``, ``fit/other`` (loading the first batch of an epoch,
+    checkpoints, ends of epochs), ``validate``, ``test``, ``predict``, and ``idle`` between them.
+
+    Args:
+        dirpath: Folder of the record.
+        meters: ``auto``: the best instrument for each component and a model where there is none. ``estimates``: models
+            only. A list of names (``nvml``, ``rapl``, ``hwmon``, ``ipmi``, ``slurm``, ``cray_pm``, ``cpu_model``,
+            ``dram_model``): exactly these, an error if one cannot be read.
+        extra_meters: Further meters by name, objects of `meters.base.Meter`.
+        options: Arguments of the named meters, e.g. ``{cpu_model: {tdp_w: 270}}``.
+        period_s: Time between two readings, s; at least 0.05.
+        gpu_scope: GPUs that count: ``job``, those that the job may use; ``node``, all of the machine, because idle ones
+            are fed as well; ``auto``, ``node`` where the scheduler says that the job has the machine for itself.
+        overhead_w: Power of what no meter covers, W per machine.
+        pue: Power usage effectiveness of the building.
+        carbon_intensity: CO2 equivalents of the electricity, g/kWh; None: that of ``country``.
+        country: ISO 3166 code of three letters (DEU); None: the mean of the world.
+        codecarbon: Whether codecarbon's tracker runs beside, on its own models; its totals are logged as
+            ``energy/codecarbon/...``.
+        synchronize: Whether CUDA work is waited for at boundaries (not at steps).
+        log_power: Whether loggers get the power over time, at most 2,000 points.
+        figures: Functions of `callbacks.figures.energy` that draw the run when it is over.
+        figures_dir: Folder of the figures; None: ``dirpath``.
+        node: What kind of machine this is, for the estimates: processors' TDP, memory's power, the rest.
+    """
+
+    def __init__(
+        self,
+        dirpath: str,
+        meters: str | Sequence[str] = "auto",
+        extra_meters: Mapping[str, Meter] | None = None,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        period_s: float = 1.0,
+        gpu_scope: str = "auto",
+        overhead_w: float = 0.0,
+        pue: float = 1.0,
+        carbon_intensity: float | None = None,
+        country: str | None = None,
+        codecarbon: bool = True,
+        synchronize: bool = True,
+        log_power: bool = True,
+        figures: Sequence[str] = ("power_over_time", "energy_by_stage", "energy_against_metric"),
+        figures_dir: str | None = None,
+        node: NodeProfile | None = None,
+    ) -> None:
+        if not period_s >= SHORTEST_PERIOD_S:
+            raise ValueError(
+                f"callbacks.energy.period_s={period_s} is too short to be read; use at least {SHORTEST_PERIOD_S}."
+            )
+        if gpu_scope not in ("auto", "job", "node"):
+            raise ValueError(f"callbacks.energy.gpu_scope={gpu_scope!r} is unknown; choose auto, job or node.")
+        if isinstance(meters, str) and meters not in ("auto", "estimates"):
+            raise ValueError(
+                f"callbacks.energy.meters={meters!r} is unknown; choose auto, estimates, or a list: [{meters}]."
+            )
+        self.dirpath = Path(dirpath)
+        self.meters, self.extra_meters, self.options = meters, dict(extra_meters or {}), dict(options or {})
+        self.period_s, self.gpu_scope, self.node = period_s, gpu_scope, node
+        self.overhead_w = overhead_w if node is None or overhead_w else node.base_w
+        self.facility = Facility(pue, *_intensity(carbon_intensity, country))
+        self.country, self.codecarbon, self.synchronize, self.log_power = country, codecarbon, synchronize, log_power
+        self.figures, self.figures_dir = tuple(figures), Path(figures_dir or dirpath)
+        self.counts = Counts()  # of this rank
+        self.epochs: list[dict[str, Any]] = []
+        self.summary: dict[str, Any] = {}
+        self.record: RunRecord | None = None
+        self._recorder: Recorder | None = None
+        self._file: RecordFile | None = None
+        self._tracker: Any = None
+        self._begun = self._ended = False
+        self._world_size = 1
+        self._global_zero = True
+        self._logged_until = 0.0
+        self._label = ""  # of every process, recording or not
+        self._gathered: tuple[list[HostEnergy], Counts] | None = None  # other machines, counts of all ranks
+        self._earlier_j = 0.0
+        self._begun_at = 0.0
+        self._loggers: list[Any] = []
+        self._host_name = ("", "")
+        self._epoch_samples = 0
+        self._updates_before = 0
+        self._epoch_begin: dict[str, Tally] = {}
+        self._epoch_number: int | None = None
+        self._cuda = False
+
+    # ----------------------------------------------------------------------------------------- beginning and end
+
+    def begin_run(self) -> None:
+        """Open the meters and begin with ``startup``; the first ``setup`` does it where nobody has."""
+        if self._begun:
+            return
+        self._begun, self._begun_at, self._label = True, time.time(), STARTUP
+        earlier = read_folder(self.dirpath)  # a resumed run
+        self._earlier_j = sum(tally.total_j for host in earlier for tally in host.tallies.values())
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
+            return
+        host, name = identity.host_id(), identity.hostname()
+        file = RecordFile(self.dirpath / f"{name}-{host}.jsonl")
+        if not file.acquire():
+            return
+        selection = Selection()
+        try:
+            selection = select(self.meters, self.extra_meters, self._meter_options())
+            self._recorder = Recorder(selection.meters, self.period_s, file.write, self.overhead_w)
+            channels = [channel for meter in selection.meters for channel in meter.open()]
+            world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
+            file.write(start_record(name, host, world_size, self.period_s, channels, time.time()))
+            self._recorder.start(STARTUP)
+        except BaseException:
+            selection.close()
+            file.close()
+            self._recorder = None
+            raise
+        self._file, self._host_name = file, (host, name)
+        atexit.register(self.end_run, "failed")
+        log.info("energy: %s", describe(self._recorder.channels, selection.absent))
+        if self.codecarbon:
+            self._start_codecarbon()
+
+    def _meter_options(self) -> dict[str, Mapping[str, Any]]:
+        from callbacks.energy.meters.nvml import job_devices
+
+        options = dict(self.options)
+        if self.node is not None:
+            options["cpu_model"] = {"tdp_w": self.node.sockets * self.node.cpu_tdp_w, **options.get("cpu_model", {})}
+            if self.node.dram_w:
+                power = {"watts_per_gib": self.node.dram_w, "memory_gib": 1.0}
+                options["dram_model"] = {**power, **options.get("dram_model", {})}
+        options["nvml"] = {"devices": job_devices(self.gpu_scope, os.environ), **options.get("nvml", {})}
+        return options
+
+    def _start_codecarbon(self) -> None:
+        from callbacks.energy.meters.codecarbon import CodecarbonTotals
+        from callbacks.energy.meters.nvml import job_devices
+
+        devices = job_devices(self.gpu_scope, os.environ)
+        intensity = self.facility.intensity_g_per_kwh
+        self._tracker = CodecarbonTotals(
+            self.country, self.period_s, gpu_ids=devices, intensity_g_per_kwh=intensity or None
+        )
+        self._tracker.start()
+
+    def end_run(self, status: str = "completed") -> None:
+        """Take the last reading and close everything; twice without harm.
+
+        Called by the runner, by ``on_exception`` or at exit. No collectives: other ranks may be dead.
+        """
+        if self._ended:
+            return
+        self._ended = True
+        if self._recorder is not None and self._recorder.running:
+            self._recorder.stop()
+            self._write_counts()
+            self._file.write({"kind": "end", "status": status, "t": self._recorder.elapsed()})
+            self._file.sync()
+            self._file.close()
+            atexit.unregister(self.end_run)
+        if self._tracker is not None:
+            self._tracker.stop()  # of a run shorter than its start, this waits for it: 2 s at most
+        if self._begun and self._global_zero:
+            self._publish(status)
+            self._draw()
+
+    # ------------------------------------------------------------------------------------------------- boundaries
+
+    def _switch(self, label: str) -> None:
+        if self._cuda and label != self._label:
+            torch.cuda.synchronize()
+        self._label = label
+        if self._recorder is not None:
+            self._recorder.switch(label)
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if sum(isinstance(callback, EnergyCallback) for callback in trainer.callbacks) > 1:
+            raise ValueError("two EnergyCallbacks in one Trainer would count everything twice; keep one in callbacks.")
+        self.begin_run()
+        self._gathered = None
+        self._world_size, self._global_zero = trainer.world_size, trainer.is_global_zero
+        self._cuda = self.synchronize and trainer.strategy.root_device.type == "cuda"
+        self._loggers = trainer.loggers
+        self.record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)
+        self._switch(STAGES[str(getattr(stage, "value", stage))])
+
+    @override
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._switch(SANITY)
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._switch(OTHER)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._updates_before = self.counts.updates.get(TRAIN, 0) - trainer.global_step
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_epoch(trainer)
+        self._epoch_number = trainer.current_epoch
+        if self._recorder is not None:
+            self._epoch_begin = self._recorder.tallies()
+        self._epoch_samples = self.counts.samples.get(TRAIN, 0)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._label != TRAIN:
+            self._switch(TRAIN)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._count(pl_module, batch)
+        step = trainer.global_step
+        self.counts.updates[TRAIN] = self._updates_before + step
+        if self._recorder is not None:
+            self._recorder.step = step
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._switch(VALIDATION)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._switch(OTHER)
+
+    def _evaluation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._count(pl_module, batch)
+
+    on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._switch(OTHER)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._switch(OTHER)
+        self._end_epoch(trainer)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not self._begun or self._ended:
+            return
+        self._switch(IDLE)
+        self._write_counts(sync=True)
+        self._gather()
+        if self._global_zero:
+            self._publish("running")
+        if self.summary:
+            self._log_power(trainer)
+            _log(trainer.loggers, metrics_of(self.summary), trainer.global_step)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._file is not None:
+            self._file.write({"kind": "exception", "type": type(exception).__name__})
+        self.end_run("failed" if isinstance(exception, Exception) and not _is_stop(exception) else "interrupted")
+
+    def _count(self, module: pl.LightningModule, batch: Any) -> None:
+        size = module.batch_size(batch) if hasattr(module, "batch_size") else first_dimension(batch)
+        self.counts.samples[self._label] = self.counts.samples.get(self._label, 0) + size
+
+    def _write_counts(self, sync: bool = False) -> None:
+        if self._file is None:
+            return
+        counts = {"samples": self.counts.samples, "updates": self.counts.updates}
+        self._file.write({"kind": "counts", "world_size": self._world_size, **counts})
+        if sync:
+            self._file.sync()
+
+    # ---------------------------------------------------------------------------------------------------- results
+
+    def _host(self, status: str) -> HostEnergy | None:
+        """What this process has recorded."""
+        if self._recorder is None:
+            return None
+        host, name = self._host_name
+        return HostEnergy(
+            host, name, self._recorder.channels, self._recorder.tallies(), self.counts, self._world_size, 1, status
+        )
+
+    def _gather(self) -> None:
+        """Collect machines and counts of all ranks; every rank comes here at the end of a stage."""
+        parts = gather_to_rank_zero((self._host("running"), self.counts))
+        if parts is None:
+            return
+        counts = Counts()
+        for rank, (_, theirs) in enumerate(parts):
+            counts.add(theirs, updates=rank == 0)
+        self._gathered = [host for host, _ in parts[1:] if host is not None], counts
+
+    def _state(self, status: str) -> tuple[list[HostEnergy], Counts, bool]:
+        """All machines, counts of all ranks, and whether every rank has confirmed them."""
+        own = self._host(status)
+        hosts = [] if own is None else [own]
+        if self._world_size == 1:
+            return hosts, self.counts, True
+        if self._gathered is not None:
+            others, counts = self._gathered
+            return hosts + others, counts, True
+        # Ranks that died cannot be asked: their machines' files can, and ranks do equal shares of the work.
+        for path in sorted(self.dirpath.glob("*.jsonl")):
+            if (own is None or self._file.path != path) and path.stat().st_mtime >= self._begun_at:
+                hosts += read_file(path)[-1:]
+        shares = Counts({label: n * self._world_size for label, n in self.counts.samples.items()}, self.counts.updates)
+        return hosts, shares, False
+
+    def _publish(self, status: str) -> None:
+        """Make the summary, and put it into ``summary.json`` and the run's record."""
+        hosts, counts, exact = self._state(status)
+        if not hosts:
+            return
+        self.summary = summarize(hosts, counts, self.facility) | {
+            "status": status,
+            "counts_exact": exact,
+            "period_s": self.period_s,
+            "earlier_kwh": self._earlier_j / J_PER_KWH,
+            "epochs": self.epochs,
+        }
+        if self._tracker is not None:
+            self.summary["codecarbon"] = self._tracker.totals()
+        try:
+            write_json(self.dirpath / "summary.json", self.summary)
+        except OSError as error:
+            log.warning("energy: %s/summary.json was not written: %s", self.dirpath, error)
+        if self.record is not None:
+            shown = {key: value for key, value in self.summary.items() if key != "epochs"}
+            self.record.costs = main_metrics_of(self.summary)
+            self.record.record["energy"] = shown | {"costs": self.record.costs}
+
+    def _end_epoch(self, trainer: pl.Trainer) -> None:
+        """Book the energy since the epoch began, its validation and its checkpoints included."""
+        number, self._epoch_number = self._epoch_number, None
+        if number is None or self._recorder is None:
+            return
+        self._recorder.read()
+        self._write_counts()
+        used: dict[str, Tally] = {}
+        for label, tally in self._recorder.tallies().items():
+            used[label] = tally.minus(self._epoch_begin.get(label, Tally()))
+        whole = Tally()
+        for tally in used.values():
+            whole.add(tally)
+        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._world_size
+        epoch = {
+            "epoch": number,
+            "it_kwh": whole.total_j / J_PER_KWH,
+            "train_kwh": used.get(TRAIN, Tally()).total_j / J_PER_KWH,
+            "val_kwh": used.get(VALIDATION, Tally()).total_j / J_PER_KWH,
+            "duration_s": whole.seconds,
+            "mean_w": whole.total_j / whole.seconds if whole.seconds else 0.0,
+            "j_per_sample": whole.total_j / samples if samples else 0.0,
+            "cumulative_kwh": sum(tally.total_j for tally in self._recorder.tallies().values()) / J_PER_KWH,
+        }
+        self._file.write({"kind": "epoch", **epoch})
+        if not self._global_zero:
+            return
+        if not trainer.fast_dev_run:
+            row = {f"energy/epoch/{key}": value for key, value in epoch.items() if key != "epoch"}
+            _log(trainer.loggers, row, trainer.global_step)
+        self.epochs.append(epoch | {"metrics": scalars(trainer.callback_metrics)})
+        self._publish("running")
+
+    def _log_power(self, trainer: pl.Trainer) -> None:
+        """Hand the power since the last time to the loggers, at most 2,000 points."""
+        if not self.log_power or self._recorder is None or not trainer.loggers:
+            return
+        points = self._recorder.trace.points(self._logged_until)
+        for logger in trainer.loggers:
+            if type(logger).__name__ == "WandbLogger" and not self._logged_until:
+                logger.experiment.define_metric("energy/time_s")
+                logger.experiment.define_metric("energy/power_w/*", step_metric="energy/time_s")
+        for point in points:
+            watts = {f"energy/power_w/{name}": value for name, value in point.watts.items()}
+            row = {"energy/time_s": point.time_s, "energy/power_w/total": point.total_w, **watts}
+            _log(trainer.loggers, row, point.step)
+        if points:
+            self._logged_until = points[-1].time_s
+
+    def _draw(self) -> None:
+        """Draw the figures of the run; one that fails costs nothing else."""
+        if not self.figures or self._recorder is None:
+            return
+        from callbacks.figures import energy as plots
+        from callbacks.figures.callback import hand_over
+
+        points = self._recorder.trace.points()
+        for name in self.figures:
+            try:
+                figure = getattr(plots, name)(self.summary, points)
+                if figure is None:
+                    continue
+                self.figures_dir.mkdir(parents=True, exist_ok=True)
+                path = self.figures_dir / f"{name}.png"
+                figure.savefig(path, dpi=150)
+                for logger in self._loggers:
+                    hand_over(logger, f"figures/{name}", figure, [path], self._recorder.step)
+            except Exception as error:
+                log.warning("energy: figure %s was not drawn: %s: %s", name, type(error).__name__, error)
+
+
+def first_dimension(batch: Any) -> int:
+    """Samples of a batch: the first dimension of its first tensor; 0 if it has none."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else 1
+    if isinstance(batch, Mapping):
+        batch = batch.values()
+    if isinstance(batch, str | bytes) or not hasattr(batch, "__iter__"):
+        return 0
+    return next((size for part in batch if (size := first_dimension(part))), 0)
+
+
+def _log(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None:
+    for logger in loggers:
+        logger.log_metrics(dict(values), step=step)
+
+
+def _intensity(carbon_intensity: float | None, country: str | None) -> tuple[float, str]:
+    if carbon_intensity is not None:
+        return carbon_intensity, "callbacks.energy.carbon_intensity"
+    from callbacks.energy.meters.codecarbon import intensity
+
+    grams, source, year = intensity(country)
+    return grams, f"{source}, {year}"
+
+
+def _is_stop(exception: BaseException) -> bool:
+    """Whether an exception is the orderly end after a signal (`callbacks.interrupt`)."""
+    from callbacks.interrupt import Interrupted
+
+    return isinstance(exception, Interrupted)

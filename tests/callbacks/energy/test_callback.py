@@ -1,0 +1,281 @@
+"""The callback in real Trainers, with meters whose truth is known."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from callbacks.energy.callback import EnergyCallback, first_dimension
+from callbacks.energy.record import read_folder, read_records
+from callbacks.energy.summary import LABELS
+from callbacks.run_record import RunRecord
+from tests.callbacks.energy.sources import Source
+
+POWER = {label: 50.0 + 40 * i for i, label in enumerate(LABELS)}
+
+
+class Module(pl.LightningModule):
+    """Steps that take ``pause_s``."""
+
+    def __init__(self, pause_s: float = 0.002, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.net, self.pause_s, self.fail_at = torch.nn.Linear(4, 1), pause_s, fail_at
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        time.sleep(self.pause_s)
+        return self.net(batch[0]).square().mean()
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if self.fail_at is not None and self.global_step >= self.fail_at:
+            raise RuntimeError("boom")
+        return self._loss(batch)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self._loss(batch))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._loss(batch)
+
+    predict_step = test_step
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def loader(samples: int, batch_size: int = 4) -> DataLoader:
+    return DataLoader(TensorDataset(torch.randn(samples, 4)), batch_size=batch_size)
+
+
+def energy(folder: Path, power: Any = 75.0, **options: Any) -> EnergyCallback:
+    defaults = {"meters": [], "codecarbon": False, "carbon_intensity": 400.0, "period_s": 0.05, "figures": []}
+    source = power if isinstance(power, Source) else Source(power)
+    return EnergyCallback(folder / "energy", extra_meters={"mine": source}, **(defaults | options))
+
+
+def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    defaults = {
+        "max_epochs": 2, "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+        "accelerator": "cpu", "devices": 1, "enable_checkpointing": False,
+    }  # fmt: skip
+    return pl.Trainer(callbacks=list(callbacks), **(defaults | options))
+
+
+def stage_coded(folder: Path, **options: Any) -> EnergyCallback:
+    """A callback whose meter shows a power that only depends on the stage in force, as a counter: exact."""
+    state = {"joules": 0.0, "at": time.perf_counter()}
+
+    def joules(_: float) -> float:
+        now = time.perf_counter()
+        state["joules"] += POWER[callback._recorder.label or "startup"] * (now - state["at"])
+        state["at"] = now
+        return state["joules"]
+
+    callback = energy(folder, Source(integral=joules), **options)
+    return callback
+
+
+def test_every_stage_gets_its_own_energy_and_nothing_is_left_over(tmp_path):
+    callback = stage_coded(tmp_path, period_s=0.5)
+    module = Module()
+    fitting = trainer(callback, accumulate_grad_batches=2, val_check_interval=0.5, num_sanity_val_steps=2)
+    begin = time.perf_counter()
+    callback.begin_run()
+    time.sleep(0.02)
+    fitting.fit(module, loader(80), loader(40))
+    fitting.validate(module, loader(40), verbose=False)
+    fitting.test(module, loader(40), verbose=False)
+    fitting.predict(module, loader(40))
+    time.sleep(0.02)
+    callback.end_run()
+    seconds = time.perf_counter() - begin
+    stages = callback.summary["stages"]
+    assert set(stages) == {*LABELS, "fit"}
+    for label in LABELS:
+        assert stages[label]["mean_w"] == pytest.approx(POWER[label], rel=0.01), label
+    parts = [values for label, values in stages.items() if label != "fit"]
+    assert math.fsum(p["it_j"] for p in parts) == pytest.approx(callback.summary["it_j"], rel=1e-9)
+    assert math.fsum(p["duration_s"] for p in parts) == pytest.approx(callback.summary["duration_s"], rel=1e-9)
+    assert callback.summary["duration_s"] == pytest.approx(seconds, abs=0.02)
+    assert {label: values["samples"] for label, values in stages.items() if values["samples"]} == {
+        "fit/sanity": 8, "fit/train": 160, "fit/val": 160, "fit": 328, "validate": 40, "test": 40, "predict": 40,
+    }  # fmt: skip
+    assert stages["fit/train"]["updates"] == 20  # 2 epochs of 20 batches, two of them an update
+    assert stages["fit/train"]["j_per_update"] == pytest.approx(stages["fit/train"]["it_j"] / 20)
+
+
+def test_epochs_add_up_to_training(tmp_path):
+    callback = energy(tmp_path)
+    fitting = trainer(callback, max_epochs=3, num_sanity_val_steps=0)
+    fitting.fit(Module(), loader(40), loader(20))
+    callback.end_run()
+    epochs = callback.summary["epochs"]
+    assert [epoch["epoch"] for epoch in epochs] == [0, 1, 2]
+    stages = callback.summary["stages"]
+    assert sum(e["train_kwh"] for e in epochs) == pytest.approx(stages["fit/train"]["it_kwh"], rel=1e-9)
+    assert sum(e["val_kwh"] for e in epochs) == pytest.approx(stages["fit/val"]["it_kwh"], rel=1e-9)
+    assert all("val/loss" in epoch["metrics"] for epoch in epochs)
+    cumulative = [epoch["cumulative_kwh"] for epoch in epochs]
+    assert cumulative == sorted(cumulative) and cumulative[0] > epochs[0]["it_kwh"]
+
+
+def test_a_callback_without_a_runner_starts_with_the_first_stage(tmp_path):
+    callback = energy(tmp_path)
+    trainer(callback).test(Module(), loader(8), verbose=False)
+    assert callback.summary["it_j"] > 0
+    assert "energy-recorder" in [t.name for t in threading.enumerate()]
+    callback.end_run()
+    callback.end_run()
+    assert "energy-recorder" not in [t.name for t in threading.enumerate()]
+
+
+def test_constructing_opens_nothing(tmp_path):
+    callback = energy(tmp_path)
+    assert not (tmp_path / "energy").exists()
+    assert "energy-recorder" not in [t.name for t in threading.enumerate()]
+    callback.end_run()
+    assert not (tmp_path / "energy").exists()
+
+
+def test_an_exception_closes_the_record(tmp_path):
+    callback = energy(tmp_path)
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(callback).fit(Module(fail_at=5), loader(80))
+    assert "energy-recorder" not in [t.name for t in threading.enumerate()]
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.status == "failed"
+    assert host.tallies["fit/train"].total_j > 0
+    (path,) = (tmp_path / "energy").glob("*.jsonl")
+    assert {"kind": "exception", "type": "RuntimeError"} in list(read_records(path))
+    summary = json.loads((tmp_path / "energy" / "summary.json").read_text())
+    assert summary["status"] == "failed" and summary["stages"]["fit/train"]["updates"] == 5
+    assert summary["it_j"] == pytest.approx(sum(t.total_j for t in host.tallies.values()), rel=1e-4)
+
+
+def test_results_and_loggers_get_the_same_numbers(tmp_path):
+    class Logger(pl.loggers.Logger):
+        name, version = "l", 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[tuple[dict[str, float], int]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            self.rows.append((dict(metrics), step))
+
+        def log_hyperparams(self, *args: Any) -> None: ...
+
+    logger, record = Logger(), RunRecord(str(tmp_path), {})
+    callback = energy(tmp_path)
+    running = trainer(record, callback, logger=logger)
+    running.fit(Module(pause_s=0.01), loader(40), loader(20))
+    running.test(Module(), loader(20), verbose=False)
+    callback.end_run()
+    rows = [row for row, _ in logger.rows]
+    epochs = [row for row in rows if "energy/epoch/it_kwh" in row]
+    power = [row for row in rows if "energy/power_w/total" in row]
+    totals = [row for row in rows if "energy/total_it_kwh" in row]
+    assert len(epochs) == 2 and len(totals) == 2 and len(power) >= 3
+    assert all(row["energy/power_w/cpu"] == pytest.approx(75.0) for row in power)
+    times = [row["energy/time_s"] for row in power]
+    assert times == sorted(set(times))
+    assert record.costs["energy/total_it_kwh"] >= totals[-1]["energy/total_it_kwh"] > 0
+    assert record.record["energy"]["stages"]["test"]["samples"] == 20
+    assert record.record["energy"]["carbon_intensity_g_per_kwh"] == 400
+
+
+def test_parts_of_a_resumed_run_are_kept(tmp_path):
+    first = energy(tmp_path)
+    trainer(first).test(Module(), loader(40), verbose=False)
+    first.end_run("interrupted")
+    second = energy(tmp_path)
+    trainer(second).test(Module(), loader(40), verbose=False)
+    second.end_run()
+    assert second.summary["earlier_kwh"] == pytest.approx(first.summary["it_kwh"], rel=1e-5)
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.segments == 2
+    both = first.summary["it_j"] + second.summary["it_j"]
+    assert sum(t.total_j for t in host.tallies.values()) == pytest.approx(both, rel=1e-4)
+
+
+def test_a_second_recorder_on_the_machine_only_counts(tmp_path):
+    first, second = energy(tmp_path), energy(tmp_path)
+    first.begin_run()
+    second.begin_run()
+    assert second._recorder is None
+    trainer(second).test(Module(), loader(8), verbose=False)
+    assert second.counts.samples == {"test": 8}
+    second.end_run()
+    first.end_run()
+    assert len(list((tmp_path / "energy").glob("*.jsonl"))) == 1
+
+
+def test_two_energy_callbacks_are_a_mistake(tmp_path):
+    one, two = energy(tmp_path / "a"), energy(tmp_path / "b")
+    with pytest.raises(ValueError, match="two EnergyCallbacks"):
+        trainer(one, two).test(Module(), loader(8), verbose=False)
+    one.end_run()
+    two.end_run()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"period_s": 0.01}, r"period_s=0\.01.*at least 0\.05"),
+        ({"pue": 0.9}, r"pue=0\.9"),
+        ({"gpu_scope": "mine"}, "gpu_scope='mine'.*auto, job or node"),
+        ({"meters": "nvlm"}, "meters='nvlm'"),
+        ({"carbon_intensity": None, "country": "DEX"}, "DEX.*DEU"),
+        ({"carbon_intensity": -1.0}, "carbon_intensity=-1"),
+    ],
+)
+def test_bad_settings_name_the_remedy(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        energy(tmp_path, **options)
+
+
+def test_unknown_and_unreadable_meters_are_errors_when_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="rapl"):
+        energy(tmp_path, meters=["rapll"]).begin_run()
+    missing = {"rapl": {"root": str(tmp_path / "none")}}
+    with pytest.raises(ValueError, match="'rapl' cannot be read here"):
+        energy(tmp_path, meters=["rapl"], options=missing).begin_run()
+
+
+def test_automatic_choice_says_what_is_estimated_and_why(tmp_path, caplog):
+    options = {"rapl": {"root": str(tmp_path / "none")}, "hwmon": {"root": str(tmp_path / "none")}}
+    callback = EnergyCallback(
+        tmp_path / "energy", options=options, codecarbon=False, carbon_intensity=1.0, figures=[], period_s=0.05
+    )
+    with caplog.at_level(logging.INFO):
+        callback.begin_run()
+    time.sleep(0.2)
+    callback.end_run()
+    line = next(message for message in caplog.messages if message.startswith("energy:"))
+    assert "cpu estimated (model" in line and "dram estimated" in line and "rapl:" in line
+    assert callback.summary["estimated_fraction"] == 1
+    assert callback.summary["it_j"] > 0
+
+
+@pytest.mark.parametrize(
+    ("batch", "size"),
+    [
+        (torch.zeros(5, 2), 5),
+        ({"a": "text", "x": torch.zeros(3)}, 3),
+        ([[torch.zeros(7, 1)], torch.zeros(2)], 7),
+        ("text", 0),
+        (None, 0),
+        (torch.zeros(()), 1),
+    ],
+)
+def test_samples_of_a_batch(batch, size):
+    assert first_dimension(batch) == size

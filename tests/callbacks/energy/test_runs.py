@@ -1,0 +1,215 @@
+"""Energy of whole runs as a user starts them: deaths, signals, ranks, machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+from callbacks.energy.callback import EnergyCallback
+from callbacks.energy.record import read_folder, read_records
+from callbacks.energy.summary import TRAIN
+from callbacks.run_record import RunRecord
+from tests import cli
+from tests.callbacks.energy.sources import Source
+from tests.callbacks.energy.test_callback import Module, loader, trainer
+from tests.cli import TINY
+
+WATTS, PERIOD = 100.0, 0.1
+WALL = "callbacks.energy.extra_meters={wall:{_target_:callbacks.energy.meters.constant.ConstantMeter,watts:100}}"
+METERED = (
+    WALL,
+    "callbacks.energy.meters=[]",
+    f"callbacks.energy.period_s={PERIOD}",
+    "callbacks.energy.codecarbon=false",
+)
+SLOW = ("model.fault=slow", "trainer.max_epochs=1000")
+
+
+def energy_file(folder: Path) -> Path:
+    (path,) = (folder / "energy").glob("*.jsonl")
+    return path
+
+
+def start_of(path: Path) -> float:
+    """Time of day at which recording began."""
+    return next(r["unix_time"] for r in read_records(path) if r["kind"] == "start")
+
+
+def started(folder: Path, *more: str) -> cli.Started:
+    """A run that has come to its training steps."""
+    run = cli.Started(*TINY, *METERED, *SLOW, f"model.mark={folder}/mark", f"hydra.run.dir={folder}", *more, cwd=folder)
+    run.wait_for(folder / "mark.0")
+    return run
+
+
+@pytest.mark.parametrize("seconds", [0.73, 1.47])
+def test_sigkill_loses_at_most_two_periods(tmp_path, seconds):
+    run = started(tmp_path)
+    try:
+        time.sleep(seconds)
+        killed = time.time()
+        run.signal(signal.SIGKILL)
+        run.end()
+    finally:
+        run.kill()
+    path = energy_file(tmp_path)
+    true = WATTS * (killed - start_of(path))
+    (host,) = read_folder(tmp_path / "energy")
+    found = sum(tally.total_j for tally in host.tallies.values())
+    # A busy machine may delay a reading: 50 ms of grace.
+    assert true - (2 * PERIOD + 0.05) * WATTS <= found <= true + 0.05 * WATTS
+    assert host.status == "killed"
+    assert host.tallies[TRAIN].total_j > 0
+    if seconds > 1:  # what was known at the last end of an epoch
+        assert 0 < cli.results(tmp_path)["energy"]["it_j"] <= found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["int", "term"])
+def test_signals_close_the_record(tmp_path, number):
+    run = started(tmp_path)
+    try:
+        time.sleep(0.5)
+        run.signal(number)
+        code, output = run.end()
+    finally:
+        run.kill()
+    assert code == 128 + number
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.status == "interrupted"
+    record = cli.results(tmp_path)
+    assert record["status"] == record["energy"]["status"] == "interrupted"
+    assert record["energy"]["it_j"] == pytest.approx(WATTS * record["energy"]["duration_s"], rel=1e-6)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert record["energy"]["stages"][TRAIN]["updates"] == saved["global_step"] > 0
+    assert "energy: other estimated (constant (100 W))" in output
+
+
+def test_a_failure_keeps_its_exit_code_and_its_energy(tmp_path):
+    done = cli.run(*TINY, *METERED, "model.fault=raise", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 1 and "boom" in done.stderr
+    record = cli.results(tmp_path)
+    assert record["status"] == record["energy"]["status"] == "failed"
+    assert record["energy"]["stages"][TRAIN]["it_j"] > 0
+    assert not [name for name in os.listdir(tempfile.gettempdir()) if "codecarbon" in name]
+
+
+def test_two_ranks_are_one_machine(tmp_path):
+    done = cli.ok(*TINY, *METERED, "trainer=multi_cpu", "trainer.devices=2", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
+    record = cli.results(tmp_path)
+    energy = record["energy"]
+    assert len(energy["hosts"]) == 1
+    assert energy["it_j"] == pytest.approx(WATTS * energy["duration_s"], rel=0.02)
+    train = energy["stages"][TRAIN]
+    # 53 samples, global batches of 8: 6 steps of 4 samples on each of two ranks, three epochs.
+    assert (train["samples"], train["updates"], train["device_updates"]) == (144, 18, 36)
+    assert energy["stages"]["test"]["samples"] == 13
+    assert train["device_hours"] == pytest.approx(2 * train["duration_s"] / 3600)
+    assert done.stdout.count("by stage, J") == 1
+
+
+def two_machines(folder: str) -> dict:
+    """On each rank: a run of two ranks that believe to be on different machines."""
+    rank = os.environ["RANK"]
+    before = dict(os.environ)
+    os.environ |= {"WATTLIGHT_HOST_ID": f"machine{rank}", "LOCAL_RANK": "0", "NODE_RANK": rank, "LOCAL_WORLD_SIZE": "1"}
+    try:
+        record = RunRecord(folder, {})
+        callback = EnergyCallback(
+            f"{folder}/energy", meters=[], extra_meters={"wall": Source(100.0 if rank == "0" else 40.0)},
+            codecarbon=False, carbon_intensity=1.0, figures=[], period_s=0.05,
+        )  # fmt: skip
+        running = trainer(record, callback, strategy="ddp", num_nodes=2, devices=1, num_sanity_val_steps=0)
+        running.fit(Module(), loader(40), loader(20))
+        callback.end_run()
+        return callback.summary
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def test_two_machines_add_up(ranks2, tmp_path):
+    summary, other = ranks2(two_machines, str(tmp_path))
+    assert not other
+    assert len(summary["hosts"]) == 2 and len(list((tmp_path / "energy").glob("*.jsonl"))) == 2
+    train = summary["stages"][TRAIN]
+    assert train["it_j"] == pytest.approx(140 * train["node_hours"] / 2 * 3600, rel=0.05)
+    assert train["samples"] == 80  # two epochs of 40 samples, whoever trained on them
+    assert train["updates"] == 10
+    hosts = read_folder(tmp_path / "energy")
+    assert sum(t.total_j for host in hosts for t in host.tallies.values()) == pytest.approx(summary["it_j"], rel=0.05)
+
+
+def test_codecarbon_runs_beside_without_a_network(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was attempted")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    summaries = []
+    for name, pue in (("first", 1.0), ("one", 1.0), ("more", 1.5)):  # imports and caches are the first one's
+        folder = tmp_path / name
+        callback = EnergyCallback(
+            folder / "energy", meters=[], extra_meters={"wall": Source(100.0)}, country="DEU", pue=pue, period_s=0.2,
+            figures=[],
+        )  # fmt: skip
+        running = trainer(callback, max_epochs=20)
+        running.fit(Module(0.01), loader(40), loader(8))
+        running.test(Module(), loader(8), verbose=False)
+        callback.end_run()
+        summaries.append(callback.summary)
+        stored = json.loads((folder / "energy" / "summary.json").read_text())["codecarbon"]
+        assert stored["cpu_j"] > 0 and stored["ram_j"] > 0
+    for summary, pue in zip(summaries, (1.0, 1.0, 1.5), strict=True):
+        assert summary["it_j"] == pytest.approx(100 * summary["duration_s"], rel=1e-6)
+        assert summary["facility_kwh"] == pytest.approx(pue * summary["it_kwh"], rel=1e-12)
+        grams = summary["carbon_intensity_g_per_kwh"]
+        assert summary["co2_kg"] == pytest.approx(pue * summary["it_kwh"] * grams / 1000, rel=1e-12)
+    # codecarbon's own totals know nothing of the building.
+    rates = [summary["codecarbon"]["ram_j"] / summary["duration_s"] for summary in summaries]
+    assert rates[2] == pytest.approx(rates[1], rel=0.25)
+
+
+def test_hostile_configuration_of_codecarbon_changes_nothing(tmp_path, monkeypatch):
+    hostile = (
+        "[codecarbon]\npue=9\nforce_cpu_power=5000\nforce_ram_power=5000\nmeasure_power_secs=0.001\n"
+        "output_dir=/nonexistent\nsave_to_api=true\nallow_multiple_runs=false\ntracking_mode=nonsense\n"
+    )
+    home = tmp_path / "home"
+    home.mkdir()
+    for folder in (home, tmp_path):
+        (folder / ".codecarbon.config").write_text(hostile)
+    done = cli.ok(
+        *TINY, "callbacks.energy.codecarbon=true", "callbacks.energy.meters=estimates", "trainer.max_epochs=30",
+        "model.fault=slow", f"hydra.run.dir={tmp_path}/run", cwd=tmp_path,
+        HOME=str(home), CODECARBON_PUE="7", CODECARBON_FORCE_CPU_POWER="9000", CODECARBON_LOG_LEVEL="debug",
+    )  # fmt: skip
+    energy = cli.results(tmp_path / "run")["energy"]
+    assert 0 < energy["codecarbon"]["cpu_j"] / energy["duration_s"] < 2000
+    assert 0 < energy["codecarbon"]["ram_j"] / energy["duration_s"] < 1000
+    assert energy["facility_kwh"] == energy["it_kwh"]
+    assert "[codecarbon" not in done.stdout + done.stderr
+    assert not (tmp_path / "emissions.csv").exists() and not (tmp_path / "run" / "emissions.csv").exists()
+
+
+def test_no_thread_is_left_after_a_stage_fails(tmp_path):
+    class Failing(pl.Callback):
+        def on_validation_start(self, trainer, pl_module):
+            raise KeyboardInterrupt
+
+    callback = EnergyCallback(
+        tmp_path / "energy", meters=[], extra_meters={"wall": Source(1.0)}, codecarbon=False, carbon_intensity=1.0,
+        figures=[],
+    )  # fmt: skip
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer(callback, Failing()).fit(Module(), loader(8), loader(8))
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.status in ("interrupted", "failed")
