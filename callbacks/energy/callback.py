@@ -6,7 +6,7 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,9 @@ class EnergyCallback(pl.Callback):
         self._loggers: list[Any] = []
         self._host_name = ("", "")
         self._epoch_samples = 0
+        self._trained = False
+        self._batch_size: Callable[[Any], int] = first_dimension
+        self._global_step: Callable[[], int] = lambda: 0
         self._updates_before = 0
         self._epoch_begin: dict[str, Tally] = {}
         self._epoch_number: int | None = None
@@ -234,6 +237,11 @@ class EnergyCallback(pl.Callback):
         self._cuda = self.synchronize and trainer.strategy.root_device.type == "cuda"
         self._loggers = trainer.loggers
         self.record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)
+        # Looked up once: an attribute that a module lacks costs as much as the rest of a hook.
+        self._batch_size = getattr(pl_module, "batch_size", first_dimension)
+        self._global_step = lambda: trainer.global_step
+        if self._recorder is not None:
+            self._recorder.step = self._global_step
         self._switch(STAGES[str(getattr(stage, "value", stage))])
 
     @override
@@ -247,6 +255,7 @@ class EnergyCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._updates_before = self.counts.updates.get(TRAIN, 0) - trainer.global_step
+        self._trained = True
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -267,11 +276,7 @@ class EnergyCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._count(pl_module, batch)
-        step = trainer.global_step
-        self.counts.updates[TRAIN] = self._updates_before + step
-        if self._recorder is not None:
-            self._recorder.step = step
+        self._count(batch)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -292,7 +297,7 @@ class EnergyCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._count(pl_module, batch)
+        self._count(batch)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end
 
@@ -324,11 +329,15 @@ class EnergyCallback(pl.Callback):
             self._file.write({"kind": "exception", "type": type(exception).__name__})
         self.end_run("failed" if isinstance(exception, Exception) and not _is_stop(exception) else "interrupted")
 
-    def _count(self, module: pl.LightningModule, batch: Any) -> None:
-        size = module.batch_size(batch) if hasattr(module, "batch_size") else first_dimension(batch)
-        self.counts.samples[self._label] = self.counts.samples.get(self._label, 0) + size
+    def _count(self, batch: Any) -> None:
+        samples = self.counts.samples
+        samples[self._label] = samples.get(self._label, 0) + self._batch_size(batch)
+
+    def _count_updates(self) -> None:
+        self.counts.updates = {TRAIN: self._updates_before + self._global_step()} if self._trained else {}
 
     def _write_counts(self, sync: bool = False) -> None:
+        self._count_updates()
         if self._file is None:
             return
         counts = {"samples": self.counts.samples, "updates": self.counts.updates}
@@ -373,8 +382,8 @@ class EnergyCallback(pl.Callback):
         shares = Counts({label: n * self._world_size for label, n in self.counts.samples.items()}, self.counts.updates)
         return hosts, shares, False
 
-    def _publish(self, status: str) -> None:
-        """Make the summary, and put it into ``summary.json`` and the run's record."""
+    def _publish(self, status: str, write: bool = True) -> None:
+        """Make the summary, and put it into the run's record and ``summary.json``."""
         hosts, counts, exact = self._state(status)
         if not hosts:
             return
@@ -387,10 +396,11 @@ class EnergyCallback(pl.Callback):
         }
         if self._tracker is not None:
             self.summary["codecarbon"] = self._tracker.totals()
-        try:
-            write_json(self.dirpath / "summary.json", self.summary)
-        except OSError as error:
-            log.warning("energy: %s/summary.json was not written: %s", self.dirpath, error)
+        if write:
+            try:
+                write_json(self.dirpath / "summary.json", self.summary)
+            except OSError as error:
+                log.warning("energy: %s/summary.json was not written: %s", self.dirpath, error)
         if self.record is not None:
             shown = {key: value for key, value in self.summary.items() if key != "epochs"}
             self.record.costs = main_metrics_of(self.summary)
@@ -427,7 +437,7 @@ class EnergyCallback(pl.Callback):
             row = {f"energy/epoch/{key}": value for key, value in epoch.items() if key != "epoch"}
             _log(trainer.loggers, row, trainer.global_step)
         self.epochs.append(epoch | {"metrics": scalars(trainer.callback_metrics)})
-        self._publish("running")
+        self._publish("running", write=False)  # the record has every reading; waiting for a disk is for ends of stages
 
     def _log_power(self, trainer: pl.Trainer) -> None:
         """Hand the power since the last time to the loggers, at most 2,000 points."""
@@ -462,13 +472,19 @@ class EnergyCallback(pl.Callback):
                 path = self.figures_dir / f"{name}.png"
                 figure.savefig(path, dpi=150)
                 for logger in self._loggers:
-                    hand_over(logger, f"figures/{name}", figure, [path], self._recorder.step)
+                    hand_over(logger, f"figures/{name}", figure, [path], self._recorder.step())
             except Exception as error:
                 log.warning("energy: figure %s was not drawn: %s: %s", name, type(error).__name__, error)
 
 
 def first_dimension(batch: Any) -> int:
     """Samples of a batch: the first dimension of its first tensor; 0 if it has none."""
+    kind = type(batch)
+    if kind is dict or kind is list or kind is tuple:  # nearly always, and this is called at every step
+        for part in batch.values() if kind is dict else batch:
+            if type(part) is Tensor and part.ndim:
+                return part.shape[0]
+            break
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 1
     if isinstance(batch, Mapping):

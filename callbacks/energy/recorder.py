@@ -53,7 +53,7 @@ class Recorder:
         self.channels: list[Channel] = []
         self._sizes: list[int] = []
         self.label = ""
-        self.step = 0  # set by whoever counts optimiser steps; goes into the trace
+        self.step: Callable[[], int] = lambda: 0  # set by whoever counts optimiser steps; goes into the trace
         self.trace = Trace()
         self.num_readings = 0
         self._write = write or (lambda record: None)
@@ -109,7 +109,7 @@ class Recorder:
             interval = self._ledger.add(now, values, self.label)
             if interval is not None:
                 self._cumulative.add(interval)
-                self.trace.add(now, interval, self.label, self.step)
+                self.trace.add(now, interval, self.label, self.step())
                 self._warn_of_invalid()
             self._write(self._record(now))
 
@@ -142,7 +142,7 @@ class Recorder:
             "total_j": round(total.total_j, 6),
             "estimated_j": round(total.estimated_j, 6),
             "covered_s": round(total.covered_seconds, 6),
-            "step": self.step,
+            "step": self.step(),
         }
 
     def switch(self, label: str) -> None:

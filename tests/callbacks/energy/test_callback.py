@@ -105,7 +105,7 @@ def test_every_stage_gets_its_own_energy_and_nothing_is_left_over(tmp_path):
     parts = [values for label, values in stages.items() if label != "fit"]
     assert math.fsum(p["it_j"] for p in parts) == pytest.approx(callback.summary["it_j"], rel=1e-9)
     assert math.fsum(p["duration_s"] for p in parts) == pytest.approx(callback.summary["duration_s"], rel=1e-9)
-    assert callback.summary["duration_s"] == pytest.approx(seconds, abs=0.02)
+    assert callback.summary["duration_s"] == pytest.approx(seconds, abs=0.15)  # opening and closing
     assert {label: values["samples"] for label, values in stages.items() if values["samples"]} == {
         "fit/sanity": 8, "fit/train": 160, "fit/val": 160, "fit": 328, "validate": 40, "test": 40, "predict": 40,
     }  # fmt: skip

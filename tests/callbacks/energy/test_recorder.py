@@ -65,7 +65,7 @@ def test_every_reading_is_written():
     recorder.start("startup")
     clock.now += 2
     recorder.switch("test")
-    recorder.step = 7
+    recorder.step = lambda: 7
     clock.now += 3
     recorder.stop()
     assert [(r["t"], r["label"], r["total_j"], r["step"]) for r in records] == [

@@ -16,6 +16,7 @@ import torch
 
 from callbacks.energy.callback import EnergyCallback
 from callbacks.energy.record import read_folder, read_records
+from callbacks.energy.recorder import Recorder
 from callbacks.energy.summary import TRAIN
 from callbacks.run_record import RunRecord
 from tests import cli
@@ -213,3 +214,34 @@ def test_no_thread_is_left_after_a_stage_fails(tmp_path):
         trainer(callback, Failing()).fit(Module(), loader(8), loader(8))
     (host,) = read_folder(tmp_path / "energy")
     assert host.status in ("interrupted", "failed")
+
+
+def test_tasks_of_codecarbon_would_lose_energy(tmp_path):
+    """Why stages are not codecarbon's tasks: a task resets its clock, and what came since the last tick is gone."""
+    import logging
+
+    from codecarbon import OfflineEmissionsTracker
+
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    tracker = OfflineEmissionsTracker(
+        country_iso_code="DEU", measure_power_secs=0.5, output_methods=[], allow_multiple_runs=True,
+        log_level="critical", force_ram_power=10, force_cpu_power=10, output_dir=str(tmp_path),
+    )  # fmt: skip
+    recorder = Recorder([Source(10.0)], period_s=0.5)
+    tracker.start()
+    begin = time.perf_counter()
+    recorder.start("before")
+    time.sleep(0.45)
+    tracker.start_task("stage")
+    recorder.switch("stage")
+    time.sleep(0.6)
+    tracker.stop_task("stage")
+    recorder.switch("after")
+    time.sleep(0.2)
+    recorder.stop()
+    tracker.stop()
+    true = 10.0 * (time.perf_counter() - begin)
+    ours = sum(tally.total_j for tally in recorder.tallies().values())
+    theirs = tracker._total_ram_energy.kWh * 3.6e6
+    assert ours == pytest.approx(true, rel=0.02)
+    assert theirs < 0.85 * true
