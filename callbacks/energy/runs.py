@@ -68,7 +68,8 @@ class Run:
 
     Attributes:
         name: Its folder, as seen from the folder that was asked for.
-        experiment: ``name`` of its configuration.
+        experiment: ``name`` of its configuration, without ``_training`` or ``_inference`` at its end: jobs of their own
+            for the two belong together.
         task: Class of the module and number of parameters: runs of one experiment that differ here are kept apart.
         machine: What it was computed on.
         phases: By ``training`` and ``inference``; those that it had.
@@ -136,7 +137,7 @@ def _read_run(name: str, path: Path, tdp_w: float | None) -> Run:
         raise ValueError("neither training nor test or predict went through a sample")
     return Run(
         name=name,
-        experiment=str(config.get("name") or result.get("name") or "run"),
+        experiment=re.sub(r"_(training|inference)$", "", str(config.get("name") or result.get("name") or "run")),
         task=(
             str((config.get("model") or {}).get("_target_", "")).rpartition(".")[2],
             int(result.get("parameters") or 0),

@@ -164,4 +164,4 @@ def _joules(value: float) -> str:
     for limit, factor, unit in ((3.6e6, 3.6e6, "kWh"), (1e4, 1e3, "kJ")):
         if value >= limit:
             return f"{value / factor:.3g} {unit}"
-    return f"{value:.3g} J"
+    return f"{value:.3g} J" if value < 1000 else f"{value:,.0f} J"

@@ -102,5 +102,10 @@ def test_merging_files_twice_gives_the_same_bytes(tmp_path, capsys):
     merged = json.loads(outputs[0])
     assert merged["it_j"] == 750.0 and merged["facility_kwh"] == pytest.approx(1.2 * 750 / 3.6e6)
     assert [h["status"] for h in merged["hosts"].values()] == ["completed", "killed"]
+    assert merged["stages"]["test"]["samples"] == 20 and merged["counts_exact"]
+    (tmp_path / "energy" / "b.jsonl").unlink()  # two ranks on one machine: one of them recorded
+    assert main(["merge", str(tmp_path)]) == 0
+    merged = json.loads(capsys.readouterr().out)
+    assert merged["stages"]["test"]["samples"] == 20 and not merged["counts_exact"]
     assert main(["merge", str(tmp_path / "nothing")]) == 2
     assert "no energy/*.jsonl" in capsys.readouterr().err
