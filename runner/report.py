@@ -36,6 +36,8 @@ def _energy(energy: dict[str, Any] | None) -> list[str]:
     """What the run has cost, and how much of that an instrument has measured."""
     if not energy:
         return []
+    if not energy["it_j"]:
+        return [f"{'energy':<15}  nothing was read"]
     measured = 100 * (1 - energy["estimated_fraction"])
     co2 = 1000 * energy["co2_kg"]
     stages = {name: values["it_j"] for name, values in energy["stages"].items() if not name.startswith("fit/")}

@@ -61,14 +61,21 @@ def _write(files: Mapping[Path, bytes]) -> None:
         path.write_bytes(content)
 
 
+def _facility(options: argparse.Namespace) -> Facility | None:
+    """What the command line says of the building; None: what the run says."""
+    if options.pue is None and options.carbon_intensity is None:
+        return None
+    return Facility(options.pue or 1.0, options.carbon_intensity or 0.0, "command line")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m callbacks.energy", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("merge", help="sum of all machines and parts of a run, as JSON")
     command.add_argument("run_dir", type=Path)
-    command.add_argument("--pue", type=float, default=1.0)
-    command.add_argument("--carbon-intensity", type=float, default=0.0, help="g/kWh")
+    command.add_argument("--pue", type=float, help="in place of the run's own")
+    command.add_argument("--carbon-intensity", type=float, help="g/kWh, in place of the run's own")
     command = commands.add_parser("report", help="one HTML page about a run")
     command.add_argument("run_dir", type=Path)
     command.add_argument("--out", type=Path, help="file; default: RUN_DIR/energy_report.html")
@@ -85,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         if options.command == "merge":
-            facility = Facility(options.pue, options.carbon_intensity, "command line")
-            print(json.dumps(merge(options.run_dir, facility), indent=2))
+            print(json.dumps(merge(options.run_dir, _facility(options)), indent=2))
         elif options.command == "report":
             print(f"page  {report(options.run_dir, options.out)}")
         else:

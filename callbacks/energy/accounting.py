@@ -11,9 +11,6 @@ from callbacks.energy.meters.base import Channel
 TOLERANCE = 1.5
 """Counters may exceed ``max_power_w`` by this factor before an interval is invalid."""
 
-COUNTER_UPDATE_S = 0.2
-"""Counters are updated in steps, NVML's about every 0.1 s: two readings that are close may enclose a whole step."""
-
 
 def counter_energy(before: float, after: float, seconds: float, channel: Channel) -> float:
     """Energy between two readings of a cumulative counter, J; NaN if it cannot be told.
@@ -28,13 +25,15 @@ def counter_energy(before: float, after: float, seconds: float, channel: Channel
         energy += channel.modulus_j
     limit = math.inf
     if channel.max_power_w is not None:
-        limit = channel.max_power_w * max(seconds * TOLERANCE, COUNTER_UPDATE_S)
+        # Counters are updated in steps: two readings that are close may enclose a whole step.
+        limit = channel.max_power_w * TOLERANCE * (seconds + channel.update_s)
     return energy if 0 <= energy <= limit else math.nan
 
 
 def gauge_energy(before: float, after: float, seconds: float, channel: Channel) -> float:
-    """Energy under the straight line between two readings of power, J; NaN if one is missing or negative."""
-    if not (before >= 0 and after >= 0):
+    """Energy under the straight line between two readings of power, J; NaN if one is missing or impossible."""
+    limit = math.inf if channel.max_power_w is None else channel.max_power_w * TOLERANCE
+    if not (0 <= before <= limit and 0 <= after <= limit and max(before, after) < math.inf):
         return math.nan
     return (before + after) / 2 * seconds
 
@@ -51,7 +50,7 @@ class Tally:
             configured overhead.
         estimated_j: The part of ``total_j`` that no instrument has measured.
         covered_seconds: Time in which every channel that makes up the total was valid.
-        max_w: Largest mean power between two readings (of intervals of at least 50 ms).
+        max_w: Largest mean power of times long enough for the steps of a counter not to matter.
     """
 
     seconds: float = 0.0
@@ -92,6 +91,36 @@ class Tally:
         return copied
 
 
+def shortest_for_maximum(channels: Sequence[Channel]) -> float:
+    """Time over which the mean power of counters that are updated in steps means something, s."""
+    return max((5 * channel.update_s for channel in channels if channel.kind == "counter"), default=0.05)
+
+
+class Maximum:
+    """Joins intervals of one label until they are long enough to tell a power.
+
+    Args:
+        shortest_s: See `shortest_for_maximum`.
+    """
+
+    def __init__(self, shortest_s: float) -> None:
+        self.shortest_s = shortest_s
+        self._label = ""
+        self._seconds = self._joules = 0.0
+
+    def add(self, interval: Tally, label: str) -> float:
+        """Power since the last one, W; 0 while that cannot be told."""
+        if label != self._label:
+            self._label, self._seconds, self._joules = label, 0.0, 0.0
+        self._seconds += interval.seconds
+        self._joules += interval.total_j
+        if self._seconds < self.shortest_s - 1e-6:
+            return 0.0
+        power = self._joules / self._seconds
+        self._seconds = self._joules = 0.0
+        return power
+
+
 class Ledger:
     """Books the energy between two readings to the label that was in force: the labels' sum is the total.
 
@@ -101,8 +130,6 @@ class Ledger:
             node channel is valid.
     """
 
-    SHORTEST_FOR_MAXIMUM_S = 0.05
-
     def __init__(self, channels: Sequence[Channel], overhead_w: float = 0.0) -> None:
         self.channels = tuple(channels)
         self.overhead_w = overhead_w
@@ -110,6 +137,7 @@ class Ledger:
         self.invalid = {channel.name: 0 for channel in channels}
         self._time: float | None = None
         self._values: list[float] = []
+        self._maximum = Maximum(shortest_for_maximum(self.channels))
 
     def add(self, time_s: float, values: Sequence[float], label: str) -> Tally | None:
         """Book the interval since the last call to ``label``.
@@ -127,6 +155,7 @@ class Ledger:
         if before is None:
             return None
         interval = self._interval(time_s - before, previous, values)
+        interval.max_w = self._maximum.add(interval, label)
         self.tallies.setdefault(label, Tally()).add(interval)
         return interval
 
@@ -134,7 +163,7 @@ class Ledger:
         out = Tally(seconds)
         node: list[tuple[float, bool]] = []
         parts: list[tuple[float, bool]] = []
-        complete_parts = True
+        complete_parts = not any(channel.component == "node" for channel in self.channels)
         for channel, old, new in zip(self.channels, before, after, strict=True):
             energy = (counter_energy if channel.kind == "counter" else gauge_energy)(old, new, seconds, channel)
             valid = not math.isnan(energy)
@@ -158,8 +187,6 @@ class Ledger:
             out.total_j = math.fsum(energy for energy, _ in parts) + overhead
             out.estimated_j = math.fsum(energy for energy, measured in parts if not measured) + overhead
             out.covered_seconds = seconds if complete_parts and parts else 0.0
-        if seconds >= self.SHORTEST_FOR_MAXIMUM_S:
-            out.max_w = out.total_j / seconds
         return out
 
     def total(self) -> Tally:

@@ -17,10 +17,11 @@ from typing_extensions import override
 
 from callbacks.energy import identity
 from callbacks.energy.accounting import Tally
+from callbacks.energy.meters import registry
 from callbacks.energy.meters.base import Meter
 from callbacks.energy.node import NodeProfile
 from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_file, read_folder, start_record
-from callbacks.energy.recorder import SHORTEST_PERIOD_S, Recorder
+from callbacks.energy.recorder import Recorder
 from callbacks.energy.selection import Selection, describe, select
 from callbacks.energy.summary import (
     IDLE,
@@ -35,6 +36,7 @@ from callbacks.energy.summary import (
     metrics_of,
     summarize,
 )  # fmt: skip
+from callbacks.figures import energy as plots
 from callbacks.gathering import gather_to_rank_zero
 from callbacks.run_record import RunRecord, scalars, write_json
 
@@ -97,16 +99,28 @@ class EnergyCallback(pl.Callback):
         figures_dir: str | None = None,
         node: NodeProfile | None = None,
     ) -> None:
-        if not period_s >= SHORTEST_PERIOD_S:
-            raise ValueError(
-                f"callbacks.energy.period_s={period_s} is too short to be read; use at least {SHORTEST_PERIOD_S}."
-            )
+        Recorder([], period_s, overhead_w=overhead_w)  # refuses impossible values
         if gpu_scope not in ("auto", "job", "node"):
             raise ValueError(f"callbacks.energy.gpu_scope={gpu_scope!r} is unknown; choose auto, job or node.")
         if isinstance(meters, str) and meters not in ("auto", "estimates"):
             raise ValueError(
                 f"callbacks.energy.meters={meters!r} is unknown; choose auto, estimates, or a list: [{meters}]."
             )
+        if not meters and not extra_meters:
+            raise ValueError(
+                "callbacks.energy.meters is empty: nothing would be read; use auto, or remove the callback."
+            )
+        if unknown := [name for name in options or {} if name not in registry.names()]:
+            raise ValueError(
+                f"callbacks.energy.options: no meter {', '.join(unknown)}; there are {', '.join(registry.names())}."
+            )
+        if wrong := [name for name, meter in (extra_meters or {}).items() if not isinstance(meter, Meter)]:
+            raise ValueError(
+                f"callbacks.energy.extra_meters.{wrong[0]} is no meter; give an object of a class that derives from "
+                "callbacks.energy.meters.base.Meter (_target_: ...)."
+            )
+        if missing := [name for name in figures if not hasattr(plots, name)]:
+            raise ValueError(f"callbacks.energy.figures: callbacks/figures/energy.py has no {', '.join(missing)}.")
         self.dirpath = Path(dirpath)
         self.meters, self.extra_meters, self.options = meters, dict(extra_meters or {}), dict(options or {})
         self.period_s, self.gpu_scope, self.node = period_s, gpu_scope, node
@@ -114,6 +128,10 @@ class EnergyCallback(pl.Callback):
         self.facility = Facility(pue, *_intensity(carbon_intensity, country))
         self.country, self.codecarbon, self.synchronize, self.log_power = country, codecarbon, synchronize, log_power
         self.figures, self.figures_dir = tuple(figures), Path(figures_dir or dirpath)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Begin anew: nothing measured, nothing open."""
         self.counts = Counts()  # of this rank
         self.epochs: list[dict[str, Any]] = []
         self.summary: dict[str, Any] = {}
@@ -133,6 +151,10 @@ class EnergyCallback(pl.Callback):
         self._host_name = ("", "")
         self._epoch_samples = 0
         self._trained = False
+        self._written_counts: dict[str, Any] = {}
+        self._num_nodes = 1
+        self._summed_epochs = 0
+        self._pid = os.getpid()
         self._batch_size: Callable[[Any], int] = first_dimension
         self._global_step: Callable[[], int] = lambda: 0
         self._updates_before = 0
@@ -144,24 +166,39 @@ class EnergyCallback(pl.Callback):
 
     def begin_run(self) -> None:
         """Open the meters and begin with ``startup``; the first ``setup`` does it where nobody has."""
+        if self._ended:  # another run with the same object
+            self._reset()
         if self._begun:
             return
         self._begun, self._begun_at, self._label = True, time.time(), STARTUP
-        earlier = read_folder(self.dirpath)  # a resumed run
-        self._earlier_j = sum(tally.total_j for host in earlier for tally in host.tallies.values())
+        self._pid = os.getpid()
         if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) != 0:
             return
         host, name = identity.host_id(), identity.hostname()
         file = RecordFile(self.dirpath / f"{name}-{host}.jsonl")
-        if not file.acquire():
-            return
+        try:
+            if not file.acquire():
+                log.info("energy: another process records this machine (%s)", file.path)
+                return
+            if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))) == 0:  # a resumed run
+                (self.dirpath / "summary.json").unlink(missing_ok=True)
+                earlier = read_folder(self.dirpath)
+                self._earlier_j = sum(tally.total_j for host in earlier for tally in host.tallies.values())
+        except OSError as error:
+            log.warning("energy: %s cannot be written: %s; energy is measured, but not recorded", self.dirpath, error)
         selection = Selection()
         try:
             selection = select(self.meters, self.extra_meters, self._meter_options())
             self._recorder = Recorder(selection.meters, self.period_s, file.write, self.overhead_w)
             channels = [channel for meter in selection.meters for channel in meter.open()]
             world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
-            file.write(start_record(name, host, world_size, self.period_s, channels, time.time()))
+            facility = {
+                "pue": self.facility.pue,
+                "intensity": self.facility.intensity_g_per_kwh,
+                "source": self.facility.intensity_source,
+            }
+            file.write(start_record(name, host, world_size, self.period_s, channels, time.time(), facility))
+            self._recorder.annotate = self._new_counts
             self._recorder.start(STARTUP)
         except BaseException:
             selection.close()
@@ -169,7 +206,7 @@ class EnergyCallback(pl.Callback):
             self._recorder = None
             raise
         self._file, self._host_name = file, (host, name)
-        atexit.register(self.end_run, "failed")
+        atexit.register(self._at_exit)
         log.info("energy: %s", describe(self._recorder.channels, selection.absent))
         if self.codecarbon:
             self._start_codecarbon()
@@ -192,9 +229,7 @@ class EnergyCallback(pl.Callback):
 
         devices = job_devices(self.gpu_scope, os.environ)
         intensity = self.facility.intensity_g_per_kwh
-        self._tracker = CodecarbonTotals(
-            self.country, self.period_s, gpu_ids=devices, intensity_g_per_kwh=intensity or None
-        )
+        self._tracker = CodecarbonTotals(self.country, self.period_s, gpu_ids=devices, intensity_g_per_kwh=intensity)
         self._tracker.start()
 
     def end_run(self, status: str = "completed") -> None:
@@ -202,7 +237,7 @@ class EnergyCallback(pl.Callback):
 
         Called by the runner, by ``on_exception`` or at exit. No collectives: other ranks may be dead.
         """
-        if self._ended:
+        if self._ended or (self._begun and os.getpid() != self._pid):
             return
         self._ended = True
         if self._recorder is not None and self._recorder.running:
@@ -211,12 +246,25 @@ class EnergyCallback(pl.Callback):
             self._file.write({"kind": "end", "status": status, "t": self._recorder.elapsed()})
             self._file.sync()
             self._file.close()
-            atexit.unregister(self.end_run)
+            atexit.unregister(self._at_exit)
         if self._tracker is not None:
             self._tracker.stop()  # of a run shorter than its start, this waits for it: 2 s at most
         if self._begun and self._global_zero:
             self._publish(status)
             self._draw()
+
+    def _at_exit(self) -> None:
+        """Errors of a Trainer come through `on_exception`: between two stages nothing has failed."""
+        self.end_run("completed" if self._label == IDLE else "failed")
+
+    def _new_counts(self) -> dict[str, Any]:
+        """Samples and updates for the record, when they have changed."""
+        self._count_updates()
+        counts = {"samples": dict(self.counts.samples), "updates": dict(self.counts.updates)}
+        if counts == self._written_counts:
+            return {}
+        self._written_counts = counts
+        return counts
 
     # ------------------------------------------------------------------------------------------------- boundaries
 
@@ -238,10 +286,11 @@ class EnergyCallback(pl.Callback):
         self._loggers = trainer.loggers
         self.record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)
         # Looked up once: an attribute that a module lacks costs as much as the rest of a hook.
-        self._batch_size = getattr(pl_module, "batch_size", first_dimension)
-        self._global_step = lambda: trainer.global_step
+        hook = getattr(pl_module, "batch_size", None)  # also the name of a number, for Lightning's BatchSizeFinder
+        self._batch_size = hook if callable(hook) else first_dimension
+        self._num_nodes = trainer.num_nodes
         if self._recorder is not None:
-            self._recorder.step = self._global_step
+            self._recorder.step = lambda: trainer.global_step
         self._switch(STAGES[str(getattr(stage, "value", stage))])
 
     @override
@@ -255,6 +304,7 @@ class EnergyCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._updates_before = self.counts.updates.get(TRAIN, 0) - trainer.global_step
+        self._global_step = lambda: trainer.global_step
         self._trained = True
 
     @override
@@ -358,13 +408,25 @@ class EnergyCallback(pl.Callback):
 
     def _gather(self) -> None:
         """Collect machines and counts of all ranks; every rank comes here at the end of a stage."""
-        parts = gather_to_rank_zero((self._host("running"), self.counts))
+        parts = gather_to_rank_zero((self._host("running"), self.counts, self.epochs))
         if parts is None:
             return
         counts = Counts()
-        for rank, (_, theirs) in enumerate(parts):
+        for rank, (_, theirs, _) in enumerate(parts):
             counts.add(theirs, updates=rank == 0)
-        self._gathered = [host for host, _ in parts[1:] if host is not None], counts
+        self._gathered = [host for host, _, _ in parts[1:] if host is not None], counts
+        self._add_epochs([epochs for host, _, epochs in parts[1:] if host is not None])
+
+    def _add_epochs(self, others: list[list[dict[str, Any]]]) -> None:
+        """Add what the other machines used in each epoch."""
+        for epochs in others:
+            theirs = {epoch["epoch"]: epoch for epoch in epochs}
+            for epoch in self.epochs[self._summed_epochs :]:
+                if (other := theirs.get(epoch["epoch"])) is not None:
+                    for key in ("it_kwh", "train_kwh", "val_kwh", "mean_w", "cumulative_kwh"):
+                        epoch[key] += other[key]
+                    epoch["j_per_sample"] = (epoch["j_per_sample"] + other["j_per_sample"]) / 2
+        self._summed_epochs = len(self.epochs)
 
     def _state(self, status: str) -> tuple[list[HostEnergy], Counts, bool]:
         """All machines, counts of all ranks, and whether every rank has confirmed them."""
@@ -375,11 +437,13 @@ class EnergyCallback(pl.Callback):
         if self._gathered is not None:
             others, counts = self._gathered
             return hosts + others, counts, True
+        shares = Counts({label: n * self._world_size for label, n in self.counts.samples.items()}, self.counts.updates)
+        if not self._ended:  # the others are at work; what they use is gathered at the end of the stage
+            return hosts, shares, False
         # Ranks that died cannot be asked: their machines' files can, and ranks do equal shares of the work.
         for path in sorted(self.dirpath.glob("*.jsonl")):
             if (own is None or self._file.path != path) and path.stat().st_mtime >= self._begun_at:
                 hosts += read_file(path)[-1:]
-        shares = Counts({label: n * self._world_size for label, n in self.counts.samples.items()}, self.counts.updates)
         return hosts, shares, False
 
     def _publish(self, status: str, write: bool = True) -> None:
@@ -394,8 +458,9 @@ class EnergyCallback(pl.Callback):
             "earlier_kwh": self._earlier_j / J_PER_KWH,
             "epochs": self.epochs,
         }
-        if self._tracker is not None:
+        if write and self._tracker is not None:  # asking it makes it measure, which takes a millisecond
             self.summary["codecarbon"] = self._tracker.totals()
+            self._compare_with_codecarbon()
         if write:
             try:
                 write_json(self.dirpath / "summary.json", self.summary)
@@ -405,6 +470,20 @@ class EnergyCallback(pl.Callback):
             shown = {key: value for key, value in self.summary.items() if key != "epochs"}
             self.record.costs = main_metrics_of(self.summary)
             self.record.record["energy"] = shown | {"costs": self.record.costs}
+
+    def _compare_with_codecarbon(self) -> None:
+        """Warn if two readings of the same instrument differ: models may, measurements must not."""
+        theirs, seconds = self.summary["codecarbon"], self.summary["duration_s"]
+        measured = {c["component"] for c in self.summary["channels"].values() if c["measured"]}
+        pairs = [("gpu", "gpu_j")] + ([("cpu", "cpu_j")] if "rapl" in str(theirs.get("cpu_mode", "")) else [])
+        for component, key in pairs:
+            ours = self.summary[f"{component}_kwh"] * J_PER_KWH
+            # codecarbon starts two seconds later, which short runs notice.
+            if component in measured and seconds > 300 and theirs.get(key) and abs(theirs[key] / ours - 1) > 0.05:
+                log.warning(
+                    "energy: %s: %.5g J here, %.5g J by codecarbon; one of the two reads something else",
+                    component, ours, theirs[key],
+                )  # fmt: skip
 
     def _end_epoch(self, trainer: pl.Trainer) -> None:
         """Book the energy since the epoch began, its validation and its checkpoints included."""
@@ -419,7 +498,8 @@ class EnergyCallback(pl.Callback):
         whole = Tally()
         for tally in used.values():
             whole.add(tally)
-        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._world_size
+        # Of this machine's ranks, which do equal shares of the work.
+        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._world_size / self._num_nodes
         epoch = {
             "epoch": number,
             "it_kwh": whole.total_j / J_PER_KWH,
@@ -432,6 +512,7 @@ class EnergyCallback(pl.Callback):
         }
         self._file.write({"kind": "epoch", **epoch})
         if not self._global_zero:
+            self.epochs.append(epoch)
             return
         if not trainer.fast_dev_run:
             row = {f"energy/epoch/{key}": value for key, value in epoch.items() if key != "epoch"}
@@ -459,7 +540,6 @@ class EnergyCallback(pl.Callback):
         """Draw the figures of the run; one that fails costs nothing else."""
         if not self.figures or self._recorder is None:
             return
-        from callbacks.figures import energy as plots
         from callbacks.figures.callback import hand_over
 
         points = self._recorder.trace.points()
@@ -486,12 +566,15 @@ def first_dimension(batch: Any) -> int:
                 return part.shape[0]
             break
     if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 1
-    if isinstance(batch, Mapping):
-        batch = batch.values()
+        return batch.shape[0] if batch.ndim else 0
     if isinstance(batch, str | bytes) or not hasattr(batch, "__iter__"):
         return 0
-    return next((size for part in batch if (size := first_dimension(part))), 0)
+    if isinstance(batch, Mapping):
+        return next((size for part in batch.values() if (size := first_dimension(part))), 0)
+    parts = list(batch)
+    if parts and all(isinstance(part, Mapping) for part in parts):  # a list of samples, as detectors take it
+        return len(parts)
+    return next((size for part in parts if (size := first_dimension(part))), 0)
 
 
 def _log(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None:
@@ -500,11 +583,11 @@ def _log(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None
 
 
 def _intensity(carbon_intensity: float | None, country: str | None) -> tuple[float, str]:
-    if carbon_intensity is not None:
-        return carbon_intensity, "callbacks.energy.carbon_intensity"
     from callbacks.energy.meters.codecarbon import intensity
 
-    grams, source, year = intensity(country)
+    grams, source, year = intensity(country)  # refuses unknown countries
+    if carbon_intensity is not None:
+        return carbon_intensity, "callbacks.energy.carbon_intensity"
     return grams, f"{source}, {year}"
 
 

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import logging
 import os
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from callbacks.energy.accounting import Tally
+from callbacks.energy.accounting import Maximum, Tally, shortest_for_maximum
 from callbacks.energy.meters.base import Channel
 
 log = logging.getLogger(__name__)
 
 VERSION = 1
+
+_open_files: weakref.WeakSet[RecordFile] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    """A worker must neither write into the record nor keep it locked."""
+    for file in list(_open_files):
+        file._close_in_child()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 @dataclass
@@ -52,6 +65,7 @@ class HostEnergy:
         counts: Samples and updates that this machine's recording process has seen.
         world_size: Ranks of the run.
         segments: Times that recording started (1 + the number of resumes).
+        facility: PUE, carbon intensity and its source, as the run had them.
         status: How the last segment ended: ``completed``, ``interrupted``, ``failed``, or ``killed`` if it has no end.
     """
 
@@ -62,6 +76,7 @@ class HostEnergy:
     counts: Counts = field(default_factory=Counts)
     world_size: int = 1
     segments: int = 1
+    facility: dict[str, Any] = field(default_factory=dict)
     status: str = "killed"
 
     def add(self, other: HostEnergy) -> None:
@@ -72,6 +87,7 @@ class HostEnergy:
             self.tallies.setdefault(label, Tally()).add(tally)
         self.counts.add(other.counts)
         self.segments += other.segments
+        self.facility = other.facility
         self.world_size, self.status = other.world_size, other.status
 
 
@@ -101,6 +117,7 @@ class RecordFile:
                 return False
             # A file system without locks: one recorder per machine is then up to local rank 0 alone.
         self._file = descriptor
+        _open_files.add(self)
         self._end_torn_line()
         return True
 
@@ -121,8 +138,10 @@ class RecordFile:
         """Append a line as it is."""
         if self._file is None:
             return
+        data = line.encode()
         try:
-            os.write(self._file, line.encode())
+            while data:
+                data = data[os.write(self._file, data) :]
         except OSError as error:
             log.warning("energy: %s cannot be written any more: %s; the record ends here", self.path, error)
             self.close()
@@ -137,6 +156,13 @@ class RecordFile:
 
     def close(self) -> None:
         """Release the file; twice without harm."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # also for copies in processes that were forked meanwhile
+            os.close(self._file)
+            self._file = None
+
+    def _close_in_child(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
@@ -182,14 +208,18 @@ def read_file(path: Path) -> list[HostEnergy]:
             segments.append(
                 HostEnergy(record["host_id"], record["hostname"], channels, world_size=record["world_size"])
             )
-            before = {}
+            segments[-1].facility = record.get("facility", {})
+            before, maximum = {}, Maximum(shortest_for_maximum(channels))
         elif not segments:
             continue
         elif kind == "sample":
             if before:
                 tally = _difference(before, record, segments[-1].channels)
+                tally.max_w = maximum.add(tally, record["label"])
                 segments[-1].tallies.setdefault(record["label"], Tally()).add(tally)
             before = record
+            if "samples" in record:
+                segments[-1].counts = Counts(record["samples"], record["updates"])
         elif kind == "counts":
             segments[-1].counts = Counts(record["samples"], record["updates"])
             segments[-1].world_size = record["world_size"]
@@ -207,12 +237,17 @@ def _difference(before: Mapping[str, Any], after: Mapping[str, Any], channels: l
         total_j=total,
         estimated_j=after["estimated_j"] - before["estimated_j"],
         covered_seconds=after["covered_s"] - before["covered_s"],
-        max_w=total / seconds if seconds >= 0.05 else 0.0,
     )
 
 
 def start_record(
-    hostname: str, host_id: str, world_size: int, period_s: float, channels: list[Channel], unix_time: float
+    hostname: str,
+    host_id: str,
+    world_size: int,
+    period_s: float,
+    channels: list[Channel],
+    unix_time: float,
+    facility: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The first record of a segment."""
     return {
@@ -224,5 +259,6 @@ def start_record(
         "world_size": world_size,
         "period_s": period_s,
         "unix_time": unix_time,
+        "facility": dict(facility or {}),
         "channels": [asdict(channel) for channel in channels],
     }

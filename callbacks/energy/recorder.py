@@ -17,7 +17,9 @@ from callbacks.energy.trace import Trace
 
 log = logging.getLogger(__name__)
 
-SHORTEST_PERIOD_S = 0.05
+SHORTEST_PERIOD_S, LONGEST_PERIOD_S = 0.05, 1e6
+PATIENCE_S = 5.0
+"""For a thread that hangs in a driver: the run must end all the same."""
 
 
 class Recorder:
@@ -43,17 +45,19 @@ class Recorder:
         overhead_w: float = 0.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        if not period_s >= SHORTEST_PERIOD_S:
+        if not SHORTEST_PERIOD_S <= period_s <= LONGEST_PERIOD_S:
             raise ValueError(
-                f"callbacks.energy.period_s={period_s} is too short to be read; use at least {SHORTEST_PERIOD_S}."
+                f"callbacks.energy.period_s={period_s}: use at least {SHORTEST_PERIOD_S} and at most "
+                f"{LONGEST_PERIOD_S:g} seconds."
             )
-        if not overhead_w >= 0:
+        if not 0 <= overhead_w < math.inf:
             raise ValueError(f"callbacks.energy.overhead_w={overhead_w} is no power; use 0 or more.")
         self.meters, self.period_s, self.overhead_w, self.clock = list(meters), period_s, overhead_w, clock
         self.channels: list[Channel] = []
         self._sizes: list[int] = []
         self.label = ""
         self.step: Callable[[], int] = lambda: 0  # set by whoever counts optimiser steps; goes into the trace
+        self.annotate: Callable[[], dict[str, Any]] = dict  # further fields of each reading's record
         self.trace = Trace()
         self.num_readings = 0
         self._write = write or (lambda record: None)
@@ -94,7 +98,12 @@ class Recorder:
     def _run(self) -> None:
         following = self.clock() + self.period_s
         while not self._stop.wait(max(following - self.clock(), 0.0)):
-            self.read()
+            try:
+                self.read()
+            except Exception as error:
+                if "thread" not in self._failed:
+                    self._failed.add("thread")
+                    log.warning("energy: a reading failed: %s: %s", type(error).__name__, error)
             # After a pause (a suspended machine, a busy interpreter) readings are not made up for.
             following = max(following + self.period_s, self.clock())
 
@@ -115,9 +124,12 @@ class Recorder:
 
     def _values_of(self, meter: Meter, size: int) -> list[float]:
         try:
-            return meter.read()
+            values = [float(value) for value in meter.read()]
+            if len(values) != size:
+                raise ValueError(f"{len(values)} values for {size} channels")
+            return [value if math.isfinite(value) else math.nan for value in values]
         except Exception as error:  # a meter that breaks (a lost GPU, a vanished file) must not cost the run
-            name = type(meter).__name__
+            name = type(getattr(meter, "meter", meter)).__name__
             if name not in self._failed:
                 self._failed.add(name)
                 log.warning("energy: %s cannot be read any more: %s: %s", name, type(error).__name__, error)
@@ -143,6 +155,7 @@ class Recorder:
             "estimated_j": round(total.estimated_j, 6),
             "covered_s": round(total.covered_seconds, 6),
             "step": self.step(),
+            **self.annotate(),
         }
 
     def switch(self, label: str) -> None:
@@ -172,7 +185,14 @@ class Recorder:
             return
         self._stop.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            log.warning("energy: a meter hangs; the record ends with the last reading before")
+            self._thread = None
+            return
+        for meter in self.meters:
+            with contextlib.suppress(Exception):
+                meter.refresh()
         self.read()
         self._thread = None
         for meter in self.meters:

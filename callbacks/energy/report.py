@@ -298,8 +298,10 @@ def study_figures(study: Mapping[str, Any]) -> dict[str, bytes]:
 # ---------------------------------------------------------------------------------------------------------- one run
 
 
-def merge(run_dir: Path, facility: Facility) -> dict[str, Any]:
+def merge(run_dir: Path, facility: Facility | None = None) -> dict[str, Any]:
     """Add up all machines and all parts of a run.
+
+    Without a facility that of the run's last part is taken.
 
     A machine's file holds the samples of the rank that recorded; all ranks do equal shares of the work.
 
@@ -309,6 +311,9 @@ def merge(run_dir: Path, facility: Facility) -> dict[str, Any]:
     hosts = read_folder(_record_folder(run_dir))
     if not hosts:
         raise FileNotFoundError(f"{run_dir}: no energy/*.jsonl: no folder of a run with callbacks.energy")
+    if facility is None:
+        stored = hosts[0].facility
+        facility = Facility(stored.get("pue", 1.0), stored.get("intensity", 0.0), stored.get("source", ""))
     counts = Counts()
     for host in hosts:
         counts.add(host.counts, updates=host is hosts[0])

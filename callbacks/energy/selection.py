@@ -37,6 +37,10 @@ class Selected(Meter):
         values = self.meter.read()
         return [values[i] for i in self.keep]
 
+    def refresh(self) -> None:
+        """See the meter."""
+        self.meter.refresh()
+
     def close(self) -> None:
         """Close the meter."""
         self.meter.close()

@@ -31,11 +31,11 @@ class Facility:
     intensity_source: str = ""
 
     def __post_init__(self) -> None:
-        if not self.pue >= 1:
+        if not 1 <= self.pue < math.inf:
             raise ValueError(f"callbacks.energy.pue={self.pue}: no building uses less than its computers; use >= 1.")
-        if not self.intensity_g_per_kwh >= 0:
+        if not 0 <= self.intensity_g_per_kwh < math.inf:
             raise ValueError(
-                f"callbacks.energy.carbon_intensity={self.intensity_g_per_kwh} g/kWh is negative; use 0 or more."
+                f"callbacks.energy.carbon_intensity={self.intensity_g_per_kwh} g/kWh: use a number, 0 or more."
             )
 
 

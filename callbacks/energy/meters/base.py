@@ -42,6 +42,7 @@ class Channel:
         modulus_j: Energy at which a counter starts again from zero; None: it never does.
         max_power_w: Power that the device cannot exceed; larger increments count as invalid. None: unknown.
         device: Identity of the device (UUID of a GPU), for the record.
+        update_s: Longest time between two updates of a counter, s: so much later may energy show.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Channel:
     modulus_j: float | None = None
     max_power_w: float | None = None
     device: str | None = None
+    update_s: float = 0.2
 
 
 class Meter(ABC):
@@ -77,6 +79,10 @@ class Meter(ABC):
     @abstractmethod
     def read(self) -> list[float]:
         """One value per channel, in the order of `open`; NaN where there is none at this moment."""
+
+    def refresh(self) -> None:
+        """Have the next `read` return values of this moment; a slow source may take its time. For the last reading."""
+        return
 
     def close(self) -> None:
         """Release the source; twice without harm."""

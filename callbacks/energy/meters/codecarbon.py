@@ -149,6 +149,10 @@ class _Notes(logging.Filter):
         return "; ".join(self.found[:3])
 
 
+PATIENCE_S = 10.0
+"""For a start that hangs: the run must end all the same."""
+
+
 class CodecarbonTotals:
     """What codecarbon counts, on its own models, from `start` to `stop`: one tracker for one machine.
 
@@ -318,7 +322,10 @@ class CodecarbonTotals:
     def stop(self) -> None:
         """Take the last measurement and end all its threads; twice without harm."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
+            if self._thread.is_alive():
+                self.notes.add("it did not start in time")
+                return
             self._thread = None
         if self._state != "running":
             return

@@ -12,6 +12,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from typing_extensions import override
 
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 STALE_AFTER = 3
 """A value that is older than this many polls is none."""
+
+
+PATIENCE_S = 5.0
+"""For a poll that hangs although it was interrupted."""
 
 
 class Polled(Meter):
@@ -63,7 +68,7 @@ class Polled(Meter):
     def open(self) -> list[Channel]:
         self._stop = threading.Event()
         self._latest = None
-        self._channels = self.describe()
+        self._channels = [replace(channel, update_s=self.poll_s) for channel in self.describe()]
         try:
             self._poll()
         except Exception as error:
@@ -84,13 +89,18 @@ class Polled(Meter):
         return list(values)
 
     @override
+    def refresh(self) -> None:
+        with contextlib.suppress(Exception):
+            self._poll()
+
+    @override
     def close(self) -> None:
         if self._stop is None:
             return
         self._stop.set()
         self.interrupt()
         if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
         self._thread = self._latest = self._stop = None
 
     def _run(self) -> None:

@@ -60,7 +60,7 @@ def test_wrap_of_a_processor_counter_is_exact():
 
 def test_counters_that_cannot_be_right_are_not_guessed():
     assert math.isnan(counter_energy(100.0, 50.0, 1.0, counter()))  # started again, nobody knows where
-    assert math.isnan(counter_energy(0.0, 700.0, 1.0, counter(max_power_w=400)))
+    assert math.isnan(counter_energy(0.0, 730.0, 1.0, counter(max_power_w=400)))
     assert counter_energy(0.0, 599.0, 1.0, counter(max_power_w=400)) == 599.0
     assert math.isnan(counter_energy(9.0, 1.0, 1.0, counter(modulus_j=5.0)))  # negative even after one wrap
     assert counter_energy(0.0, 70.0, 0.001, counter(max_power_w=400)) == 70.0  # one update step of a slow counter
@@ -98,7 +98,7 @@ def test_a_node_meter_is_the_total_and_parts_are_its_breakdown():
     ledger.add(2.0, [math.nan, 100.0, 200.0], "s")  # the node is silent: its parts and the overhead stand in
     assert tally.total_j == 500.0 + 350.0
     assert tally.estimated_j == 50.0
-    assert tally.covered_seconds == 2.0
+    assert tally.covered_seconds == 1.0
 
 
 def test_invalid_intervals_count_no_energy_and_no_coverage():
@@ -116,8 +116,26 @@ def test_very_short_intervals_do_not_make_the_maximum():
     ledger = Ledger([counter()])
     ledger.add(0.0, [0.0], "s")
     ledger.add(0.001, [70.0], "s")
-    ledger.add(1.001, [170.0], "s")
-    assert ledger.tallies["s"].max_w == pytest.approx(100.0)
+    for second in range(1, 5):
+        ledger.add(0.001 + second, [70.0 + 100.0 * second], "s")
+    assert 100 <= ledger.tallies["s"].max_w < 180
+
+
+def test_a_counter_in_steps_does_not_exaggerate_the_maximum():
+    """100 W in steps of 0.1 s, read every 0.05 s: every second interval shows 200 W."""
+    ledger = Ledger([counter(max_power_w=120.0)])
+    for i in range(200):
+        ledger.add(0.05 * i, [10.0 * (i // 2)], "s")
+    tally = ledger.tallies["s"]
+    assert tally.max_w == pytest.approx(100, rel=0.11)
+    assert tally.total_j == pytest.approx(990) and tally.covered_seconds == pytest.approx(9.95)
+
+
+def test_power_beyond_the_device_is_invalid():
+    channel = Channel("cpu", "cpu", "gauge", True, "test", max_power_w=100.0)
+    assert math.isnan(gauge_energy(1e6, 50.0, 1.0, channel))
+    assert math.isnan(gauge_energy(math.inf, 50.0, 1.0, CPU))
+    assert gauge_energy(120.0, 100.0, 1.0, channel) == 110.0
 
 
 def test_tallies_add_and_subtract():

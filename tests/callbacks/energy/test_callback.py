@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from callbacks.energy.callback import EnergyCallback, first_dimension
 from callbacks.energy.record import read_folder, read_records
-from callbacks.energy.summary import LABELS
+from callbacks.energy.summary import LABELS, TRAIN
 from callbacks.run_record import RunRecord
 from tests.callbacks.energy.sources import Source
 
@@ -111,6 +111,108 @@ def test_every_stage_gets_its_own_energy_and_nothing_is_left_over(tmp_path):
     }  # fmt: skip
     assert stages["fit/train"]["updates"] == 20  # 2 epochs of 20 batches, two of them an update
     assert stages["fit/train"]["j_per_update"] == pytest.approx(stages["fit/train"]["it_j"] / 20)
+
+
+class Work(Module):
+    """Every step draws an energy that says which kind of step it is: what was counted where can be read off."""
+
+    def __init__(self) -> None:
+        super().__init__(0.0)
+        self.joules = 0.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.joules += 1
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.joules += 1e3
+        super().validation_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.joules += 1e6
+
+    def predict_step(self, batch: Any, batch_idx: int) -> None:
+        self.joules += 1e9
+
+
+def test_the_energy_of_every_step_is_in_its_stage(tmp_path):
+    module = Work()
+    callback = energy(tmp_path, Source(integral=lambda _: module.joules), period_s=0.05)
+    running = trainer(callback, accumulate_grad_batches=2, val_check_interval=0.5, num_sanity_val_steps=2)
+    running.fit(module, loader(80), loader(40))  # 20 batches an epoch, 10 of validation twice in each
+    running.validate(module, loader(40), verbose=False)
+    running.test(module, loader(40), verbose=False)
+    running.predict(module, loader(40))
+    callback.end_run()
+    found = {label: values["it_j"] for label, values in callback.summary["stages"].items() if label != "fit"}
+    # The first batch of training after a pause begins with the step, so nothing of it is elsewhere.
+    assert found == {
+        "startup": 0, "fit/sanity": 2e3, "fit/train": 40, "fit/val": 40e3, "fit/other": 0, "validate": 10e3,
+        "test": 10e6, "predict": 10e9, "idle": 0,
+    }  # fmt: skip
+
+
+def test_several_trainers_and_runs_with_one_object(tmp_path):
+    callback = energy(tmp_path)
+    trainer(callback, max_epochs=1).fit(Module(), loader(40))
+    trainer(callback).test(Module(), loader(20), verbose=False)
+    assert callback.summary["stages"]["fit/train"]["updates"] == 10
+    trainer(callback, max_epochs=1).fit(Module(), loader(20))
+    assert callback.summary["stages"]["fit/train"]["updates"] == 15
+    with pytest.raises(RuntimeError, match="boom"):
+        trainer(callback).fit(Module(fail_at=2), loader(80))
+    assert callback.summary["status"] == "failed"
+    trainer(callback, max_epochs=1).fit(Module(), loader(20))  # a new run
+    callback.end_run()
+    assert callback.summary["stages"]["fit/train"]["updates"] == 5
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.segments == 2 and host.status == "completed"
+
+
+def test_a_module_with_a_number_called_batch_size(tmp_path):
+    module = Module()
+    module.batch_size = 32
+    callback = energy(tmp_path)
+    trainer(callback).test(module, loader(8), verbose=False)
+    callback.end_run()
+    assert callback.summary["stages"]["test"]["samples"] == 8
+
+
+def test_counts_are_as_recent_as_the_energy(tmp_path):
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 15:
+                time.sleep(0.2)  # a period passes, then the process might be killed
+                seen.append(read_folder(tmp_path / "energy")[0].counts)
+
+    seen: list[Any] = []
+    callback = energy(tmp_path)
+    trainer(callback, Look(), max_epochs=1).fit(Module(), loader(80))
+    callback.end_run()
+    assert seen[0].samples[TRAIN] == 64 and seen[0].updates[TRAIN] == 16
+
+
+def test_workers_neither_lock_nor_write_the_record(tmp_path):
+    callback = energy(tmp_path)
+    data = DataLoader(TensorDataset(torch.randn(16, 4)), batch_size=4, num_workers=1, persistent_workers=True)
+    running = trainer(callback)
+    running.test(Module(), data, verbose=False)
+    callback.end_run()
+    again = energy(tmp_path)
+    again.begin_run()
+    assert again._recorder is not None
+    again.end_run()
+    (host,) = read_folder(tmp_path / "energy")
+    assert host.segments == 2
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "energy").write_text("a file in the way")
+    callback = energy(tmp_path)
+    trainer(callback).test(Module(), loader(8), verbose=False)
+    callback.end_run()
+    assert callback.summary["it_j"] > 0
+    assert any("cannot be written" in message for message in caplog.messages)
 
 
 def test_epochs_add_up_to_training(tmp_path):
@@ -236,6 +338,11 @@ def test_two_energy_callbacks_are_a_mistake(tmp_path):
         ({"meters": "nvlm"}, "meters='nvlm'"),
         ({"carbon_intensity": None, "country": "DEX"}, "DEX.*DEU"),
         ({"carbon_intensity": -1.0}, "carbon_intensity=-1"),
+        ({"pue": float("inf")}, "pue=inf"),
+        ({"options": {"cpu_modell": {}}}, "no meter cpu_modell; there are .*cpu_model"),
+        ({"figures": ["nope"]}, "has no nope"),
+        ({"country": "XXX"}, "XXX"),
+        ({"overhead_w": float("nan")}, "overhead_w=nan"),
     ],
 )
 def test_bad_settings_name_the_remedy(tmp_path, options, message):
@@ -274,7 +381,10 @@ def test_automatic_choice_says_what_is_estimated_and_why(tmp_path, caplog):
         ([[torch.zeros(7, 1)], torch.zeros(2)], 7),
         ("text", 0),
         (None, 0),
-        (torch.zeros(()), 1),
+        (torch.zeros(()), 0),
+        ({"t": torch.zeros(()), "x": torch.zeros(8, 2)}, 8),
+        ([{"image": torch.zeros(3, 4, 4)}] * 6, 6),
+        ((torch.zeros(4, 1), torch.zeros(4)), 4),
     ],
 )
 def test_samples_of_a_batch(batch, size):

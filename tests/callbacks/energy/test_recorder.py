@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
 import logging
 import math
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from callbacks.energy import recorder as recorder_module
+from callbacks.energy.meters.base import Availability
+from callbacks.energy.meters.polled import Polled
 from callbacks.energy.recorder import Recorder
 from tests.callbacks.energy.sources import Clock, Source, sine
 
@@ -104,6 +109,67 @@ def test_a_meter_that_dies_costs_its_channel_and_not_the_run(caplog):
     assert sum("the device is lost" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.parametrize("values", [[None], ["a"], [1.0, 2.0], [], [float("inf")], [float("nan")]])
+def test_nonsense_of_a_meter_costs_its_channel_and_not_the_run(values):
+    clock = Clock()
+    strange, living = Source(100.0, name="gpu0", component="gpu", clock=clock), Source(50.0, clock=clock)
+    written: list[dict] = []
+    recorder = Recorder([strange, living], 1000.0, lambda r: written.append(json.dumps(r)), clock=clock)
+    recorder.start("s")
+    strange.read = lambda: values
+    clock.now += 1
+    recorder.stop()
+    tally = recorder.tallies()["s"]
+    assert tally.joules["cpu"] == 50.0 and tally.total_j == 50.0
+    assert len(written) == 2
+
+
+def test_numbers_of_numpy_are_numbers():
+    source = Source(10.0)
+    written: list[str] = []
+    recorder = Recorder([source], 1000.0, lambda r: written.append(json.dumps(r)))
+    source.read = lambda: [np.float32(10.0)]
+    recorder.start("s")
+    recorder.stop()
+    assert len(written) == 2
+
+
+def test_a_meter_that_hangs_does_not_hang_the_run(monkeypatch, caplog):
+    monkeypatch.setattr(recorder_module, "PATIENCE_S", 0.2)
+    source, free = Source(10.0), threading.Event()
+    recorder = Recorder([source], 0.05)
+    recorder.start("s")
+    source.read = lambda: [free.wait(5) or 1.0]
+    time.sleep(0.2)
+    begin = time.perf_counter()
+    recorder.stop()
+    assert time.perf_counter() - begin < 2
+    assert any("hangs" in message for message in caplog.messages)
+    free.set()
+    time.sleep(0.1)
+
+
+def test_slow_meters_are_asked_once_more_at_the_end():
+    class Slow(Polled):
+        def probe(self):
+            return Availability(True)
+
+        def describe(self):
+            return [Source(integral=lambda t: t, max_power_w=120.0).channel]
+
+        def poll(self):
+            return [100.0 * (time.perf_counter() - begin)]
+
+    begin = time.perf_counter()
+    recorder = Recorder([Slow(0.5)], 0.05)
+    recorder.start("s")
+    time.sleep(1.2)
+    recorder.stop()
+    tally = recorder.tallies()["s"]
+    assert tally.total_j == pytest.approx(100 * tally.seconds, rel=0.05)
+    assert tally.max_w < 150
+
+
 def test_meters_that_cannot_be_opened_leave_none_open():
     class Closed(Source):
         def open(self):
@@ -116,7 +182,8 @@ def test_meters_that_cannot_be_opened_leave_none_open():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"period_s": 0.01}, "period_s=0.01"), ({"overhead_w": -1}, "overhead_w=-1")]
+    ("options", "message"),
+    [({"period_s": 0.01}, "period_s=0.01"), ({"overhead_w": -1}, "overhead_w=-1")],
 )
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message):

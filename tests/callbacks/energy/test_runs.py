@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -88,7 +89,8 @@ def test_signals_close_the_record(tmp_path, number):
     assert host.status == "interrupted"
     record = cli.results(tmp_path)
     assert record["status"] == record["energy"]["status"] == "interrupted"
-    assert record["energy"]["it_j"] == pytest.approx(WATTS * record["energy"]["duration_s"], rel=1e-6)
+    ended = (tmp_path / "results.json").stat().st_mtime
+    assert record["energy"]["it_j"] == pytest.approx(WATTS * (ended - start_of(energy_file(tmp_path))), abs=0.5 * WATTS)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert record["energy"]["stages"][TRAIN]["updates"] == saved["global_step"] > 0
     assert "energy: other estimated (constant (100 W))" in output
@@ -100,7 +102,6 @@ def test_a_failure_keeps_its_exit_code_and_its_energy(tmp_path):
     record = cli.results(tmp_path)
     assert record["status"] == record["energy"]["status"] == "failed"
     assert record["energy"]["stages"][TRAIN]["it_j"] > 0
-    assert not [name for name in os.listdir(tempfile.gettempdir()) if "codecarbon" in name]
 
 
 def test_two_ranks_are_one_machine(tmp_path):
@@ -150,8 +151,11 @@ def test_two_machines_add_up(ranks2, tmp_path):
 
 
 def test_codecarbon_runs_beside_without_a_network(tmp_path, monkeypatch):
+    attempts = []
+
     def refuse(*args, **kwargs):
-        raise AssertionError("a connection was attempted")
+        attempts.append(args)
+        raise OSError("no network")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
@@ -168,7 +172,9 @@ def test_codecarbon_runs_beside_without_a_network(tmp_path, monkeypatch):
         callback.end_run()
         summaries.append(callback.summary)
         stored = json.loads((folder / "energy" / "summary.json").read_text())["codecarbon"]
-        assert stored["cpu_j"] > 0 and stored["ram_j"] > 0
+        assert stored["cpu_j"] > 0 and stored["ram_j"] > 0 and stored["status"] == "ok"
+    assert not attempts
+    assert not [name for name in os.listdir(tempfile.gettempdir()) if "codecarbon.lock" in name]
     for summary, pue in zip(summaries, (1.0, 1.0, 1.5), strict=True):
         assert summary["it_j"] == pytest.approx(100 * summary["duration_s"], rel=1e-6)
         assert summary["facility_kwh"] == pytest.approx(pue * summary["it_kwh"], rel=1e-12)
@@ -194,8 +200,9 @@ def test_hostile_configuration_of_codecarbon_changes_nothing(tmp_path, monkeypat
         HOME=str(home), CODECARBON_PUE="7", CODECARBON_FORCE_CPU_POWER="9000", CODECARBON_LOG_LEVEL="debug",
     )  # fmt: skip
     energy = cli.results(tmp_path / "run")["energy"]
-    assert 0 < energy["codecarbon"]["cpu_j"] / energy["duration_s"] < 2000
-    assert 0 < energy["codecarbon"]["ram_j"] / energy["duration_s"] < 1000
+    watts = {part: energy["codecarbon"][f"{part}_j"] / energy["duration_s"] for part in ("cpu", "ram")}
+    assert 0 < watts["cpu"] < 4.5 * os.cpu_count()  # 4 W a thread; a PUE of 7 or 9, or 5000 W, would be far beyond
+    assert 0 < watts["ram"] < 70
     assert energy["facility_kwh"] == energy["it_kwh"]
     assert "[codecarbon" not in done.stdout + done.stderr
     assert not (tmp_path / "emissions.csv").exists() and not (tmp_path / "run" / "emissions.csv").exists()
@@ -214,6 +221,7 @@ def test_no_thread_is_left_after_a_stage_fails(tmp_path):
         trainer(callback, Failing()).fit(Module(), loader(8), loader(8))
     (host,) = read_folder(tmp_path / "energy")
     assert host.status in ("interrupted", "failed")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("energy")]
 
 
 def test_tasks_of_codecarbon_would_lose_energy(tmp_path):
