@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from runner.check import HYDRA_KEYS, TRAINER, TRAINER_OWN, check
 from runner.signatures import signature
 from tests.composing import CONF, composed, experiments, options, plain
 
-# What an option needs around it to be a whole configuration. Groups that are not here are tested with the base alone.
+# What an option needs around it to be a whole configuration, unless an experiment uses it (`base`).
 BASE = ("experiment=recycle",)
 NO_DATA = ("data_dir=/no/such/folder",)
 # An extra whose absence the check must report, and does (tests/runner/test_check.py).
@@ -30,6 +31,28 @@ LEFT_OUT = {
     "optimizer": {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"},
     "scheduler": {"last_epoch", "verbose", "threshold_mode", "cooldown", "eps"},
 }
+
+
+def base(group: str, option: str) -> tuple[str, ...]:
+    """An experiment around the option: data and models of one kind do not fit those of another.
+
+    It is one that chooses the option, else one that chooses another option with the same class.
+    """
+    if group not in ("data", "model"):
+        return BASE
+    target = classes(group)[option]
+    for like in (option, *(name for name, other in classes(group).items() if other == target)):
+        line = f"override /{group}: {like}\n"
+        for name in experiments():
+            if line in (CONF / "experiment" / f"{name}.yaml").read_text():
+                return f"experiment={name}", *NO_DATA
+    return BASE
+
+
+@cache
+def classes(group: str) -> dict[str, str | None]:
+    """Class of each option of a group, None for those that take it from another option."""
+    return {o: OmegaConf.load(CONF / group / f"{o}.yaml").get("_target_") for g, o in options() if g == group}
 
 
 def nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,7 +100,7 @@ def test_option_passes_the_check(group, option, monkeypatch):
     if group in ("hydra", "local"):
         composed(f"{group}={option}")
         return
-    check(composed(*BASE, f"{group}={option}"))
+    check(composed(*base(group, option), f"{group}={option}"))
 
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=lambda v: str(v))
@@ -85,7 +108,7 @@ def test_keys_are_the_arguments(group, option):
     """Every argument stands in the file with its default, so that every override works and is visible."""
     if group in ("hydra", "local", "debug", "hparams_search", "trainer"):
         pytest.skip("no constructor of ours")
-    config = OmegaConf.to_container(composed(*BASE, f"{group}={option}"), resolve=False)
+    config = OmegaConf.to_container(composed(*base(group, option), f"{group}={option}"), resolve=False)
     root = {"optimizer": "model.optimizer", "scheduler": "model.scheduler"}.get(group, group)
     tree: Any = config
     for part in root.split("."):
@@ -182,7 +205,7 @@ def test_model_and_data_instantiate(name):
 def test_every_model_instantiates(option):
     from runner.job import instantiate
 
-    config = plain(composed(*BASE, f"model={option}"))
+    config = plain(composed(*base("model", option), f"model={option}"))
     instantiate("model", config["model"])
 
 
@@ -190,4 +213,4 @@ def test_every_model_instantiates(option):
 def test_every_data_module_instantiates(option):
     from runner.job import instantiate
 
-    instantiate("data", plain(composed(*BASE, f"data={option}"))["data"])
+    instantiate("data", plain(composed(*base("data", option), f"data={option}"))["data"])

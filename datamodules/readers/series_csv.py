@@ -106,10 +106,47 @@ def read_series(
     return series if resample is None else block_mean(series, resample)
 
 
+def series_names(
+    path: str | Path,
+    *,
+    time_column: str | Sequence[str],
+    layout: str = "wide",
+    series_column: str | None = None,
+    delimiter: str = ",",
+) -> list[str]:
+    """List the series of a file: all columns but the time (wide, in their order) or the names in a column (long, sorted).
+
+    Raises:
+        ValueError: Names file and remedy.
+    """
+    path = Path(path)
+    if layout == "long":
+        frame, _, _ = _read_frame(path, [series_column], delimiter, ".")
+        return sorted(frame[series_column].dropna().astype(str).unique())
+    if _kind(path) in _PARQUET_SUFFIXES:
+        columns = _read_parquet(path).columns
+    else:
+        columns = _header(path, {"sep": "\t" if _kind(path) == ".tsv" else delimiter, "encoding": "utf-8-sig"})
+    times = {time_column} if isinstance(time_column, str) else set(time_column)
+    return [str(column) for column in columns if column not in times]
+
+
+def _kind(path: Path) -> str:
+    """Suffix of the file, that of a compression left out."""
+    kinds = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
+    return kinds[-1].lower() if kinds else ""
+
+
+def _header(path: Path, options: dict[str, str]) -> list[str]:
+    try:
+        return list(pd.read_csv(path, nrows=0, **options).columns)
+    except pd.errors.EmptyDataError:
+        raise ValueError(f"{path}: the file is empty") from None
+
+
 def _read_frame(path: Path, columns: list[str], delimiter: str, decimal: str) -> tuple[pd.DataFrame, int, str]:
     """Read the named columns; also the number of the first row in the file, and what a row is called there."""
-    kinds = [suffix for suffix in path.suffixes if suffix not in _COMPRESSIONS]
-    kind = kinds[-1].lower() if kinds else ""
+    kind = _kind(path)
     wanted = list(dict.fromkeys(columns))
     if kind in _PARQUET_SUFFIXES:
         frame = _read_parquet(path)
@@ -119,11 +156,7 @@ def _read_frame(path: Path, columns: list[str], delimiter: str, decimal: str) ->
         known = ", ".join((*_CSV_SUFFIXES, *_PARQUET_SUFFIXES))
         raise ValueError(f"{path}: data.file must end in one of {known} (CSV also compressed)")
     options = {"sep": "\t" if kind == ".tsv" else delimiter, "decimal": decimal, "encoding": "utf-8-sig"}
-    try:
-        header = list(pd.read_csv(path, nrows=0, **options).columns)
-    except pd.errors.EmptyDataError:
-        raise ValueError(f"{path}: the file is empty") from None
-    _require(path, wanted, header)
+    _require(path, wanted, _header(path, options))
     try:
         # Empty lines are kept: they count in the line numbers of error messages.
         frame = pd.read_csv(

@@ -57,3 +57,13 @@ def _write(frame: pd.DataFrame, path: Path) -> None:
         frame.to_parquet(path)
     else:
         frame.to_csv(path, index=False)
+
+
+def write_images(folder: Path, images: Mapping[str, np.ndarray]) -> list[Path]:
+    """Write grey ``(height, width)`` or colour ``(height, width, 3)`` images of 0 to 255; the suffix is the format."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, pixels in images.items():
+        Image.fromarray(np.asarray(pixels).astype(np.uint8)).save(folder / name)
+    return [folder / name for name in images]

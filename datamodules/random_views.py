@@ -1,0 +1,75 @@
+"""Augmentation of whole batches of images with plain tensor operations, reproducible sample by sample."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+NUM_DRAWS = 4
+"""Random numbers of one view: flip, angle, row and column of the crop."""
+
+
+def uniform_per_sample(seed: int, epoch: int, index: np.ndarray, num: int = NUM_DRAWS) -> np.ndarray:
+    """Uniform numbers in [0, 1) that depend on (seed, epoch, index) alone.
+
+    They are the same whichever batch, process or device a sample falls to, and after a restart; no random state is
+    drawn from or kept (SplitMix64 of a counter, Steele, Lea and Flood, OOPSLA 2014).
+
+    Args:
+        seed: Of the run.
+        epoch: Every epoch has its own numbers.
+        index: ``(batch,)`` integers, the samples.
+        num: Numbers per sample.
+
+    Returns:
+        ``(batch, num)`` float64.
+    """
+    key = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    counter = np.asarray(index, dtype=np.uint64)[:, None] * np.uint64(num) + np.arange(num, dtype=np.uint64)
+    z = key + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def random_views(
+    images: Tensor,
+    draws: Tensor,
+    *,
+    size: int,
+    flip_probability: float = 0.5,
+    rotation_degrees: float = 30.0,
+    padding: int = 10,
+) -> Tensor:
+    """Flip, rotate about the middle, pad with zeros and cut out a square, each sample its own way.
+
+    The four steps are one affine map, so that every pixel is interpolated (bilinearly) once.
+
+    Args:
+        images: ``(batch, channel, stored, stored)`` float.
+        draws: ``(batch, 4)`` in [0, 1), see `uniform_per_sample`.
+        size: Height and width of the views, at most ``stored + 2 * padding``.
+        flip_probability: Of a horizontal flip.
+        rotation_degrees: Angles are uniform between minus and plus this.
+        padding: Pixels added at every side.
+
+    Returns:
+        ``(batch, channel, size, size)``.
+    """
+    stored = images.shape[-1]
+    draws = draws.to(images)
+    flip, angle, row, column = draws.unbind(1)
+    angle = torch.deg2rad((2 * angle - 1) * rotation_degrees)
+    mirror = torch.where(flip < flip_probability, -1.0, 1.0)
+    # Offset of the cut in whole pixels, then the distance of its middle from that of the image.
+    places = stored + 2 * padding - size + 1
+    middle = torch.stack([(column * places).floor(), (row * places).floor()], 1) + (size - stored) / 2 - padding
+    turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    turn = turn * torch.stack([mirror, torch.ones_like(mirror)], 1).unsqueeze(2)
+    # `affine_grid` counts in halves of the images, the view's on the right and the stored image's on the left.
+    map_ = torch.cat([turn * (size / stored), turn @ middle.unsqueeze(2) * (2 / stored)], 2)
+    grid = F.affine_grid(map_, [len(images), images.shape[1], size, size], align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from datamodules.random_views import NUM_DRAWS, random_views, uniform_per_sample
+
+
+def draws(flip=0.9, angle=0.5, row=0.0, column=0.0, n=1) -> torch.Tensor:
+    return torch.tensor([[flip, angle, row, column]], dtype=torch.float64).expand(n, -1)
+
+
+def test_numbers_depend_on_seed_epoch_and_sample_alone():
+    index = np.arange(100)
+    whole = uniform_per_sample(3, 5, index)
+    assert whole.shape == (100, NUM_DRAWS)
+    np.testing.assert_array_equal(uniform_per_sample(3, 5, index[[7, 99, 0]]), whole[[7, 99, 0]])
+    for seed, epoch in ((4, 5), (3, 6), (5, 3)):
+        assert not np.isin(uniform_per_sample(seed, epoch, index), whole).any()
+
+
+def test_numbers_are_uniform_and_unrelated():
+    numbers = uniform_per_sample(0, 0, np.arange(20_000))
+    assert numbers.min() >= 0 and numbers.max() < 1 and len(np.unique(numbers)) == numbers.size
+    counts = np.stack([np.histogram(column, 10, (0, 1))[0] for column in numbers.T])
+    assert (np.abs(counts - 2000) < 200).all()  # 4.7 standard deviations
+    correlation = np.corrcoef(np.concatenate([numbers[:-1], numbers[1:]], 1).T) - np.eye(2 * NUM_DRAWS)
+    assert np.abs(correlation).max() < 0.04
+
+
+def test_nothing_is_drawn_from_the_global_state():
+    before = torch.get_rng_state()
+    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
+    random_views(torch.rand(2, 1, 12, 12, generator=torch.Generator()), draws(n=2), size=8)
+    uniform_per_sample(0, 0, np.arange(4))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+
+
+@pytest.mark.parametrize(("stored", "size", "padding"), [(12, 9, 2), (11, 9, 2), (12, 12, 0), (9, 12, 3)])
+def test_every_cut_of_the_padded_image(stored, size, padding):
+    """Without a rotation the view is a plain cut, to the pixel."""
+    image = torch.rand(1, 1, stored, stored, dtype=torch.float64)
+    padded = F.pad(image, (padding,) * 4)
+    places = stored + 2 * padding - size + 1
+    seen = set()
+    for row in range(places):
+        for column in range(places):
+            at = draws(row=(row + 0.5) / places, column=(column + 0.5) / places)
+            view = random_views(image, at, size=size, padding=padding)
+            cut = padded[:, :, row : row + size, column : column + size]
+            torch.testing.assert_close(view, cut, rtol=0, atol=1e-12)
+            seen.add((row, column))
+    assert len(seen) == places**2
+
+
+def test_flip_comes_before_the_cut():
+    image = torch.rand(1, 1, 12, 12, dtype=torch.float64)
+    view = random_views(image, draws(flip=0.2, row=0.3, column=0.1), size=9, padding=2)
+    same = random_views(image.flip(-1), draws(flip=0.7, row=0.3, column=0.1), size=9, padding=2)
+    torch.testing.assert_close(view, same, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("flip", [0.1, 0.9])
+def test_quarter_turns_are_exact(flip):
+    """At 90 degrees no pixel has to be interpolated."""
+    image = torch.rand(1, 1, 12, 12, dtype=torch.float64)
+    expected = image.flip(-1) if flip < 0.5 else image
+    for angle, turns in ((0.0, -1), (1.0, 1)):
+        view = random_views(image, draws(flip, angle, 0.3, 0.3), size=10, rotation_degrees=90, padding=1)
+        at = int(0.3 * 5)
+        cuts = [F.pad(expected.rot90(k, (2, 3)), (1,) * 4)[:, :, at : at + 10, at : at + 10] for k in (turns, -turns)]
+        assert min((view - cut).abs().max() for cut in cuts) < 1e-9
+
+
+def test_a_rotated_disc_is_the_same_disc():
+    axis = torch.arange(40, dtype=torch.float64) - 19.5
+    disc = torch.sigmoid(12 - (axis[:, None] ** 2 + axis**2).sqrt())[None, None]
+    for angle in (0.1, 0.4, 0.8):
+        view = random_views(disc, draws(angle=angle), size=40, rotation_degrees=30, padding=0)
+        assert (view - disc).abs().max() < 0.05
+
+
+def test_batches_are_treated_sample_by_sample():
+    images = torch.rand(6, 1, 20, 20)
+    numbers = torch.from_numpy(uniform_per_sample(0, 0, np.arange(6)))
+    views = random_views(images, numbers, size=16, padding=2)
+    one_by_one = torch.cat([random_views(images[i : i + 1], numbers[i : i + 1], size=16, padding=2) for i in range(6)])
+    torch.testing.assert_close(views, one_by_one, rtol=0, atol=1e-6)
