@@ -43,7 +43,7 @@ from networks.series.transformer import Transformer
 
 CLAIM: str = (
     "Day tokens instead of hourly tokens make a training step of ReCycle's Transformer at least 15 times faster and "
-    "its forward pass at least 20 times cheaper in floating-point operations, for a tenth of the energy or less."
+    "its forward pass at least 20 times cheaper in floating-point operations."
 )
 
 HISTORY, HORIZON, DAY, BATCH = 504, 168, 24, 32

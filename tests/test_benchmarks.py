@@ -434,17 +434,21 @@ def test_networks_of_both_token_lengths_have_the_same_width_and_depth():
         assert {n: p.shape for n, p in hourly.items()} == {n: p.shape for n, p in daily.items()}
 
 
-def test_pcc_gain_runs():
+def test_pcc_gain_runs(monkeypatch):
     from benchmarks import pcc_gain
 
+    monkeypatch.setattr(pcc_gain, "ENERGY_S", 1.0)
     result = pcc_gain.run(repeats=1, batch=8, widths=(pcc_gain.Width(32, 1, 96),), kinds=("ReCycle",), memory=False)
     rows = {row["what"].partition(": ")[2]: row for row in result.rows if "ratio" in row["what"]}
     assert rows.keys() == {
         "training step, ratio",
         "training step, Adam not fused, ratio",
         "inference, ratio",
+        "energy of a training step, ratio",
         "forward, ratio",
         "forward without attention, ratio",
     }
     assert rows["training step, ratio"]["cpu"] > 4  # 15 and more at the full batch; a margin for a busy machine
     assert rows["training step, ratio"]["at_least"] == 15
+    assert rows["energy of a training step, ratio"]["value"] > 3
+    assert rows["energy of a training step, ratio"]["at_least"] == 10

@@ -367,7 +367,7 @@ def test_three_epochs_on_fourteen_real_series_beat_last_week(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_small_vgg_sees_what_brightness_does_not_tell(tmp_path):
-    """The settings of experiment=energy_measurement/xray: 192 steps; a logistic model on brightness reaches 0.54."""
+    """The settings of experiment=energy_measurement/xray: 384 steps of 32 images; a logistic model on brightness reaches 0.54."""
     from runner import job
     from tests.composing import composed, plain
 
