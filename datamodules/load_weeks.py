@@ -213,7 +213,7 @@ class LoadWeeks(LightningDataModule):
             fitting = pd.Timedelta(days=7) / series.step
             remedy = f"data.window_length={fitting:.0f}, or " if fitting == int(fitting) else ""
             raise ValueError(
-                f"{self.name}: the steps are {series.step} apart, so that data.window_length={self.window_length} steps "
+                f"{self.name}: the steps are {series.step} apart, so data.window_length={self.window_length} steps "
                 f"are {series.step * self.window_length} instead of one week; set {remedy}data.resample to "
                 f"{pd.Timedelta(days=7) / self.window_length}"
             )
@@ -274,7 +274,7 @@ class LoadWeeks(LightningDataModule):
         return low, torch.where(extent > 1e-10 * low.abs(), extent, torch.ones_like(extent))
 
     def _weekly_statistics(self) -> tuple[Tensor, Tensor]:
-        """Of the training part: mean by step of the week ``(series, L)``, and mean change within a week ``(series,)``."""
+        """Of the training part: mean by step of the week ``(series, L)``, mean change within a week ``(series,)``."""
         stop, length = self._bounds["train"][1], self.window_length
         weeks = torch.full((len(self._values), -(-stop // length) * length), torch.nan, dtype=torch.float64)
         weeks[:, :stop] = self._values[:, :stop]

@@ -249,8 +249,8 @@ class XrayVGG(Workload):
     """Tells X-ray images with a finding from those without.
 
     Batches are those of `datamodules.xray.XrayImages`. Steps of validation, test and predict return ``prediction``
-    (batch,) int64, 1 = positive, ``probability`` (batch,) of the positive class, ``index`` (batch,) and, where the label
-    is known, ``target`` (batch,); validation and test also ``loss``.
+    (batch,) int64, 1 = positive, ``probability`` (batch,) of the positive class, ``index`` (batch,) and, where the
+    label is known, ``target`` (batch,); validation and test also ``loss``.
 
     Logged: ``train/``, ``val/`` and ``test/`` ``loss`` and ``accuracy``; ``val/`` and ``test/`` ``auroc``,
     ``sensitivity``, ``specificity``, and the confusion matrix as ``true_negatives``, ``false_positives``,

@@ -114,7 +114,7 @@ def series_names(
     series_column: str | None = None,
     delimiter: str = ",",
 ) -> list[str]:
-    """List the series of a file: all columns but the time (wide, in their order) or the names in a column (long, sorted).
+    """List the series of a file: all columns but the time (wide, in order) or the names in a column (long, sorted).
 
     Raises:
         ValueError: Names file and remedy.

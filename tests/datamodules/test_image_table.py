@@ -77,5 +77,5 @@ def test_files_that_are_no_images_are_named(tmp_path):
 
 def test_a_missing_pillow_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match="needs Pillow: pip install -c constraints.txt pillow"):
+    with pytest.raises(ImportError, match=r"needs Pillow: pip install -c constraints\.txt pillow"):
         read_grey(tmp_path / "x.png", 8)

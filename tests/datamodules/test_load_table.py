@@ -48,17 +48,19 @@ def test_original_files_continue_each_other(original):
 
 
 def test_what_lies_between_two_files_is_missing(original):
-    paths, values = original
+    paths, _values = original
     series, _ = read_loads([paths[0], paths[2]], **OPTIONS)
     assert len(series.values) == 480
     assert np.isnan(series.values[240:360]).all() and not np.isnan(np.delete(series.values, range(240, 360), 0)).any()
 
 
 def test_files_that_overlap_are_refused(original, tmp_path):
-    paths, values = original
+    paths, _values = original
     copy = tmp_path / "energy_test.csv"  # the study's own copy of the training set
     copy.write_bytes(paths[0].read_bytes())
-    with pytest.raises(ValueError, match=r"energy_test\.csv: it begins at 2015-01-01.*before an earlier file has ended"):
+    with pytest.raises(
+        ValueError, match=r"energy_test\.csv: it begins at 2015-01-01.*before an earlier file has ended"
+    ):
         read_loads([paths[0], copy], **OPTIONS)
 
 
@@ -79,7 +81,7 @@ def test_wide_files_stand_side_by_side(tmp_path, suffix):
     series, names = read_loads(paths, **options)
     assert names == ["one/y0", "one/y1", "two/y0", "two/y1", "two/y2"]
     np.testing.assert_array_equal(series.values, np.concatenate([one, two], 1))
-    alone, names = read_loads(paths[1:], **options)
+    _alone, names = read_loads(paths[1:], **options)
     assert names == ["y0", "y1", "y2"]
     some, names = read_loads(paths, targets=["two/y1", "one/y0"], **options)
     np.testing.assert_array_equal(some.values, np.stack([two[:, 1], one[:, 0]], 1))

@@ -32,11 +32,11 @@ def test_numbers_are_uniform_and_unrelated():
 
 def test_nothing_is_drawn_from_the_global_state():
     before = torch.get_rng_state()
-    numpy_before = np.random.get_state()[1].copy()  # noqa: NPY002
+    numpy_before = np.random.get_state()[1].copy()
     random_views(torch.rand(2, 1, 12, 12, generator=torch.Generator()), draws(n=2), size=8)
     uniform_per_sample(0, 0, np.arange(4))
     assert torch.equal(torch.get_rng_state(), before)
-    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
+    np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
 
 
 @pytest.mark.parametrize(("stored", "size", "padding"), [(12, 9, 2), (11, 9, 2), (12, 12, 0), (9, 12, 3)])

@@ -7,7 +7,11 @@ from datamodules.synthetic_xray import SyntheticXrayDataModule, synthetic_xrays
 
 
 def test_images_repeat_with_their_seed():
-    one, again, other = synthetic_xrays(20, 32, seed=1), synthetic_xrays(20, 32, seed=1), synthetic_xrays(20, 32, seed=2)
+    one, again, other = (
+        synthetic_xrays(20, 32, seed=1),
+        synthetic_xrays(20, 32, seed=1),
+        synthetic_xrays(20, 32, seed=2),
+    )
     assert one.images.shape == one.lungs.shape == (20, 1, 32, 32) and one.images.dtype == torch.uint8
     assert torch.equal(one.images, again.images) and not torch.equal(one.images, other.images)
     before = torch.get_rng_state()

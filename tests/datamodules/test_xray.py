@@ -27,8 +27,13 @@ def folder(tmp_path):
     for part, number in (("train", 12), ("valid", 5), ("test", 4)):
         names = [f"{part}_{i}.{'jpg' if i % 2 else 'png'}" for i in range(number)]
         shapes = [(int(h), int(w)) for h, w in rng.integers(30, 60, (number, 2))]
-        write_images(tmp_path / "imgs", {n: np.full(s, 8 * (start + i)) for i, (n, s) in enumerate(zip(names, shapes, strict=True))})
-        table = pd.DataFrame({"image": names, "label": ["positive" if i % 3 == 0 else "negative" for i in range(number)]})
+        write_images(
+            tmp_path / "imgs",
+            {n: np.full(s, 8 * (start + i)) for i, (n, s) in enumerate(zip(names, shapes, strict=True))},
+        )
+        table = pd.DataFrame(
+            {"image": names, "label": ["positive" if i % 3 == 0 else "negative" for i in range(number)]}
+        )
         table.drop(columns=[] if part != "test" else ["label"]).to_csv(tmp_path / f"{part}.csv", index=False)
         start += number
     return tmp_path
@@ -102,7 +107,11 @@ def test_prediction_goes_through_a_part_several_times_and_is_written_once(folder
     for batch in data.predict_dataloader():
         assert batch["image"].shape[-1] == 20
         seen += len(batch["index"])
-        outputs = {"index": batch["index"], "prediction": batch["label"], "probability": torch.full((len(batch["index"]),), 0.25)}
+        outputs = {
+            "index": batch["index"],
+            "prediction": batch["label"],
+            "probability": torch.full((len(batch["index"]),), 0.25),
+        }
         tables.append(data.prediction_table(outputs | {"target": batch["label"]}))
     table = pd.concat(tables)
     assert seen == 36 and len(table) == 12

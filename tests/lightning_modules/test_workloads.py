@@ -176,7 +176,10 @@ def test_published_weights_and_legacy_evaluation(tmp_path):
         found = run(module, data, "test")
     percentages = []
     for batch in data.test_dataloader():
-        units = {k: batch[k] * batch["scale"].view(-1, 1, 1) + batch["location"].view(-1, 1, 1) for k in ("history", "target")}
+        units = {
+            k: batch[k] * batch["scale"].view(-1, 1, 1) + batch["location"].view(-1, 1, 1)
+            for k in ("history", "target")
+        }
         low, high = units["history"].min(), units["history"].max()
         with torch.no_grad():
             forecast = module.net((units["history"] - low) / (high - low)) * (high - low) + low
@@ -367,7 +370,7 @@ def test_three_epochs_on_fourteen_real_series_beat_last_week(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_small_vgg_sees_what_brightness_does_not_tell(tmp_path):
-    """The settings of experiment=energy_measurement/xray: 384 steps of 32 images; a logistic model on brightness reaches 0.54."""
+    """experiment=energy_measurement/xray: 384 steps of 32 images; a logistic model on brightness reaches 0.54."""
     from runner import job
     from tests.composing import composed, plain
 

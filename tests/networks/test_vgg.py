@@ -52,10 +52,14 @@ def test_final_size_is_what_the_layers_leave(stride):
             assert pools(torch.zeros(1, 1, size, size)).shape[-1] == final_size(size, stride), size
 
 
-@pytest.mark.parametrize(("size", "stride", "why"), [(121, 3, "too small"), (608, 3, "too large"), (31, 2, "too small")])
+@pytest.mark.parametrize(
+    ("size", "stride", "why"), [(121, 3, "too small"), (608, 3, "too large"), (31, 2, "too small")]
+)
 def test_sizes_that_do_not_fit_are_refused(size, stride, why):
     low, high = {3: (122, 607), 2: (32, 95)}[stride]
-    with pytest.raises(ValueError, match=rf"model\.net\.image_size: images of {size} x {size} .*{why}.*{low} to {high}"):
+    with pytest.raises(
+        ValueError, match=rf"model\.net\.image_size: images of {size} x {size} .*{why}.*{low} to {high}"
+    ):
         VGG(11, width=0.25, pool_stride=stride, image_size=size)
     for fitting in (low, high):
         net = VGG(11, width=0.05, pool_stride=stride, image_size=fitting).eval()
