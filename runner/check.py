@@ -183,10 +183,37 @@ def _devices(config: DictConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
+    yield from _cluster(config, processes)
     batch = config.data.get("batch_size")
-    plain = config.strategy.get("_target_", "DDPStrategy").endswith("DDPStrategy")
-    if plain and isinstance(batch, int) and batch % processes:
+    if _data_parallel(config.strategy) and isinstance(batch, int) and batch % processes:
         yield (
             f"data.batch_size={batch}: cannot be split over trainer.devices x trainer.num_nodes = {processes} "
             f"processes (it counts the samples of one step over all of them): use a multiple of {processes}"
+        )
+
+
+def _data_parallel(strategy: DictConfig) -> bool:
+    """Whether all ranks share the samples of a step; strategies that do otherwise say ``data_parallel = False``."""
+    if "_target_" not in strategy:
+        return True
+    try:
+        return bool(signature(strategy._target_).literals.get("data_parallel", True))
+    except TargetError:
+        return True
+
+
+def _cluster(config: DictConfig, processes: int) -> Iterator[str]:
+    """Sizes of simulated nodes."""
+    cluster = config.get("cluster") or {}
+    size = cluster.get("local_size")
+    if size is not None and (size < 1 or processes % size):
+        yield (
+            f"cluster.local_size={size}: does not divide trainer.devices x trainer.num_nodes = {processes} processes; "
+            f"use one of {', '.join(str(n) for n in range(1, processes + 1) if processes % n == 0)}"
+        )
+    emulated = [key for key in ("rate_mbit", "latency_ms", "compute_ms") if cluster.get(key)]
+    if emulated and "_target_" not in config.strategy:
+        yield (
+            f"cluster.{emulated[0]}={cluster[emulated[0]]}: Lightning's own strategies know nothing of an emulated "
+            "network; choose strategy=ddp, daso, ..."
         )

@@ -42,6 +42,19 @@ class Launch:
 
 
 @dataclass
+class Cluster:
+    """Nodes that a strategy sees, and the network between them; simulated ones where that is asked for.
+
+    The defaults stand here and not in conf/config.yaml, which would override what ``trainer=cluster_2x2`` sets.
+    """
+
+    local_size: int | None = None  # processes of a node; null: the devices of a machine
+    rate_mbit: float | None = None  # emulated bandwidth between nodes, Mbit/s; null: the real network
+    latency_ms: float = 0.0  # emulated latency between nodes
+    compute_ms: float = 0.0  # sleep in every training step, as if an accelerator computed
+
+
+@dataclass
 class Config:
     """Top-level keys; the groups (data, model, trainer, ...) are checked against signatures by `runner.check`."""
 
@@ -60,6 +73,7 @@ class Config:
     data_dir: str | None = None
     run: Run = field(default_factory=Run)
     launch: Launch = field(default_factory=Launch)
+    cluster: Cluster = field(default_factory=Cluster)
     data: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

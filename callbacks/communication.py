@@ -1,0 +1,146 @@
+"""What a run communicated: bytes and calls over fast and slow links, and the time it stood waiting for them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from typing_extensions import override
+
+from callbacks.run_record import RunRecord
+from parallel.ledger import Ledger
+from parallel.tracing import CollectiveTrace
+
+log = logging.getLogger(__name__)
+
+# Sums over all ranks count every collective once; times are means over ranks.
+SUMS = ("inter_node_bytes", "intra_node_bytes", "inter_node_calls", "intra_node_calls")
+TIMES = ("blocked_s", "transfer_s")
+
+
+class Communication(pl.Callback):
+    """Reports the ledger of the strategy, per epoch to the loggers and at the end to results.json.
+
+    Bytes are those of the ring model (`parallel.layout.ring_bytes`), over all ranks, each direction of a link by
+    itself. ``inter_node`` are links between nodes. Logged: ``comm/inter_node_bytes``, ``comm/intra_node_bytes``,
+    ``comm/inter_node_calls``, ``comm/intra_node_calls`` of each epoch; to the loggers also ``comm/blocked_s`` and
+    ``comm/transfer_s`` (means over ranks) and what the strategy reports of itself.
+
+    A run in one process, or under a strategy without a ledger (``strategy=auto``), reports nothing unless ``trace``.
+
+    Args:
+        trace: Count every collective of training steps instead, those of the module and of other callbacks too, with
+            any strategy. Costs some microseconds per operation of torch.
+        local_size: Processes of a node, for ``trace`` under a strategy without a ledger; None: all.
+    """
+
+    def __init__(self, trace: bool = False, local_size: int | None = None) -> None:
+        self.trace, self.local_size = trace, local_size
+        self._ledger: Ledger | None = None
+        self._mode: CollectiveTrace | None = None
+        self._epoch: dict[str, float] = {}
+        self._whole: dict[str, float] = {}
+        self._first_step = 0
+        self.summary: dict[str, Any] = {}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._ledger = getattr(trainer.strategy, "ledger", None)
+        if trainer.world_size == 1:
+            self._ledger = None
+        elif self.trace:
+            known = self._ledger.local_size if self._ledger is not None else None
+            self._ledger = Ledger(trainer.global_rank, self.local_size or known or trainer.world_size)
+        self._whole, self._first_step = self._totals(), trainer.global_step
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._epoch = self._totals()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Begin to look."""
+        if self.trace and self._ledger is not None:
+            self._mode = CollectiveTrace(self._ledger)
+            self._mode.__enter__()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Look away: what the loggers and the other callbacks send is not training."""
+        self._leave()
+
+    def _leave(self) -> None:
+        mode, self._mode = self._mode, None
+        if mode is not None:
+            mode.__exit__(None, None, None)
+
+    def _totals(self) -> dict[str, float]:
+        if self._ledger is None:
+            return {}
+        totals = self._ledger.totals()
+        return {name: totals[name] for name in SUMS} | {name: getattr(self._ledger, name) for name in TIMES}
+
+    def _since(self, before: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
+        """What was added on all ranks; a collective call."""
+        names = (*SUMS, *TIMES)
+        now = self._totals()
+        values = torch.tensor(
+            [now[n] - before[n] for n in names], dtype=torch.float64, device=trainer.strategy.root_device
+        )
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        found = dict(zip(names, values.tolist(), strict=True))
+        return found | {name: found[name] / trainer.world_size for name in TIMES}
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._ledger is None:
+            return
+        found = self._since(self._epoch, trainer)
+        for name in SUMS:
+            # Equal on all ranks already.
+            pl_module.log(f"comm/{name}", found[name], batch_size=1, sync_dist=True, rank_zero_only=True)
+        shown = {f"comm/{name}": found[name] for name in TIMES}
+        report = getattr(trainer.strategy, "report", None)
+        if report is not None:
+            shown |= report()
+        for logger in trainer.loggers:
+            logger.log_metrics(shown, step=trainer.global_step)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._ledger is None:
+            return
+        found = self._since(self._whole, trainer)
+        steps = max(trainer.global_step - self._first_step, 1)
+        operations: list[dict[str, Any] | None] = [None] * trainer.world_size
+        dist.all_gather_object(operations, self._ledger.state_dict()["entries"])
+        self.summary = {
+            "steps": trainer.global_step - self._first_step,
+            "local_size": self._ledger.local_size,
+            "inter_node_bytes_per_step": found["inter_node_bytes"] / steps,
+            **found,
+            "operations": _added(operations),
+        }
+        for callback in trainer.callbacks:
+            if isinstance(callback, RunRecord):
+                callback.record["communication"] = self.summary
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._leave()
+
+
+def _added(entries: list[dict[str, Any] | None]) -> dict[str, dict[str, float]]:
+    """Sums over ranks by ``operation/link``."""
+    found: dict[str, list[float]] = {}
+    for entry in entries:
+        for key, values in (entry or {}).items():
+            found[key] = [a + b for a, b in zip(found.get(key, [0.0, 0.0, 0.0]), values, strict=True)]
+    names = ("calls", "payload_bytes", "wire_bytes")
+    return {key: dict(zip(names, found[key], strict=True)) for key in sorted(found)}

@@ -1,0 +1,121 @@
+"""Collectives that are counted, and delayed where a slow network is emulated."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.groups import Group
+from parallel.ledger import Ledger
+from parallel.network_model import NetworkModel, sleep_until
+
+# The name changed in torch 2.13.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Transfer:
+    """A collective under way.
+
+    Args:
+        work: Of torch.distributed; None: nothing to wait for.
+        ready_at: Moment (``time.perf_counter``) before which an emulated network does not deliver.
+        ledger: Where blocked time is added.
+        keep: Objects that must live until the end (buffers).
+    """
+
+    def __init__(self, work: Any, ready_at: float, ledger: Ledger, keep: tuple[Any, ...] = ()) -> None:
+        self._work, self._ready_at, self._ledger, self._keep = work, ready_at, ledger, keep
+        self._begin = time.perf_counter()
+        self.done = False
+
+    def ready(self) -> bool:
+        """Whether waiting would take no time."""
+        return self.done or (
+            (self._work is None or self._work.is_completed()) and time.perf_counter() >= self._ready_at
+        )
+
+    def wait(self) -> float:
+        """Wait for the end and return the seconds in which this process stood still; again: 0.
+
+        On CUDA this orders streams and returns before the device is done, as ``Work.wait`` does.
+        """
+        if self.done:
+            return 0.0
+        before = time.perf_counter()
+        if self._work is not None:
+            self._work.wait()
+        sleep_until(self._ready_at)
+        now = time.perf_counter()
+        self.done, self._keep = True, ()
+        self._ledger.blocked_s += now - before
+        self._ledger.transfer_s += max(self._ready_at, before) - self._begin if self._ready_at else now - self._begin
+        return now - before
+
+
+@dataclass
+class Interconnect:
+    """Issues collectives of groups, counts them and delays those over slow links.
+
+    Args:
+        local_size: Ranks of a node.
+        network: Emulated network between nodes.
+        ledger: What was communicated.
+    """
+
+    local_size: int
+    network: NetworkModel
+    ledger: Ledger
+
+    def book(self, operation: str, group: Group, payload: int, sharing: int = 1) -> float:
+        """Count a collective that somebody else issues; returns when the emulated network delivers (0: at once)."""
+        self.ledger.record(operation, group.ranks, payload)
+        return self.network.book(operation, group.ranks, payload, self.local_size, sharing)
+
+    def all_reduce(self, tensor: Tensor, group: Group, sharing: int = 1) -> Transfer:
+        """Sum in place."""
+        if group.size < 2:
+            return Transfer(None, 0.0, self.ledger)
+        ready_at = self.book("all_reduce", group, num_bytes(tensor), sharing)
+        work = dist.all_reduce(tensor, group=group.handle, async_op=True)
+        return Transfer(work, ready_at, self.ledger, (tensor,))
+
+    def broadcast(self, tensor: Tensor, source: int, group: Group) -> Transfer:
+        """Copy the tensor of the global rank ``source`` to the group, in place."""
+        if group.size < 2:
+            return Transfer(None, 0.0, self.ledger)
+        ready_at = self.book("broadcast", group, num_bytes(tensor))
+        work = dist.broadcast(tensor, source, group=group.handle, async_op=True)
+        return Transfer(work, ready_at, self.ledger, (tensor,))
+
+    def all_gather(self, out: Tensor, part: Tensor, group: Group, sharing: int = 1) -> Transfer:
+        """Concatenate the parts of all ranks in ``out``, ``(size * len(part),)``."""
+        if group.size < 2:
+            out.copy_(part)
+            return Transfer(None, 0.0, self.ledger)
+        ready_at = self.book("all_gather", group, num_bytes(out), sharing)
+        work = _all_gather(as_bytes(out), as_bytes(part), group=group.handle, async_op=True)
+        return Transfer(work, ready_at, self.ledger, (out, part))
+
+    def all_to_all(self, out: Tensor, parts: Tensor, group: Group, sharing: int = 1) -> Transfer:
+        """Give the i-th of ``size`` equal parts to the i-th rank; ``out`` gets one part of every rank in turn."""
+        if group.size < 2:
+            out.copy_(parts)
+            return Transfer(None, 0.0, self.ledger)
+        ready_at = self.book("all_to_all", group, num_bytes(parts), sharing)
+        work = dist.all_to_all_single(as_bytes(out), as_bytes(parts), group=group.handle, async_op=True)
+        return Transfer(work, ready_at, self.ledger, (out, parts))
+
+
+def num_bytes(tensor: Tensor) -> int:
+    """Bytes of the elements."""
+    return tensor.numel() * tensor.element_size()
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The same memory as bytes: transports need not know 16-bit types."""
+    return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)

@@ -1,0 +1,90 @@
+"""What was communicated: calls and bytes of every kind of collective, apart for fast and slow links."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from parallel.layout import crossings, ring_bytes
+
+LINKS = ("intra_node", "inter_node")
+
+
+@dataclass
+class Entry:
+    """Sums of one kind of collective over one class of links.
+
+    Attributes:
+        calls: Collectives.
+        payload_bytes: Bytes of their tensors.
+        wire_bytes: Bytes over the edges of the ring that belong to the class of links, all edges together, counted
+            once per direction.
+    """
+
+    calls: int = 0
+    payload_bytes: float = 0.0
+    wire_bytes: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """Traffic of the groups of which this process is the first rank, so that sums over all ranks count nothing twice.
+
+    Args:
+        rank: Of this process.
+        local_size: Ranks of a node.
+
+    Attributes:
+        entries: By (operation, class of links).
+        blocked_s: Time in which this process stood waiting for communication that it had to wait for.
+        transfer_s: Time from the begin to the end of transfers, blocked or not, where it is known.
+    """
+
+    rank: int
+    local_size: int
+    entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
+    blocked_s: float = 0.0
+    transfer_s: float = 0.0
+
+    def record(self, operation: str, ranks: Sequence[int], payload: int) -> None:
+        """Count one collective of the group ``ranks`` with ``payload`` bytes (`parallel.layout.ring_bytes`)."""
+        if len(ranks) < 2 or ranks[0] != self.rank:
+            return
+        slow = crossings(ranks, self.local_size)
+        fast = len(ranks) - slow
+        per_edge = ring_bytes(operation, payload, len(ranks))
+        for link, edges in zip(LINKS, (fast, slow), strict=True):
+            # The collective itself belongs to its slowest links.
+            mine = (link == "inter_node") == (slow > 0)
+            if edges == 0 and not mine:
+                continue
+            entry = self.entries.setdefault((operation, link), Entry())
+            entry.calls += mine
+            entry.payload_bytes += payload * mine
+            entry.wire_bytes += per_edge * edges
+
+    def totals(self) -> dict[str, float]:
+        """``<link>_bytes``, ``<link>_calls``, ``<link>_payload_bytes`` of all operations of this process's groups."""
+        found = {f"{link}_{what}": 0.0 for link in LINKS for what in ("bytes", "calls", "payload_bytes")}
+        for (_, link), entry in self.entries.items():
+            found[f"{link}_bytes"] += entry.wire_bytes
+            found[f"{link}_calls"] += entry.calls
+            found[f"{link}_payload_bytes"] += entry.payload_bytes
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        entries = {
+            f"{operation}/{link}": [entry.calls, entry.payload_bytes, entry.wire_bytes]
+            for (operation, link), entry in self.entries.items()
+        }
+        return {"entries": entries, "blocked_s": self.blocked_s, "transfer_s": self.transfer_s}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a ledger."""
+        self.entries = {
+            tuple(key.split("/")): Entry(int(calls), payload, wire)
+            for key, (calls, payload, wire) in state["entries"].items()
+        }
+        self.blocked_s, self.transfer_s = state["blocked_s"], state["transfer_s"]

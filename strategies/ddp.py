@@ -1,0 +1,84 @@
+"""Synchronous data parallelism, whole or with compressed gradients: the baselines of the other strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from typing_extensions import override
+
+from parallel.gradient_hooks import GradientHook, PowerSGDHook
+from strategies.cluster import ClusterStrategy
+
+Compression = Literal["none", "fp16", "bf16", "powersgd"]
+_WIRE_TYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Every bucket of PowerSGD waits in gloo's threads for its own collectives; a second bucket could wait forever.
+_ONE_BUCKET_MB = 1 << 14
+
+
+class DDP(ClusterStrategy):
+    """Averages gradients over all ranks in every step.
+
+    Args:
+        compression: What crosses the wire: ``none`` the gradients as they are, ``fp16`` or ``bf16`` half the bytes,
+            ``powersgd`` low-rank factors with error feedback (Vogels et al., NeurIPS 2019).
+        powersgd_rank: Rank of the factors.
+        powersgd_start: Steps with whole gradients before the first compressed one, at least 2.
+        **cluster: See `ClusterStrategy`.
+
+    Raises:
+        ValueError: For an unknown compression or sizes that are too small.
+    """
+
+    def __init__(
+        self,
+        compression: Compression = "none",
+        powersgd_rank: int = 1,
+        powersgd_start: int = 10,
+        local_size: int | None = None,
+        rate_mbit: float | None = None,
+        latency_ms: float = 0.0,
+        compute_ms: float = 0.0,
+        bucket_cap_mb: int = 25,
+        find_unused_parameters: bool = False,
+        process_group_backend: str | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        if compression not in (*_WIRE_TYPES, "powersgd"):
+            raise ValueError(f"strategy.compression={compression!r}: choose none, fp16, bf16 or powersgd")
+        if powersgd_rank < 1:
+            raise ValueError(f"strategy.powersgd_rank={powersgd_rank}: a rank is 1 or more")
+        if powersgd_start < 2:
+            raise ValueError(f"strategy.powersgd_start={powersgd_start}: torch needs 2 steps or more before the first")
+        super().__init__(
+            local_size, rate_mbit, latency_ms, compute_ms, bucket_cap_mb, find_unused_parameters,
+            process_group_backend, timeout_s,
+        )  # fmt: skip
+        self.compression, self.powersgd_rank, self.powersgd_start = compression, powersgd_rank, powersgd_start
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.compression == "powersgd" and self.root_device.type == "cpu":
+            self._ddp_kwargs["bucket_cap_mb"] = _ONE_BUCKET_MB
+
+    @override
+    def gradient_hook(self) -> GradientHook:
+        if self.compression == "powersgd":
+            return PowerSGDHook(
+                self.interconnect, self.gradient_group, self._delay, self.powersgd_rank, self.powersgd_start
+            )
+        return GradientHook(self.interconnect, self.gradient_group, self._delay, _WIRE_TYPES[self.compression])
+
+    @override
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        if self.compression == "powersgd":
+            # They lie in the order of DDP's buckets, which a fresh DDP arranges anew after its first step.
+            rank_zero_warn(
+                "PowerSGD's errors and factors are not part of checkpoints: they start from zero, and "
+                f"{self.powersgd_start} steps with whole gradients come first; this run is not exactly the one that "
+                "stopped"
+            )

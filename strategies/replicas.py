@@ -1,0 +1,189 @@
+"""Strategies whose nodes hold replicas of the network that differ between synchronisations.
+
+Within a node this is ordinary data parallelism. A subclass decides when replicas meet. Everything outside of training
+(checkpoints, validation, the end) sees their mean, and a checkpoint keeps every replica besides, so that a resumed run
+goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from parallel.flat import FlatTensors
+from parallel.groups import Group
+from strategies.cluster import ClusterStrategy
+
+SyncBuffers = Literal["mean", "own"]
+
+
+class ReplicaStrategy(ClusterStrategy):
+    """One replica per node.
+
+    Args:
+        sync_buffers: ``mean``: floating-point buffers (running statistics) are averaged where replicas are made equal;
+            ``own``: every node keeps its own.
+        **cluster: See `ClusterStrategy`.
+    """
+
+    def __init__(self, sync_buffers: SyncBuffers, **cluster: Any) -> None:
+        if sync_buffers not in ("mean", "own"):
+            raise ValueError(f"strategy.sync_buffers={sync_buffers!r}: choose mean or own")
+        super().__init__(**cluster)
+        self.sync_buffers = sync_buffers
+        self.equal = True  # whether all replicas hold the same numbers
+        self._flat: FlatTensors | None = None
+
+    @property
+    @override
+    def gradient_group(self) -> Group:
+        return self.groups.node
+
+    @override
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        if self.groups.num_nodes == 1:
+            rank_zero_warn(
+                f"strategy={type(self).__name__} on one node of {self.local_size} processes is plain data parallelism; "
+                "cluster.local_size makes smaller nodes"
+            )
+
+    @override
+    def check_module(self) -> None:
+        self.refuse_manual_optimization()
+
+    # ---------------------------------------------------------------------------------------------------- replicas
+
+    @property
+    def flat(self) -> FlatTensors:
+        """All trainable parameters as one vector; built anew when a callback has exchanged some of them."""
+        parameters = [p for p in self.lightning_module.parameters() if p.requires_grad]
+        if self._flat is None or not self._flat.holds(parameters):
+            self._flat = FlatTensors(parameters)
+            self.parameters_changed()
+        return self._flat
+
+    def parameters_changed(self) -> None:
+        """Forget what belonged to the parameters before."""
+
+    def _buffers(self) -> FlatTensors:
+        return FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
+
+    def mean_over_nodes(self, vector: Tensor) -> Tensor:
+        """Average a vector in place over the nodes, in full precision, and wait for it."""
+        self.interconnect.all_reduce(vector, self.groups.across).wait()
+        return vector.div_(self.groups.num_nodes)
+
+    def synchronize(self) -> None:
+        """Make all replicas equal to their mean; callbacks that change weights call this first."""
+        if self.equal or self.groups.num_nodes == 1:
+            return
+        self.flat.unpack(self.mean_over_nodes(self.flat.pack()))
+        self.average_buffers()
+        self.equal = True
+
+    def average_buffers(self) -> None:
+        """Average the floating-point buffers over the nodes."""
+        if self.sync_buffers == "mean" and len(buffers := self._buffers()):
+            buffers.unpack(self.mean_over_nodes(buffers.pack()))
+
+    @override
+    def on_train_end(self) -> None:
+        self.synchronize()
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The mean of the replicas, under plain names; the replicas stay as they are. Called on all ranks together."""
+        state = super().lightning_module_state_dict()
+        if self.equal or self.groups.num_nodes == 1:
+            return state
+        named = dict(self.lightning_module.named_parameters(remove_duplicate=False))
+        means = {id(p): v for p, v in zip(self.flat.tensors, self.flat.split(self._mean(self.flat)), strict=True)}
+        if self.sync_buffers == "mean" and len(buffers := self._buffers()):
+            named |= dict(self.lightning_module.named_buffers(remove_duplicate=False))
+            means |= {id(b): v for b, v in zip(buffers.tensors, buffers.split(self._mean(buffers)), strict=True)}
+        return {name: means.get(id(named.get(name)), value) for name, value in state.items()}
+
+    def _mean(self, flat: FlatTensors) -> Tensor:
+        """Of a copy, outside the ledger: a checkpoint is not training traffic."""
+        vector = flat.pack()
+        dist.all_reduce(vector, group=self.groups.across.handle)
+        return vector.div_(self.groups.num_nodes)
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        if not self.equal and self.groups.num_nodes > 1:
+            self._own = self.flat.pack(), self._buffers().pack()
+            self.flat.unpack(self._mean(self.flat))
+            if self.sync_buffers == "mean" and len(buffers := self._buffers()):
+                buffers.unpack(self._mean(buffers))
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if own := self.__dict__.pop("_own", None):
+            self.flat.unpack(own[0])
+            self._buffers().unpack(own[1])
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def replica_state(self) -> dict[str, Any]:
+        """What differs between nodes: a dictionary of tensors and numbers, on the CPU."""
+        state = {"optimizers": [_to_cpu(self.optimizer_state(optimizer)) for optimizer in self.optimizers]}
+        if not self.equal:
+            state["parameters"] = self.flat.pack().cpu()
+        if self.sync_buffers == "own" or not self.equal:
+            state["buffers"] = self._buffers().pack().cpu()
+        return state
+
+    def load_replica_state(self, state: Mapping[str, Any]) -> None:
+        """Continue as this node."""
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if "parameters" in state:
+            self.flat.unpack(state["parameters"])
+        if "buffers" in state:
+            self._buffers().unpack(state["buffers"])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict() | {"equal": self.equal}
+        mine = self.replica_state()  # all ranks of a node take part
+        if self.groups.num_nodes > 1 and self.groups.place.local == 0:
+            replicas = [None] * self.groups.num_nodes if self.global_rank == 0 else None
+            dist.gather_object(mine, replicas, dst=0, group=self.groups.across.handle)
+            state["replicas"] = replicas
+        return state
+
+    @override
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        replicas = state.get("replicas") or []
+        if len(replicas) == self.groups.num_nodes and len(replicas) > 1:
+            self.equal = state["equal"]
+            self.load_replica_state(replicas[self.groups.place.node])
+            return
+        if len(replicas) != self.groups.num_nodes and len(replicas) > 1:
+            rank_zero_warn(
+                f"the checkpoint holds {len(replicas)} replicas and this run has {self.groups.num_nodes} nodes: "
+                "it starts from their mean, with the optimizer state of the first"
+            )
+        self.equal = True
+
+
+def _to_cpu(state: Any) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: _to_cpu(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(_to_cpu(value) for value in state)
+    return state

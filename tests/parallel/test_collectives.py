@@ -1,0 +1,121 @@
+"""Collectives between real processes: values, counts, emulated time; and the trace that sees everybody's."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import Interconnect
+from parallel.flat import FlatTensors
+from parallel.groups import destroy, make_cluster_groups
+from parallel.ledger import Ledger
+from parallel.network_model import NetworkModel
+from parallel.tracing import CollectiveTrace
+from strategies.exchange import Exchange, FullMean, NarrowMean
+
+
+def test_flat_tensors_go_both_ways():
+    tensors = [torch.randn(2, 3), torch.randn(4, dtype=torch.bfloat16), torch.tensor(1.5)]
+    before = [t.clone() for t in tensors]
+    flat = FlatTensors(tensors)
+    vector = flat.pack()
+    assert vector.shape == (11,) and vector.dtype == torch.float32
+    flat.unpack(2 * vector)
+    for tensor, old in zip(tensors, before, strict=True):
+        torch.testing.assert_close(tensor, 2 * old)
+    assert flat.holds(tensors) and not flat.holds(before)
+    assert FlatTensors([torch.ones(1), torch.ones(1, dtype=torch.float64)]).pack().dtype == torch.float64
+    assert len(FlatTensors([])) == 0 and FlatTensors([]).pack().numel() == 0
+
+
+def means(local_size, numel):
+    """Mean over nodes of vectors that depend on the node, by every way there is."""
+    groups = make_cluster_groups(local_size)
+    interconnect = Interconnect(local_size, NetworkModel(), Ledger(dist.get_rank(), local_size))
+    generator = torch.Generator().manual_seed(groups.place.node)
+    vector = torch.randn(numel, generator=generator)
+    found = {}
+    for variant in ("rotate", "sharded"):
+        exchange = Exchange(groups, interconnect, numel, variant)
+        for turn in range(3):
+            for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+                part = exchange.part(vector, turn)
+                if part is not None:
+                    mean = exchange.start(part, dtype)
+                    mean.progress()
+                    assert isinstance(mean, FullMean if dtype is None else NarrowMean)
+                    part = mean.result()
+                found[variant, turn, name] = exchange.distribute(part, turn, vector)
+    destroy(groups.node, groups.across)
+    return found
+
+
+@pytest.mark.parametrize("local_size", [1, 2])
+@pytest.mark.parametrize("numel", [1, 10, 37])
+def test_every_exchange_gives_all_ranks_the_mean_over_nodes(ranks4, local_size, numel):
+    nodes = 4 // local_size
+    vectors = [torch.randn(numel, generator=torch.Generator().manual_seed(node)) for node in range(nodes)]
+    exact = torch.stack(vectors).mean(0)
+    rounded = torch.stack([v.bfloat16().float() for v in vectors]).mean(0).bfloat16().float()
+    found = ranks4(means, local_size, numel)
+    for key, mean in found[0].items():
+        assert all(torch.equal(other[key], mean) for other in found), key  # the same bits everywhere
+        torch.testing.assert_close(mean, exact if key[2] == "fp32" else rounded, atol=1e-6, rtol=1e-6)
+
+
+def slow(rate):
+    groups = make_cluster_groups(2)
+    ledger = Ledger(dist.get_rank(), 2)
+    interconnect = Interconnect(2, NetworkModel(rate_mbit=rate), ledger)
+    vector = torch.ones(25_000)  # 0.1 MB, and 0.15 MB on every edge between the nodes
+    dist.barrier()
+    begin = time.perf_counter()
+    transfer = interconnect.all_reduce(vector, groups.world)
+    issued = time.perf_counter() - begin
+    blocked = transfer.wait()
+    taken = time.perf_counter() - begin
+    assert transfer.wait() == 0.0
+    destroy(groups.node, groups.across)
+    return issued, blocked, taken, ledger.blocked_s, float(vector[0])
+
+
+def test_an_emulated_link_delays_the_end_and_not_the_begin(ranks4):
+    for issued, blocked, taken, counted, value in ranks4(slow, 8):
+        assert value == 4
+        assert taken >= 0.15
+        assert issued < 0.1
+        assert counted == pytest.approx(blocked)
+        assert blocked <= taken
+
+
+def trace():
+    ledger = Ledger(dist.get_rank(), 2)
+    nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine = nodes[dist.get_rank() // 2]
+    net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 4))
+    x = torch.ones(3, 8)
+    for _ in range(2):  # the second step rebuilds buckets
+        net(x).sum().backward()
+    with CollectiveTrace(ledger):
+        net(x).sum().backward()
+        dist.all_reduce(torch.ones(5, dtype=torch.float16), group=mine)
+        dist.broadcast(torch.ones(2), 0)
+        out = torch.empty(8)
+        dist.all_gather_into_tensor(out, torch.ones(2))
+        dist.barrier()
+    for group in nodes:
+        dist.destroy_process_group(group)
+    return {key: (e.calls, e.payload_bytes) for key, e in ledger.entries.items() if e.calls}
+
+
+def test_a_trace_sees_ddp_and_everybody_else(ranks4):
+    found = ranks4(trace)
+    assert found[0] == {
+        ("all_reduce", "inter_node"): (1, 4 * 36),
+        ("all_reduce", "intra_node"): (1, 10),
+        ("broadcast", "inter_node"): (1, 8),
+        ("all_gather", "inter_node"): (1, 32),
+    }
+    assert found[2] == {("all_reduce", "intra_node"): (1, 10)}
+    assert found[1] == found[3] == {}

@@ -1,0 +1,454 @@
+"""DASO against closed forms, a serial simulation, DDP, and itself after a restart."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from datamodules.loading import RankSampler
+from strategies.daso import DASO
+from strategies.daso.schedule import Plateau, Schedule
+from strategies.ddp import DDP
+from tests.strategies import nets
+
+# --------------------------------------------------------------------------------------------------- the schedule
+
+
+def trace(loss, rule="code", epochs=40, **kwargs):
+    """(first epoch, (B, W, L)) of every change; entry e holds after e epochs."""
+    schedule, found = Schedule(kwargs.pop("of", epochs), rule=rule, **kwargs), []
+    for epoch in range(1, epochs + 1):
+        schedule.end_epoch(loss(epoch))
+        v = schedule.values
+        if not found or found[-1][1] != (v.skip, v.wait, v.local_skip):
+            found.append((epoch, (v.skip, v.wait, v.local_skip)))
+    return found
+
+
+def test_schedule_of_a_constant_loss():
+    cycle = [(4, 1, 1), (2, 1, 1), (1, 1, 1), (8, 2, 2)]
+    expected = [(1, (0, 0, 0))] + [(4 + 3 * i, cycle[i % 4]) for i in range(11)] + [(36, (0, 0, 0))]
+    assert trace(lambda epoch: 1.0) == expected
+
+
+def test_schedule_of_a_loss_that_falls_and_stops():
+    expected = [
+        (1, (0, 0, 0)), (4, (4, 1, 1)), (16, (2, 1, 1)), (19, (1, 1, 1)), (22, (8, 2, 2)), (25, (4, 1, 1)),
+        (28, (2, 1, 1)), (31, (1, 1, 1)), (34, (8, 2, 2)), (36, (0, 0, 0)),
+    ]  # fmt: skip
+    assert trace(lambda epoch: 2 * 0.93 ** (epoch - 1) if epoch <= 12 else 0.8) == expected
+
+
+def test_the_paper_halves_the_wait_where_its_code_subtracts_one():
+    kwargs = {"skip": 16, "wait": 8, "warmup_epochs": 0, "cooldown_epochs": 0, "of": None}
+    assert trace(lambda epoch: 1.0, "code", 8, **kwargs)[1] == (4, (8, 7, 1))
+    assert trace(lambda epoch: 1.0, "paper", 8, **kwargs)[1] == (4, (8, 4, 1))
+    assert trace(lambda epoch: 1.0, "fixed", 8, **kwargs) == [(1, (16, 8, 1))]
+
+
+def test_a_schedule_continues_from_its_state():
+    whole, first = Schedule(40), Schedule(40)
+    losses = [1.0 - 0.02 * e for e in range(40)]
+    for loss in losses[:17]:
+        whole.end_epoch(loss)
+        first.end_epoch(loss)
+    second = Schedule(40)
+    second.load_state_dict(first.state_dict())
+    for loss in losses[17:]:
+        whole.end_epoch(loss)
+        second.end_epoch(loss)
+        assert second.values == whole.values
+        assert second.state_dict() == whole.state_dict()
+
+
+def test_plateaus_of_negative_losses_need_an_improvement_too():
+    plateau = Plateau(patience=0, threshold=0.1)
+    assert [plateau.update(x) for x in (-1.0, -1.05, -1.2)] == [False, True, False]
+    assert plateau.update(float("inf"))
+
+
+def test_fractions_of_epochs():
+    schedule = Schedule(10, warmup_epochs=0.2, cooldown_epochs=0.1)
+    phases = []
+    for _ in range(10):
+        phases.append(schedule.phase)
+        schedule.end_epoch(1.0)
+    assert phases == ["warmup"] * 2 + ["cycling"] * 7 + ["cooldown"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"skip": 2, "wait": 3}, r"strategy\.wait=3 is not between 0 and strategy\.skip=2"),
+        ({"skip": 0}, r"strategy\.skip=0"),
+        ({"warmup_epochs": -1}, r"strategy\.warmup_epochs=-1"),
+        ({"cooldown_epochs": 1.5}, r"strategy\.cooldown_epochs=1\.5"),
+        ({"max_skip": 0}, r"strategy\.max_skip=0"),
+        ({"reduction": 1}, r"strategy\.reduction=1"),
+        ({"schedule": "papers"}, r"strategy\.schedule='papers'"),
+        ({"merge_rule": "mean"}, r"strategy\.merge_rule='mean': choose delta, paper"),
+        ({"wire_dtype": "int8"}, r"strategy\.wire_dtype='int8'"),
+        ({"exchange": "ring"}, r"strategy\.exchange='ring'"),
+        ({"sync_buffers": "max"}, r"strategy\.sync_buffers='max'"),
+        ({"plateau_patience": -1}, r"strategy\.plateau_patience=-1"),
+        ({"local_size": 0}, r"cluster\.local_size=0"),
+        ({"rate_mbit": 0}, r"cluster\.rate_mbit=0"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_at_once(kwargs, text):
+    with pytest.raises(ValueError, match=text):
+        DASO(**kwargs)
+
+
+def too_many_phases(folder):
+    with pytest.raises(ValueError, match=r"strategy\.warmup_epochs=4 and strategy\.cooldown_epochs=4.*max_epochs=3"):
+        nets.fit(DASO(local_size=2), folder)
+    with pytest.raises(ValueError, match=r"cluster\.local_size=3 does not divide .* = 4; use one of 1, 2, 4"):
+        nets.fit(DASO(local_size=3), folder)
+    torch.distributed.barrier()
+    return True
+
+
+def test_sizes_are_checked_on_every_rank_before_training(ranks4, tmp_path):
+    assert ranks4(too_many_phases, str(tmp_path), timeout=30) == [True] * 4
+
+
+# ------------------------------------------------------------------------------------------------------ closed form
+
+
+class Slope(nets.Regression):
+    """A scalar x with the constant gradient c of its rank."""
+
+    def __init__(self, slopes):
+        super().__init__(optimizer=lambda p: torch.optim.SGD(p, 0.1))
+        self.net = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros((), dtype=torch.float64))])
+        self.slopes, self.seen = slopes, []
+
+    def training_step(self, batch, batch_idx):
+        return self.slopes[self.global_rank] * self.net[0]
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def on_train_batch_end(self, *args):
+        self.seen.append(float(self.net[0]))
+
+
+def closed_form(folder, rule):
+    strategy = DASO(0, 0, skip=4, wait=1, merge_rule=rule, local_size=1, wire_dtype="fp32")
+    module, _ = nets.fit(strategy, folder, module=Slope([1.0, 2.0, 3.0, 4.0]), epochs=1)
+    return module.seen[:2]
+
+
+@pytest.mark.parametrize("rule", ["paper", "delta"])
+def test_closed_form_of_a_merge(ranks4, tmp_path, rule):
+    """daso.md, acceptance 1."""
+    found = torch.tensor(ranks4(closed_form, str(tmp_path), rule))
+    c = torch.arange(1.0, 5.0)
+    torch.testing.assert_close(found[:, 0], -0.1 * c)
+    expected = (-0.4 * c - 1) / 6 if rule == "paper" else -0.25 - 0.1 * c
+    torch.testing.assert_close(found[:, 1], expected, atol=1e-7, rtol=0)
+
+
+# ----------------------------------------------------------------------------------------- distributed equals serial
+
+
+def rank_batches(epoch, ranks):
+    """Indices of the samples of each rank, step by step."""
+    shares = []
+    for rank in range(ranks):
+        sampler = RankSampler(
+            range(nets.SAMPLES), shuffle=True, seed=3, num_replicas=ranks, rank=rank, multiple_of=nets.BATCH
+        )
+        sampler.set_epoch(epoch)
+        order, size = list(sampler), nets.BATCH // ranks
+        shares.append([order[i : i + size] for i in range(0, len(order), size)])
+    return shares
+
+
+def simulate(epochs, skip, wait, rule):
+    """Two nodes of two ranks in one process: each node is a network trained on the samples of its ranks."""
+    x, y = nets.samples()
+    nodes = [nets.Regression() for _ in range(2)]
+    optimizers = [node.configure_optimizers() for node in nodes]
+    flight, t = None, 0
+
+    def get(node):
+        return nets.weights(node)
+
+    def put(node, vector):
+        torch.nn.utils.vector_to_parameters(vector.clone(), node.parameters())
+
+    def merge():
+        step, sent = flight
+        mean, waited = (sent[0] + sent[1]) / 2, t - step
+        for node, own in zip(nodes, sent, strict=True):
+            now = get(node)
+            put(node, now + mean - own if rule == "delta" else (2 * waited * now + 2 * mean) / (2 * waited + 2))
+
+    for epoch in range(epochs):
+        shares = rank_batches(epoch, 4)
+        for step in range(len(shares[0])):
+            for n, (node, optimizer) in enumerate(zip(nodes, optimizers, strict=True)):
+                optimizer.zero_grad()
+                # The node's gradient is the mean over its ranks of the gradients of their means.
+                loss = sum(F.mse_loss(node.net(x[i]), y[i]) for i in (shares[2 * n][step], shares[2 * n + 1][step])) / 2
+                loss.backward()
+                optimizer.step()
+            last = step == len(shares[0]) - 1
+            if flight and (last or t - flight[0] >= wait):
+                merge()
+                flight = None
+            if last:
+                mean = (get(nodes[0]) + get(nodes[1])) / 2
+                put(nodes[0], mean), put(nodes[1], mean)
+            elif t % skip == 0:
+                if flight:
+                    merge()
+                flight = (t, [get(node) for node in nodes])
+            t += 1
+    return get(nodes[0])
+
+
+def two_by_two(folder, skip, wait, rule, exchange):
+    strategy = DASO(
+        0,
+        0,
+        skip=skip,
+        wait=wait,
+        merge_rule=rule,
+        exchange=exchange,
+        local_size=2,
+        wire_dtype="fp32",
+        schedule="fixed",
+    )
+    module, _ = nets.fit(strategy, folder, epochs=3)
+    return nets.weights(module)
+
+
+CASES = [
+    (skip, wait, rule, exchange)
+    for skip, wait in [(1, 1), (3, 1), (3, 2), (3, 3), (4, 1), (4, 2), (4, 3)]
+    for rule in ("paper", "delta")
+    for exchange in ("rotate", "sharded")
+]
+
+
+def all_cases(folder):
+    return [two_by_two(folder, *case) for case in CASES]
+
+
+def test_two_nodes_of_two_ranks_equal_the_serial_simulation(ranks4, tmp_path):
+    """daso.md, acceptance 3, in float64."""
+    for rank in ranks4(all_cases, str(tmp_path)):
+        for (skip, wait, rule, exchange), weights in zip(CASES, rank, strict=True):
+            expected = simulate(3, skip, wait, rule)
+            torch.testing.assert_close(
+                weights, expected, atol=1e-12, rtol=0, msg=lambda m, c=(skip, wait, rule, exchange): f"{c}: {m}"
+            )
+
+
+def blocking(folder, momentum, optimizer, wire):
+    make = (lambda p: torch.optim.SGD(p, 0.05, momentum=momentum)) if optimizer == "sgd" else torch.optim.Adam
+    daso = DASO(3, 0, local_size=2, wire_dtype=wire)
+    a, _ = nets.fit(daso, folder, module=nets.Regression(optimizer=make))
+    b, _ = nets.fit(DDP(local_size=2), folder, module=nets.Regression(optimizer=make))
+    return float((nets.weights(a) - nets.weights(b)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("momentum", "optimizer", "wire", "low", "high"),
+    [
+        (0.0, "sgd", "fp32", 0, 1e-12),
+        (0.9, "sgd", "fp32", 0, 1e-12),
+        (0.0, "sgd", "bf16", 1e-9, 1e-3),
+        (0.0, "adam", "fp32", 1e-6, 1e-1),  # not linear: averaging parameters is not averaging gradients
+    ],
+)
+def test_exchanging_after_every_step_is_data_parallelism_for_linear_optimizers(
+    ranks4, tmp_path, momentum, optimizer, wire, low, high
+):
+    """daso.md, acceptance 2."""
+    for difference in ranks4(blocking, str(tmp_path), momentum, optimizer, wire):
+        assert low <= difference <= high
+
+
+# ---------------------------------------------------------------------------------------------------------- restarts
+
+
+class SaveAt(nets.pl.Callback):
+    """Writes a checkpoint after a step, without disturbing the run."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+RESUME = {
+    "rotate": {"skip": 4, "wait": 3},
+    "sharded": {"skip": 4, "wait": 2, "exchange": "sharded", "merge_rule": "paper"},
+    "narrow": {"skip": 4, "wait": 2, "cycling_wire_dtype": "bf16"},
+    "no_norm_sync": {"skip": 3, "wait": 1, "sync_buffers": "own"},
+}
+
+
+def resumed(folder, kwargs, step):
+    def strategy():
+        return DASO(1, 0, local_size=2, **kwargs)
+
+    def module():
+        return nets.Regression(nets.network(norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+
+    path = f"{folder}/{step}.ckpt"
+    whole, _ = nets.fit(strategy(), folder, module=module(), epochs=4)
+    saved, _ = nets.fit(strategy(), folder, module=module(), epochs=4, callbacks=(SaveAt(step, path),))
+    again, trainer = nets.fit(strategy(), folder, module=module(), epochs=4, ckpt_path=path)
+    content = torch.load(path, weights_only=True)
+    plain = nets.Regression(nets.network(norm=True))
+    plain.load_state_dict(content["state_dict"], strict=True)
+    buffers = [torch.cat([b.double().reshape(-1) for b in m.buffers()]) for m in (whole, again)]
+    return (
+        nets.weights(whole),
+        nets.weights(saved),
+        nets.weights(again),
+        trainer.global_step,
+        buffers,
+        nets.weights(plain),
+    )
+
+
+@pytest.mark.parametrize("step", [14, 16, 21])
+@pytest.mark.parametrize("kind", RESUME)
+def test_a_run_that_stops_in_the_cycle_goes_on_as_if_it_had_not(ranks4, tmp_path, kind, step):
+    """daso.md, acceptance 11: exactly, with and without an exchange under way, per node optimizers."""
+    found = ranks4(resumed, str(tmp_path), RESUME[kind], step)
+    for whole, saved, again, steps, buffers, plain in found:
+        assert steps == 32
+        assert torch.equal(saved, whole)  # writing it changed nothing
+        assert torch.equal(again, whole)
+        assert torch.equal(*buffers)
+        assert torch.equal(plain, found[0][5])
+    assert not torch.equal(found[0][5], found[0][0])
+
+
+def other_cluster(folder):
+    path = f"{folder}/x.ckpt"
+    nets.fit(DASO(1, 0, local_size=2), folder, epochs=4, callbacks=(SaveAt(14, path),))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module, trainer = nets.fit(DASO(1, 0, local_size=1), folder, epochs=4, ckpt_path=path)
+    expected = "goes on with 4, 1 a node: exchanges are waited for in this epoch"
+    return trainer.global_step, nets.weights(module), any(expected in str(w.message) for w in said)
+
+
+def test_a_checkpoint_goes_on_with_other_nodes(ranks4, tmp_path):
+    found = ranks4(other_cluster, str(tmp_path))
+    assert [said for *_, said in found] == [True, False, False, False]  # once
+    for steps, weights, _ in found:
+        assert steps == 32
+        assert torch.equal(weights, found[0][1])
+
+
+def test_a_checkpoint_goes_on_in_one_process(ranks4, tmp_path):
+    ranks4(save_one, str(tmp_path))
+    module, trainer = nets.fit("auto", str(tmp_path), epochs=4, ckpt_path=f"{tmp_path}/x.ckpt", devices=1)
+    assert trainer.global_step == 32
+    assert sum(module.losses[-8:]) < sum(module.losses[:8])
+
+
+def save_one(folder):
+    nets.fit(DASO(1, 0, local_size=2), folder, epochs=4, callbacks=(SaveAt(14, f"{folder}/x.ckpt"),))
+
+
+# ------------------------------------------------------------------------------------------- epochs, validation, end
+
+
+class Watch(nets.pl.Callback):
+    """What other parts of the program see of the replicas."""
+
+    def __init__(self):
+        self.validated, self.ended, self.between = [], [], []
+
+    def on_validation_start(self, trainer, module):
+        self.between.append(nets.weights(module))
+
+    def on_validation_batch_start(self, trainer, module, *args):
+        self.validated.append(nets.weights(module))
+
+    def on_train_epoch_end(self, trainer, module):
+        self.ended.append(nets.weights(module))
+
+
+def watched(folder):
+    watch = Watch()
+    strategy = DASO(0, 0, skip=4, wait=1, local_size=2)
+    module, _ = nets.fit(strategy, folder, epochs=3, callbacks=(watch,), val_check_interval=3)
+    return watch.validated, watch.ended, nets.weights(module), strategy.turn
+
+
+def test_validation_sees_the_mean_and_epochs_end_with_equal_nodes(ranks4, tmp_path):
+    found = ranks4(watched, str(tmp_path))
+    validated, ended, _, _ = found[0]
+    assert len(ended) == 3 and len(validated) >= 6
+    for other, other_ended, last, turn in found:
+        assert all(torch.equal(a, b) for a, b in zip(other, validated, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(other_ended, ended, strict=True))  # acceptance 10
+        assert torch.equal(last, ended[-1])
+        assert turn == 9  # 24 steps: 6 exchanges in flight and one at each of 3 ends, of which none coincide
+
+
+def max_steps(folder):
+    module, trainer = nets.fit(DASO(0, 0, skip=4, wait=3, local_size=2), folder, epochs=3, max_steps=14)
+    return nets.weights(module), trainer.global_step
+
+
+def test_a_run_limited_by_steps_ends_with_equal_nodes(ranks4, tmp_path):
+    found = ranks4(max_steps, str(tmp_path))
+    assert all(torch.equal(weights, found[0][0]) and steps == 14 for weights, steps in found)
+
+
+def threads_after(folder):
+    import threading
+
+    before = set(threading.enumerate())
+    nets.fit(DASO(0, 0, local_size=2, rate_mbit=100), folder, epochs=1)
+    groups = len(torch.distributed.distributed_c10d._world.pg_map)
+    nets.fit(DASO(0, 0, local_size=2, rate_mbit=100), folder, epochs=1)
+    return (
+        [t.name for t in set(threading.enumerate()) - before],
+        groups,
+        len(torch.distributed.distributed_c10d._world.pg_map),
+    )
+
+
+def test_nothing_is_left_behind(ranks4, tmp_path):
+    for threads, groups, after in ranks4(threads_after, str(tmp_path)):
+        assert threads == [] and after == groups
+
+
+# -------------------------------------------------------------------------------------------------------------- bytes
+
+
+def traffic(folder, kwargs):
+    strategy = DASO(0, 0, schedule="fixed", local_size=2, **kwargs)
+    module = nets.Regression(nets.network(torch.float32))
+    nets.fit(strategy, folder, module=module, epochs=1, max_steps=8)
+    return strategy.ledger.totals()
+
+
+@pytest.mark.parametrize("exchange", ["rotate", "sharded"])
+def test_bytes_between_nodes_follow_the_ring_model(ranks4, tmp_path, exchange):
+    """Eight steps at B = 4: two exchanges in flight and the one that ends the epoch, each 2 ways x the parameters."""
+    kwargs = {"skip": 4, "wait": 1, "wire_dtype": "fp32", "exchange": exchange}
+    found = ranks4(traffic, str(tmp_path), kwargs)
+    parameters = 4 * 74
+    assert sum(f["inter_node_bytes"] for f in found) == 3 * 2 * parameters
+    # Gradients, every step, two nodes, and what spreads the result of each exchange within both.
+    within = sum(f["intra_node_bytes"] for f in found) - 8 * 2 * 2 * parameters
+    assert within == (3 * 2 * parameters * 2 if exchange == "rotate" else 3 * 2 * parameters)

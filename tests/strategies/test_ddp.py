@@ -1,0 +1,190 @@
+"""Synchronous baselines: equal to one process, whole or compressed, counted, and on the emulated network."""
+
+from __future__ import annotations
+
+import time
+import warnings
+
+import pytest
+import torch
+
+from callbacks.communication import Communication
+from strategies.daso import DASO
+from strategies.ddp import DDP
+from strategies.diloco import DiLoCo
+from tests.strategies import nets
+from tests.strategies.test_daso import SaveAt
+
+
+def trained(folder, kwargs, dtype=torch.float64, epochs=3):
+    strategy = DDP(local_size=2, **kwargs)
+    module, _ = nets.fit(strategy, folder, module=nets.Regression(nets.network(dtype)), epochs=epochs)
+    return nets.weights(module), strategy.ledger.totals()
+
+
+def test_data_parallelism_equals_one_process(ranks4, tmp_path):
+    alone, _ = nets.fit("auto", str(tmp_path), devices=1)
+    for weights, _ in ranks4(trained, str(tmp_path), {}):
+        torch.testing.assert_close(weights, nets.weights(alone), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "share", "tolerance"),
+    [
+        ({}, 1.0, 1e-5),
+        ({"compression": "bf16"}, 0.5, 0.05),
+        ({"compression": "fp16"}, 0.5, 0.02),
+    ],
+)
+def test_bytes_and_accuracy_of_compressed_gradients(ranks4, tmp_path, kwargs, share, tolerance):
+    alone, _ = nets.fit("auto", str(tmp_path), devices=1, module=nets.Regression(nets.network(torch.float32)))
+    found = ranks4(trained, str(tmp_path), kwargs, torch.float32)
+    for weights, _ in found:
+        assert torch.equal(weights, found[0][0])
+        torch.testing.assert_close(weights, nets.weights(alone), atol=tolerance, rtol=0)
+    inter = sum(totals["inter_node_bytes"] for _, totals in found)
+    assert inter == 24 * 3 * share * 4 * 74  # 24 steps, 1.5 x in both directions
+    assert inter == sum(totals["intra_node_bytes"] for _, totals in found)
+
+
+def powersgd(folder):
+    def strategy():
+        return DDP(compression="powersgd", powersgd_rank=1, powersgd_start=4, local_size=2)
+
+    def module():
+        return nets.Regression(nets.network(torch.float32))
+
+    path = f"{folder}/p.ckpt"
+    whole = strategy()
+    a, _ = nets.fit(whole, folder, module=module(), callbacks=(SaveAt(13, path),))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        b, _ = nets.fit(strategy(), folder, module=module(), ckpt_path=path)
+    warned = any("PowerSGD's errors and factors are not part of checkpoints" in str(w.message) for w in said)
+    return nets.error(a), nets.error(b), whole.ledger.totals(), warned
+
+
+def test_powersgd_learns_with_fewer_bytes_and_says_what_a_restart_loses(ranks4, tmp_path):
+    found = ranks4(powersgd, str(tmp_path))
+    begin = nets.error(nets.Regression())
+    for whole, resumed, _, _ in found:
+        assert whole < 0.95 * begin and resumed < 0.95 * begin
+    assert [warned for *_, warned in found] == [True, False, False, False]
+    inter = sum(totals["inter_node_bytes"] for *_, totals, _ in found)
+    whole, factors = 74, (8 + 6) + 16 + 10  # one weight as rank-one factors; the other is too small; biases
+    assert inter == 3 * 4 * (4 * whole + 20 * factors)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "text"),
+    [
+        ({"compression": "int8"}, r"strategy\.compression='int8': choose none, fp16, bf16 or powersgd"),
+        ({"powersgd_rank": 0}, r"strategy\.powersgd_rank=0"),
+        ({"powersgd_start": 1}, r"strategy\.powersgd_start=1"),
+        ({"compute_ms": -1}, r"cluster\.compute_ms=-1"),
+    ],
+)
+def test_impossible_settings(kwargs, text):
+    with pytest.raises(ValueError, match=text):
+        DDP(**kwargs)
+
+
+# ------------------------------------------------------------------------------------------------------- the network
+
+
+def timed(folder, rate):
+    strategy = DDP(local_size=2, rate_mbit=rate, compute_ms=5)
+    begin = time.perf_counter()
+    nets.fit(strategy, folder, module=nets.Regression(nets.network(torch.float32)), epochs=1)
+    return time.perf_counter() - begin
+
+
+def test_a_slow_network_slows_ddp_by_what_it_sends(ranks4, tmp_path):
+    """8 steps of 1.5 x 296 bytes at 8.88 kB/s are 50 ms each."""
+    assert min(ranks4(timed, str(tmp_path), 0.07104)) >= 8 * 0.055
+
+
+# ------------------------------------------------------------------------------------------ local SGD and DiLoCo
+
+
+def average_only(folder):
+    local, _ = nets.fit(DASO(0, 0, skip=8, wait=0, schedule="fixed", wire_dtype="fp32", local_size=2), folder)
+    outer, _ = nets.fit(DiLoCo(period=8, outer_lr=1.0, outer_momentum=0.0, local_size=2), folder)
+    return nets.weights(local), nets.weights(outer)
+
+
+def test_diloco_with_a_plain_outer_step_is_local_sgd(ranks4, tmp_path):
+    for local, outer in ranks4(average_only, str(tmp_path)):
+        torch.testing.assert_close(local, outer, atol=1e-12, rtol=0)
+
+
+def diloco(folder):
+    def strategy():
+        return DiLoCo(period=5, outer_lr=0.5, outer_momentum=0.5, local_size=2)
+
+    path = f"{folder}/d.ckpt"
+    whole, _ = nets.fit(strategy(), folder, epochs=4, callbacks=(SaveAt(14, path),))
+    again, _ = nets.fit(strategy(), folder, epochs=4, ckpt_path=path)
+    torch.load(path, weights_only=True)
+    return nets.weights(whole), nets.weights(again), nets.error(whole)
+
+
+def test_diloco_learns_and_resumes_exactly(ranks4, tmp_path):
+    found = ranks4(diloco, str(tmp_path))
+    for whole, again, error in found:
+        assert torch.equal(whole, again) and torch.equal(whole, found[0][0])
+        assert error < 0.95 * nets.error(nets.Regression())
+
+
+def one_outer_step(folder):
+    module, _ = nets.fit(
+        DiLoCo(period=4, outer_lr=0.7, outer_momentum=0.9, local_size=2), folder, epochs=1, max_steps=4
+    )
+    alone = []
+    for node in range(2):
+        net = nets.Regression()
+        optimizer = net.configure_optimizers()
+        alone.append((net, optimizer, node))
+    return nets.weights(module)
+
+
+def test_an_outer_step_follows_algorithm_1(ranks4, tmp_path):
+    from tests.strategies.test_daso import rank_batches
+
+    x, y = nets.samples()
+    start, ends, shares = nets.weights(nets.Regression()), [], rank_batches(0, 4)
+    for node in range(2):
+        net = nets.Regression()
+        optimizer = net.configure_optimizers()
+        for step in range(4):
+            optimizer.zero_grad()
+            indices = [shares[2 * node + i][step] for i in range(2)]
+            (sum(torch.nn.functional.mse_loss(net.net(x[i]), y[i]) for i in indices) / 2).backward()
+            optimizer.step()
+        ends.append(nets.weights(net))
+    gradient = start - (ends[0] + ends[1]) / 2
+    expected = start - 0.7 * (gradient + 0.9 * gradient)
+    for weights in ranks4(one_outer_step, str(tmp_path)):
+        torch.testing.assert_close(weights, expected, atol=1e-12, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------- the communication
+
+
+def reported(folder, trace):
+    callback = Communication(trace=trace)
+    module = nets.Regression(nets.network(torch.float32))
+    _, trainer = nets.fit(DDP(local_size=2), folder, module=module, epochs=2, callbacks=(callback,))
+    return callback.summary, {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def test_the_ledger_and_the_trace_agree_on_gradients(ranks4, tmp_path):
+    for summary, metrics in ranks4(reported, str(tmp_path), False):
+        assert summary["inter_node_bytes"] == 16 * 3 * 4 * 74
+        assert summary["steps"] == 16 and summary["inter_node_bytes_per_step"] == 3 * 4 * 74
+        assert metrics["comm/inter_node_bytes"] == 8 * 3 * 4 * 74  # of the last epoch
+        assert summary["operations"]["all_reduce/inter_node"]["calls"] == 16
+        assert summary["blocked_s"] >= 0
+    traced = ranks4(reported, str(tmp_path), True)
+    for summary, _ in traced:
+        assert summary["operations"]["all_reduce/inter_node"]["payload_bytes"] == 16 * 4 * 74
