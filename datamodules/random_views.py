@@ -73,3 +73,23 @@ def random_views(
     map_ = torch.cat([turn * (size / stored), turn @ middle.unsqueeze(2) * (2 / stored)], 2)
     grid = F.affine_grid(map_, [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def cut_out(images: Tensor, draws: Tensor, size: int) -> Tensor:
+    """Set a square to zero, each sample at its own place; it may reach beyond the edge (DeVries and Taylor, 2017).
+
+    Args:
+        images: ``(batch, channel, height, width)`` float, normalised, so that zero is the mean.
+        draws: ``(batch, 2)`` in [0, 1): row and column of the middle.
+        size: Height and width of the square.
+
+    Returns:
+        New images.
+    """
+    inside = []
+    for draw, length in zip(draws.to(images.device).unbind(1), images.shape[-2:], strict=True):
+        start = (draw * length).long() - size // 2
+        place = torch.arange(length, device=images.device)
+        inside.append((place >= start[:, None]) & (place < start[:, None] + size))
+    square = inside[0][:, None, :, None] & inside[1][:, None, None, :]
+    return images.masked_fill(square, 0.0)

@@ -70,6 +70,19 @@ def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
+MODELS = {"xray_vgg_small": (32, 95), "xray_vgg": (122, 607)}
+"""Least and greatest ``image_size`` of the options of the group ``model`` for these images."""
+
+
+def _fitting_models(size: int) -> str:
+    """A size that the data can give may still be none that the chosen network takes: which one does."""
+    fitting = [name for name, (least, most) in MODELS.items() if least <= size <= most]
+    if fitting:
+        return f", and a network for images of that size: model={fitting[0]}"
+    known = ", ".join(f"model={name}: {least} to {most}" for name, (least, most) in MODELS.items())
+    return f". No network takes images of that size ({known} pixels)"
+
+
 class XrayImages(LightningDataModule):
     """Everything behind the source of the images: loaders, augmentation, tables.
 
@@ -149,6 +162,7 @@ class XrayImages(LightningDataModule):
             raise ValueError(
                 f"data.image_size={self.image_size} cannot be cut out of data.stored_size={self.stored_size} with "
                 f"data.padding={self.padding}: use at least data.stored_size={self.image_size - 2 * self.padding}"
+                f"{_fitting_models(self.image_size)}"
             )
 
     # ------------------------------------------------------------------------------------------------------ loaders

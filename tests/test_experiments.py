@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from runner import job
-from tests.composing import SERIES, composed, experiments, plain
+from tests import cli
+from tests.composing import ROOT, SERIES, composed, experiments, plain
 
 # An experiment of many networks sweeps over other options; one job of it is what is run here.
 SMALL = (
@@ -28,14 +29,52 @@ SMALL += ("++callbacks.figures.dpi=30", "callbacks.energy.figures=[]", "callback
 def missing_file(config: dict[str, Any]) -> str | None:
     """The data file that an experiment needs and that is not on this machine."""
     folder = config["data"].get("data_dir")
-    named = [value for key, value in config["data"].items() if key == "file" or key.endswith("_file")]
+    named = [value or [] for key, value in config["data"].items() if key == "file" or key.endswith("_file")]
     files = [file for value in named for file in ([value] if isinstance(value, str) else value)]
-    return next((file for file in files if folder and not (Path(folder) / file).is_file()), None)
+    return next((file for file in files if folder and not (Path(folder) / file).exists()), None)
 
 
-@pytest.mark.parametrize("name", experiments())
+def processes(name: str) -> int:
+    """Processes of an experiment on the CPU."""
+    trainer = composed(f"experiment={name}").trainer
+    return trainer.devices if trainer.accelerator == "cpu" and isinstance(trainer.devices, int) else 1
+
+
+# Big networks on real data, minutes each on a core.
+LARGE = (
+    "classification/cifar10",
+    "classification/cifar10_vgg16",
+    "daso/cifar10",
+    "ab_training/cifar10",
+    "oialr/cifar10",
+)
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in experiments()]
+
+
+def is_sweep(name: str) -> bool:
+    """Whether an experiment is a sweep over others."""
+    return "mode: MULTIRUN" in (ROOT / f"conf/experiment/{name}.yaml").read_text()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", [n for n in experiments() if processes(n) > 1 and n not in LARGE and not is_sweep(n)])
+def test_experiment_runs_on_its_processes(name, tmp_path):
+    folder = tmp_path / "run"
+    # What is on the command line is drawn or measured elsewhere.
+    fewer = ("callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false", "predict=false")
+    cli.ok(f"experiment={name}", "debug=tiny", *fewer, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
+    record = json.loads((folder / "results.json").read_text())
+    assert record["status"] == "completed" and record["world_size"] == processes(name)
+    assert record["communication"]["steps"] > 0 and record["communication"]["inter_node_bytes"] > 0
+    assert record["energy"]["it_j"] > 0
+    checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["strategy"]["world_size"] == processes(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_experiment_runs(name, tmp_path):
-    config = plain(composed(f"experiment={name}", *SMALL, run_dir=tmp_path))
+    alone = ["trainer=cpu", "strategy=auto"] if processes(name) > 1 else []
+    config = plain(composed(f"experiment={name}", *alone, *SMALL, run_dir=tmp_path))
     if file := missing_file(config):
         pytest.skip(f"needs {file}, which does not ship with the program")
     result = job.run(config)

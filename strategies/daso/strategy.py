@@ -15,11 +15,10 @@ from typing_extensions import override
 
 from parallel.flat import FlatTensors
 from strategies.cluster import loss_of
+from strategies.daso.merging import MergeRule, merge
 from strategies.daso.schedule import Plateau, Rule, Schedule, check
 from strategies.exchange import WIRE_TYPES, Exchange, Mean, Variant
 from strategies.replicas import ReplicaStrategy, SyncBuffers
-
-MergeRule = Literal["delta", "paper"]
 
 
 @dataclass
@@ -244,23 +243,8 @@ class DASO(ReplicaStrategy):
                 received, sent = received + anchor, sent + anchor
             self.drift = (sent - received).norm() / received.norm().clamp_min(1e-30)
             part = self._exchange.part(vector, flight.turn)
-            part = self.merge(part, sent, received, max(t - flight.step, 0))
+            part = merge(self.merge_rule, part, sent, received, t - flight.step, self.groups.num_nodes)
         self.flat.unpack(self._exchange.distribute(part, flight.turn, vector))
-
-    def merge(self, x: Tensor, sent: Tensor, mean: Tensor, waited: int) -> Tensor:
-        """Combine fresh and stale parameters.
-
-        Args:
-            x: x_i(t+W).
-            sent: x_i(t).
-            mean: mean_j x_j(t).
-            waited: W, the steps that were really waited.
-        """
-        if self.merge_rule == "delta":
-            return x + (mean - sent)
-        nodes = self.groups.num_nodes
-        local = 2 * waited or 1
-        return (local * x + nodes * mean) / (local + nodes)
 
     def _average(self) -> None:
         """Make all nodes equal, and wait for it."""

@@ -67,3 +67,24 @@ def write_images(folder: Path, images: Mapping[str, np.ndarray]) -> list[Path]:
     for name, pixels in images.items():
         Image.fromarray(np.asarray(pixels).astype(np.uint8)).save(folder / name)
     return [folder / name for name in images]
+
+
+def write_idx(path: Path, values: np.ndarray) -> Path:
+    """Write uint8 ``(image, row, column)`` or ``(label,)`` as MNIST is; compressed if the name ends in .gz."""
+    import gzip
+
+    magic = {3: 2051, 1: 2049}[values.ndim]
+    content = np.array([magic, *values.shape], dtype=">u4").tobytes() + values.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
+def zip_folder(folder: Path, path: Path) -> Path:
+    """Write all files of a folder into an archive, in an order that is not sorted."""
+    import zipfile
+
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
+            archive.write(file, file.relative_to(folder).as_posix())
+    return path

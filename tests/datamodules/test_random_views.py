@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from datamodules.random_views import NUM_DRAWS, random_views, uniform_per_sample
+from datamodules.random_views import NUM_DRAWS, cut_out, random_views, uniform_per_sample
 
 
 def draws(flip=0.9, angle=0.5, row=0.0, column=0.0, n=1) -> torch.Tensor:
@@ -89,3 +89,16 @@ def test_batches_are_treated_sample_by_sample():
     views = random_views(images, numbers, size=16, padding=2)
     one_by_one = torch.cat([random_views(images[i : i + 1], numbers[i : i + 1], size=16, padding=2) for i in range(6)])
     torch.testing.assert_close(views, one_by_one, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 4, 5])
+def test_squares_are_cut_out_at_the_drawn_places(size):
+    images = torch.ones(200, 2, 12, 16)
+    numbers = torch.from_numpy(uniform_per_sample(0, 0, np.arange(200), 2))
+    cut = cut_out(images, numbers, size)
+    assert torch.equal(images, torch.ones_like(images))
+    for view, (row, column) in zip(cut, numbers, strict=True):
+        top, left = int(row * 12) - size // 2, int(column * 16) - size // 2
+        expected = torch.ones(2, 12, 16)
+        expected[:, max(top, 0) : max(top + size, 0), max(left, 0) : max(left + size, 0)] = 0
+        assert torch.equal(view, expected)

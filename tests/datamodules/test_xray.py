@@ -5,7 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from datamodules.xray import XrayDataModule
+from datamodules.xray import MODELS, XrayDataModule
+from networks.vgg import final_size
+from tests.composing import composed
 from tests.datamodules.files import write_images
 
 SIZES = {"image_size": 20, "stored_size": 24, "padding": 2, "batch_size": 4, "eval_batch_size": 3}
@@ -146,9 +148,19 @@ def test_missing_files_are_named(folder):
         ({"flip_probability": 2}, r"data\.flip_probability=2"),
         ({"padding": -1}, r"data\.padding=-1"),
         ({"predict_part": "next"}, r"data\.predict_part='next' is unknown; use one of train, val, test"),
+        ({"image_size": 224}, r"data\.stored_size=220, and a network for images of that size: model=xray_vgg$"),
+        ({"image_size": 64}, r"data\.stored_size=60, and a network for images of that size: model=xray_vgg_small$"),
+        ({"image_size": 100}, r"No network takes .*model=xray_vgg_small: 32 to 95, model=xray_vgg: 122 to 607 pixels"),
         ({"image_size": 30}, r"data\.image_size=30 cannot be cut out of data\.stored_size=24.*data\.stored_size=26"),
     ],
 )
 def test_wrong_arguments_are_named(options, match):
     with pytest.raises(ValueError, match=match):
         XrayDataModule("nowhere", **SIZES | options)
+
+
+def test_the_models_that_a_message_names_take_the_sizes_that_it_names():
+    for name, (least, most) in MODELS.items():
+        stride = composed("experiment=energy_measurement/xray", f"model={name}").model.net.pool_stride
+        fitting = [size for size in range(1, 1000) if final_size(size, stride) == 1]
+        assert (fitting[0], fitting[-1]) == (least, most)

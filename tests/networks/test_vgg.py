@@ -73,9 +73,9 @@ def test_images_of_another_size_are_refused_with_a_clear_message():
         net(torch.zeros(1, 1, 20, 64))
 
 
-@pytest.mark.parametrize(("key", "value"), [("depth", 12), ("width", 0), ("pool_stride", 0)])
+@pytest.mark.parametrize(("key", "value"), [("depth", 12), ("width", 0), ("pool_stride", 0), ("head", "x")])
 def test_wrong_values_are_named(key, value):
-    with pytest.raises(ValueError, match=rf"model\.net\.{key}={value}"):
+    with pytest.raises(ValueError, match=rf"model\.net\.{key}='?{value}"):
         VGG(**SMALL | {key: value})
 
 
@@ -83,3 +83,28 @@ def test_wrong_values_are_named(key, value):
 def test_depth_is_the_name_of_the_original_with_its_three_linear_layers(depth):
     net = VGG(depth, width=0.05)
     assert sum(isinstance(m, nn.Conv2d) for m in net.modules()) + 3 == depth
+
+
+def test_sizes_of_the_published_variants():
+    with torch.device("meta"):
+        original = {depth: VGG(depth, 1000, 3, pool_stride=2, head="original") for depth in (11, 13, 16, 19)}
+        small = VGG(16, 10, 3, pool_stride=2, image_size=32)
+    sizes = {depth: sum(p.numel() for p in net.parameters()) for depth, net in original.items()}
+    assert sizes == {11: 132_868_840, 13: 133_053_736, 16: 138_365_992, 19: 143_678_248}
+    assert sum(p.numel() for p in small.parameters()) == 14_728_266
+    assert original[16].state_dict()["classifier.6.weight"].shape == (1000, 4096)
+
+
+def test_the_original_head_takes_images_of_any_size():
+    net = VGG(11, 10, 3, 0.05, 2, 64, "original").eval()
+    for size in (32, 64, 100):
+        assert net(torch.zeros(1, 3, size, size)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"images of 20 x 20 pixels are too small"):
+        net(torch.zeros(1, 3, 20, 20))
+
+
+def test_width_scales_every_layer():
+    whole, half = (VGG(11, 10, 3, width, 2, 32) for width in (0.5, 0.25))
+    for a, b in zip(whole.features, half.features, strict=True):
+        if isinstance(a, nn.Conv2d):
+            assert a.out_channels == 2 * b.out_channels

@@ -1,0 +1,109 @@
+"""The images of one part in memory or in a mapped file: gathering batches, block means, a stratified split, moments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+_AT_ONCE = 1024  # images that are worked on at once: a mapped file may be larger than the memory
+
+
+@dataclass
+class ImageSet:
+    """The images of one part.
+
+    Attributes:
+        pixels: ``(stored image, height, width, channel)`` uint8, possibly mapped from a file.
+        rows: ``(image,)`` int64, where the images of the part lie in ``pixels``.
+        labels: ``(image,)`` int64.
+        names: What the images are called.
+    """
+
+    pixels: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+
+
+class ImageBatches(Dataset[dict[str, Tensor]]):
+    """An image set as a data set of whole batches, uint8."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images = images
+        self.labels = torch.from_numpy(images.labels)
+
+    def __len__(self) -> int:
+        return len(self.images.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one image, the batch of one without its batch dimension."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        index = torch.as_tensor(indices)
+        pixels = self.images.pixels[self.images.rows[indices]]
+        image = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return {"image": image, "label": self.labels[index], "index": index}
+
+
+def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pass on a batch that `ImageBatches` has put together already (``collate_fn``)."""
+    return batch
+
+
+def block_means(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Average blocks of pixels, so that images of ``size`` are left.
+
+    Args:
+        pixels: ``(image, height, width, channel)`` uint8, square, of a multiple of ``size``.
+        size: Height and width of the result.
+
+    Returns:
+        ``(image, size, size, channel)`` uint8, rounded.
+    """
+    block = pixels.shape[1] // size
+    out = np.empty((len(pixels), size, size, pixels.shape[3]), dtype=np.uint8)
+    for start in range(0, len(pixels), _AT_ONCE):
+        part = pixels[start : start + _AT_ONCE]
+        sums = part.reshape(len(part), size, block, size, block, -1).sum(axis=(2, 4), dtype=np.int64)
+        out[start : start + _AT_ONCE] = (2 * sums + block * block) // (2 * block * block)
+    return out
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Choose ``fraction`` of every class, to the nearest number, by a generator of its own.
+
+    Args:
+        labels: ``(image,)``.
+        fraction: 0 to 1.
+        seed: Of the choice.
+
+    Returns:
+        ``(image,)`` bool.
+    """
+    chosen = np.zeros(len(labels), dtype=bool)
+    generator = torch.Generator().manual_seed(seed)
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        order = torch.randperm(len(rows), generator=generator).numpy()
+        chosen[rows[order[: round(fraction * len(rows))]]] = True
+    return chosen
+
+
+def moments(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and mean square of the stored values of every image and channel, from exact sums.
+
+    Returns:
+        Two arrays ``(image, channel)`` float64.
+    """
+    sums = []
+    for start in range(0, len(images.rows), _AT_ONCE):
+        values = images.pixels[images.rows[start : start + _AT_ONCE]].astype(np.int64)
+        sums.append(np.stack([values.sum(axis=(1, 2)), (values * values).sum(axis=(1, 2))]))
+    first, second = np.concatenate(sums, axis=1) / (images.pixels.shape[1] * images.pixels.shape[2])
+    return first, second

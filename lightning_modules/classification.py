@@ -1,0 +1,218 @@
+"""Classifier: trains and evaluates any network that maps an image to the logits of its classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_modules.metrics.classification import ClassificationScores
+from lightning_modules.metrics.forecast import SumRatio
+from lightning_modules.schedules import lr_scheduler
+
+Batch = dict[str, Tensor]
+Stage = Literal["val", "test"]
+
+_SHOWN = ("loss", "accuracy")
+
+
+class Classifier(pl.LightningModule):
+    """One class per image, by cross-entropy.
+
+    Batches are those of `datamodules.images.Images`. Steps of validation and test return ``loss``, ``prediction``
+    (batch,) int64, ``target`` (batch,) int64, ``probability`` (batch, class) and ``index`` (batch,); predict returns
+    the same without ``loss``, and without ``target`` where the label is not known.
+
+    Logged: ``train/`` ``loss`` and ``accuracy`` of the batches as they were trained on; ``val/`` and ``test/``
+    ``loss`` and the values of `metrics.classification.ClassificationScores`. All are exact for any number of ranks and
+    any batch size. The loss has the label smoothing of the training in it, ``nll`` has not.
+
+    Args:
+        net: Maps (batch, channel, height, width) to logits (batch, class).
+        optimizer: Partial that takes the parameters, e.g. ``functools.partial(torch.optim.SGD, lr=0.1)``. None: the
+            module can only be evaluated.
+        scheduler: Partial that takes the optimizer. None: constant learning rate.
+        num_classes: Number of classes.
+        label_smoothing: Part of the target that is spread over all classes.
+        top_k: k of the top-k accuracy; None: not reported.
+        num_bins: Bins of the expected calibration error.
+        channels_last: Whether convolutions run with channels last in memory, which is faster on GPUs with tensor
+            cores.
+        scheduler_monitor: Metric given to schedulers that watch one (ReduceLROnPlateau).
+        scheduler_interval: When the scheduler steps, after each ``epoch`` or each ``step``.
+
+    Raises:
+        ValueError: Names the argument and the remedy, also where network and data do not fit.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        num_classes: int = 10,
+        label_smoothing: float = 0.0,
+        top_k: int | None = 5,
+        num_bins: int = 15,
+        channels_last: bool = False,
+        scheduler_monitor: str = "val/loss",
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        if scheduler_interval not in ("epoch", "step"):
+            raise ValueError(f"model.scheduler_interval={scheduler_interval!r} is unknown; choose epoch or step.")
+        if num_classes < 2:
+            raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing={label_smoothing}: must be at least 0 and below 1")
+        if top_k is not None and not 1 <= top_k <= num_classes:
+            raise ValueError(f"model.top_k={top_k}: must be 1 to {num_classes} (model.num_classes), or null")
+        if num_bins < 1:
+            raise ValueError(f"model.num_bins={num_bins}: must be at least 1")
+        self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
+        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.num_classes, self.label_smoothing, self.channels_last = num_classes, label_smoothing, channels_last
+        self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval
+        self.train_loss, self.train_accuracy = SumRatio(), SumRatio()
+        for stage in ("val", "test"):
+            setattr(self, f"{stage}_loss", SumRatio())
+            setattr(self, f"{stage}_scores", ClassificationScores(num_classes, top_k, num_bins))
+        self._train_sums: tuple[Tensor, Tensor, int] | None = None
+
+    @override
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits, (batch, class)."""
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return self.net(image)
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Compare network and data before the first batch: an error inside a convolution says less."""
+        data = getattr(self.trainer, "datamodule", None)
+        classes, channels = (getattr(data, name, None) for name in ("num_classes", "num_channels"))
+        if classes not in (None, self.num_classes):
+            raise ValueError(f"model.num_classes={self.num_classes}, but the data have {classes} classes")
+        if getattr(self.net, "num_classes", self.num_classes) != self.num_classes:
+            raise ValueError(f"model.net.num_classes={self.net.num_classes}, but model.num_classes={self.num_classes}")
+        expected = getattr(self.net, "num_channels", channels)
+        if channels not in (None, expected):
+            remedy = "set data.to_rgb=true data.num_channels=3 or " if (channels, expected) == (1, 3) else "set "
+            raise ValueError(
+                f"the model expects {expected} channels, the data have {channels}: {remedy}"
+                f"model.net.num_channels={channels}"
+            )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        if self.make_optimizer is None:
+            return None
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        schedule = {
+            "scheduler": lr_scheduler(self.make_scheduler, optimizer, self.trainer, self.scheduler_interval),
+            "interval": self.scheduler_interval,
+            "monitor": self.scheduler_monitor,
+        }
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _log_exact(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
+        """Log values that are already equal on all ranks.
+
+        ``sync_dist`` asks for no warning about unsynchronised values, ``rank_zero_only`` for no communication; the
+        values reach ``trainer.callback_metrics`` on every rank all the same.
+        """
+        for name, value in values.items():
+            self.log(name, value, prog_bar=prog_bar, batch_size=1, sync_dist=True, rank_zero_only=True)
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        self._train_sums = None
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        label = batch["label"]
+        logits = self(batch["image"]).float()
+        loss = self._loss(logits, label)
+        # Summed here and handed to the metrics once per epoch: a call of self.log costs as much as a small step.
+        total, right, count = self._train_sums or (0.0, 0, 0)
+        right = right + (logits.detach().argmax(1) == label).sum()
+        self._train_sums = total + loss.detach().double() * len(label), right, count + len(label)
+        return {"loss": loss}
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        if self._train_sums is not None:
+            total, right, count = self._train_sums
+            self.train_loss.reset()
+            self.train_accuracy.reset()
+            self.train_loss.update(total, count)
+            self.train_accuracy.update(right, count)
+            self._log_exact({"train/loss": self.train_loss.compute()}, prog_bar=True)
+            self._log_exact({"train/accuracy": self.train_accuracy.compute()})
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+
+    def _outputs(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """What callbacks may read of a step."""
+        out = {"prediction": logits.argmax(1), "probability": logits.softmax(1), "index": batch["index"]}
+        return out | ({"target": batch["label"]} if "label" in batch else {})
+
+    def _evaluation_step(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
+        label = batch["label"]
+        logits = self(batch["image"]).float()
+        loss = self._loss(logits, label)
+        getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
+        getattr(self, f"{stage}_scores").update(logits, label)
+        return {"loss": loss} | self._outputs(batch, logits)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "val")
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "test")
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._outputs(batch, self(batch["image"]).float())
+
+    def _reset(self, stage: Stage) -> None:
+        for name in ("loss", "scores"):
+            getattr(self, f"{stage}_{name}").reset()
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._reset("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._reset("test")
+
+    def _log_scores(self, stage: Stage) -> None:
+        values = {"loss": getattr(self, f"{stage}_loss").compute()} | getattr(self, f"{stage}_scores").compute()
+        self._log_exact({f"{stage}/{name}": values.pop(name) for name in _SHOWN}, prog_bar=stage == "val")
+        self._log_exact({f"{stage}/{name}": value for name, value in values.items()})
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
