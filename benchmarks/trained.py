@@ -23,11 +23,11 @@ SEEDS = (0, 1, 2)
 LEAN = ("callbacks=early_stopping", "logger=none", "num_threads=1", "predict=false")
 
 
-def configuration(run_dir: Path | str, *overrides: str) -> dict[str, Any]:
-    """The configuration of the command line ``overrides``, resolved to plain data."""
+def configuration(run_dir: Path | str, *overrides: str, lean: Sequence[str] = LEAN) -> dict[str, Any]:
+    """The configuration of the command line ``overrides``, without what ``lean`` leaves out, resolved to plain data."""
     schema.register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = compose("config", [*overrides, *LEAN, f"++run.dir={run_dir}"])
+        composed = compose("config", [*overrides, *lean, f"++run.dir={run_dir}"])
     return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True, enum_to_str=True)
 
 
@@ -66,8 +66,8 @@ class Runs:
         return {"what": what, "variant": variant, "value": statistics.mean(values), "unit": unit, **extra}
 
 
-def runs(*overrides: str, seeds: Sequence[int] = SEEDS) -> Runs:
-    """Train and test one setting with every seed.
+def runs(*overrides: str, seeds: Sequence[int] = SEEDS, lean: Sequence[str] = LEAN) -> Runs:
+    """Train and test one setting with every seed; ``lean`` are overrides that leave out what a benchmark needs not.
 
     Raises:
         RuntimeError: If a run did not end.
@@ -77,7 +77,7 @@ def runs(*overrides: str, seeds: Sequence[int] = SEEDS) -> Runs:
         for seed in seeds:
             with tempfile.TemporaryDirectory() as folder:
                 begin = time.perf_counter()
-                result = job.run(configuration(folder, *overrides, f"seed={seed}"))
+                result = job.run(configuration(folder, *overrides, f"seed={seed}", lean=lean))
                 seconds.append(time.perf_counter() - begin)
             if result["status"] != "completed":
                 raise RuntimeError(f"{' '.join(overrides)} seed={seed}: {result.get('error', result['status'])}")

@@ -31,5 +31,9 @@ def load_run(run_dir: str | Path, checkpoint: str = "best") -> tuple[Any, Any, d
     content = torch.load(path, map_location="cpu", weights_only=True)
     config = content["config"]
     module, datamodule = build(config)
+    if layers := content.get("low_rank", {}).get("layers"):
+        from networks.low_rank import rebuild
+
+        rebuild(module, layers)  # the network was factorised in training
     module.load_state_dict(content["state_dict"])
     return module.eval(), datamodule, config

@@ -173,6 +173,12 @@ class ClusterStrategy(DDPStrategy):
         return super().training_step(*args, **kwargs)
 
     @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        # Past the DDP wrapper: it would send buffers around in every evaluation step, and ranks may have fewer of them.
+        with self.precision_plugin.val_step_context():
+            return self.lightning_module.validation_step(*args, **kwargs)
+
+    @override
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.steps += 1

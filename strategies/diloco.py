@@ -96,9 +96,10 @@ class DiLoCo(ReplicaStrategy):
 
     def exchange(self) -> None:
         """One outer step."""
+        vector = self.flat.pack()
         anchor, velocity = self._anchor, self._velocity
         assert anchor is not None and velocity is not None
-        part = self._exchange.part(self.flat.pack(), self.turn)
+        part = self._exchange.part(vector, self.turn)
         if part is not None:
             part = self._exchange.start(part, None).result()
         gradient = anchor - self._exchange.distribute(part, self.turn, anchor)

@@ -68,6 +68,12 @@ class ReplicaStrategy(ClusterStrategy):
             self.parameters_changed()
         return self._flat
 
+    @override
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        if self._flat is not None:  # a callback exchanged parameters, after `synchronize`
+            _ = self.flat
+
     def parameters_changed(self) -> None:
         """Forget what belonged to the parameters before."""
 
@@ -114,6 +120,11 @@ class ReplicaStrategy(ClusterStrategy):
         vector = flat.pack()
         dist.all_reduce(vector, group=self.groups.across.handle)
         return vector.div_(self.groups.num_nodes)
+
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self._flat = None
 
     # ------------------------------------------------------------------------------------------------- validation
 

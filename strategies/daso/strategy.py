@@ -317,6 +317,11 @@ class DASO(ReplicaStrategy):
             "daso/drift": float(self.drift),
         }
 
+    @override
+    def teardown(self) -> None:
+        super().teardown()
+        self._flight = None
+
     # -------------------------------------------------------------------------------------------------- checkpoints
 
     @override

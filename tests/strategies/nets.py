@@ -101,6 +101,7 @@ def fit(
     callbacks: tuple[pl.Callback, ...] = (),
     ckpt_path: str | None = None,
     devices: int | None = None,
+    datamodule: pl.LightningDataModule | None = None,
     **trainer: Any,
 ) -> tuple[Regression, pl.Trainer]:
     """Train in this process as one rank of its pool (or alone)."""
@@ -113,6 +114,6 @@ def fit(
         callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, **trainer,
     )  # fmt: skip
-    dtype = next(module.parameters()).dtype
-    trainer_.fit(module, datamodule=Data(dtype), ckpt_path=ckpt_path)
+    datamodule = datamodule or Data(next(module.parameters()).dtype)
+    trainer_.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
     return module, trainer_

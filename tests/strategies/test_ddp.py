@@ -188,3 +188,74 @@ def test_the_ledger_and_the_trace_agree_on_gradients(ranks4, tmp_path):
     traced = ranks4(reported, str(tmp_path), True)
     for summary, _ in traced:
         assert summary["operations"]["all_reduce/inter_node"]["payload_bytes"] == 16 * 4 * 74
+
+
+# ------------------------------------------------------------------------------------------------- uneven evaluation
+
+
+class Uneven(nets.Data):
+    """Five samples to evaluate, two at a time: rank 0 of two has two batches, rank 1 one."""
+
+    def val_dataloader(self):
+        data = torch.utils.data.Subset(self.data, range(5))
+        return nets.make_loader(data, 4, layout=self.trainer.distributed_sampler_kwargs)
+
+
+class Counted(nets.Regression):
+    """Batch norm has buffers, which DDP would broadcast in a forward pass that other ranks never make."""
+
+    def __init__(self):
+        super().__init__(nets.network(norm=True))
+        self.seen = 0
+
+    def validation_step(self, batch, batch_idx):
+        self.seen += len(self.net(batch[0]))
+
+
+def uneven(folder, kind):
+    module, strategy = Counted(), {"ddp": DDP, "diloco": DiLoCo}[kind](local_size=1)
+    nets.fit(strategy, folder, module=module, epochs=1, datamodule=Uneven())
+    return module.seen
+
+
+@pytest.mark.parametrize("kind", ["ddp", "diloco"])
+def test_ranks_with_fewer_evaluation_steps_do_not_hang_the_others(ranks2, tmp_path, kind):
+    assert ranks2(uneven, str(tmp_path), kind) == [3, 2]
+
+
+# ------------------------------------------------------------------------------- parameters that a callback exchanges
+
+
+class Exchange(nets.pl.Callback):
+    """Replaces a weight by another of another size after a step, as low-rank methods do."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step != 5:
+            return
+        trainer.strategy.synchronize()
+        optimizer = trainer.optimizers[0]
+        old, new = module.net[2], torch.nn.Linear(nets.HIDDEN, nets.OUT, bias=False).double()
+        with torch.no_grad():
+            new.weight.copy_(old.weight)
+        module.net[2] = new
+        kept = [p for p in optimizer.param_groups[0]["params"] if p is not old.weight and p is not old.bias]
+        optimizer.param_groups[0]["params"] = [*kept, new.weight]
+        trainer.strategy.model._remove_autograd_hooks()
+        trainer.strategy.model = module
+        trainer.strategy.configure_ddp()
+
+
+def exchanged(folder):
+    found = []
+    for strategy in (DASO(0, 0, skip=3, wait=2, local_size=2), DiLoCo(period=3, local_size=2)):
+        module, _ = nets.fit(strategy, folder, epochs=2, callbacks=(Exchange(),))
+        found.append(nets.weights(module))
+    return found
+
+
+def test_callbacks_may_exchange_parameters(ranks4, tmp_path):
+    found = ranks4(exchanged, str(tmp_path))
+    for weights in found:
+        for mine, first in zip(weights, found[0], strict=True):
+            assert mine.numel() == 74 - nets.OUT
+            assert torch.equal(mine, first) and torch.isfinite(mine).all()

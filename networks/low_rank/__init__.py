@@ -1,0 +1,71 @@
+"""Low-rank weights ``W2 = U Sigma V^T``: bases, layers, choice of layers, conversion, optimizer state, export."""
+
+from networks.low_rank.basis import (
+    Criterion,
+    common_threshold,
+    decompose,
+    kept_rank,
+    mixing,
+    mixing_similarity,
+    num_treated,
+    polar_factor,
+    polar_newton_schulz,
+    stability,
+)
+from networks.low_rank.conversion import (
+    Form,
+    convert,
+    dense_state,
+    exported,
+    fold,
+    folded_state,
+    rebuild,
+    structure,
+    update_basis,
+)
+from networks.low_rank.layers import LowRankWeight, factored_is_cheaper, factored_weights, weight_of
+from networks.low_rank.optimizer_state import (
+    StateMode,
+    exchange,
+    parameter_names,
+    regroup,
+    scaled_steps,
+    state_bytes,
+)
+from networks.low_rank.selection import ForwardOrder, LayerChoice, dense_size, fractions
+
+__all__ = [
+    "Criterion",
+    "Form",
+    "ForwardOrder",
+    "LayerChoice",
+    "LowRankWeight",
+    "StateMode",
+    "common_threshold",
+    "convert",
+    "decompose",
+    "dense_size",
+    "dense_state",
+    "exchange",
+    "exported",
+    "factored_is_cheaper",
+    "factored_weights",
+    "fold",
+    "folded_state",
+    "fractions",
+    "kept_rank",
+    "mixing",
+    "mixing_similarity",
+    "num_treated",
+    "parameter_names",
+    "polar_factor",
+    "polar_newton_schulz",
+    "rebuild",
+    "regroup",
+    "scaled_steps",
+    "stability",
+    "state_bytes",
+    "structure",
+    "update_basis",
+    "weight_of",
+]
