@@ -109,7 +109,8 @@ class Communication(pl.Callback):
             logger.log_metrics(shown, step=trainer.global_step)
 
     @override
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Not in on_train_end, after which a strategy may still make replicas equal.
         if self._ledger is None:
             return
         found = self._since(self._whole, trainer)

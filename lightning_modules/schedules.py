@@ -124,11 +124,24 @@ def lr_scheduler(
     parameters = inspect.signature(make).parameters
     if interval == "epoch" or "steps_per_epoch" not in parameters:
         return make(optimizer)
-    trainer.fit_loop.setup_data()  # the length of the loader is needed
-    total = trainer.estimated_stepping_batches
-    steps = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+    steps = _steps_per_epoch(trainer)
+    total = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else steps * trainer.max_epochs
+    if trainer.max_steps >= 0:
+        total = min(total, trainer.max_steps)
     given = make.keywords if isinstance(make, functools.partial) else {}
     known: dict[str, Any] = {"steps_per_epoch": steps}
     if given.get("total_epochs") in (None, trainer.max_epochs) and math.isfinite(total):
         known["total_epochs"] = total / steps
     return make(optimizer, **known)
+
+
+def _steps_per_epoch(trainer: pl.Trainer) -> int:
+    """Optimizer steps of an epoch.
+
+    Not by ``trainer.estimated_stepping_batches``: that builds the Trainer's own loader before a checkpoint's position
+    in it has been read, and the position is lost.
+    """
+    source = trainer.datamodule if trainer.datamodule is not None else trainer.lightning_module
+    batches, limit = len(source.train_dataloader()), trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    return max(1, math.ceil(batches / trainer.accumulate_grad_batches))

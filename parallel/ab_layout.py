@@ -60,12 +60,12 @@ def ab_layout(world_size: int, local_size: int, group_size: int | None, grouped:
         world_size: Ranks.
         local_size: Ranks of a node.
         group_size: Ranks of a group; None: a node, or half of it where there is only one.
-        grouped: Whether there are groups at all; else all ranks train B together.
+        grouped: Whether there are groups at all; else, and in a single process, all ranks train B together.
 
     Raises:
         ValueError: If the groups do not come out even; names the setting, its value and the remedy.
     """
-    if not grouped:
+    if not grouped or world_size == 1:
         return ABLayout(1, world_size)
     fitting = [size for size in range(1, world_size // 2 + 1) if world_size % (2 * size) == 0]
     remedy = (

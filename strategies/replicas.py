@@ -38,6 +38,7 @@ class ReplicaStrategy(ClusterStrategy):
         self.sync_buffers = sync_buffers
         self.equal = True  # whether all replicas hold the same numbers
         self._flat: FlatTensors | None = None
+        self._own: tuple[Tensor, Tensor] | None = None  # parameters and buffers, while a validation sees the mean
 
     @property
     @override
@@ -124,7 +125,7 @@ class ReplicaStrategy(ClusterStrategy):
     @override
     def teardown(self) -> None:
         super().teardown()
-        self._flat = None
+        self._flat = self._own = None
 
     # ------------------------------------------------------------------------------------------------- validation
 
@@ -140,7 +141,8 @@ class ReplicaStrategy(ClusterStrategy):
     @override
     def on_validation_end(self) -> None:
         super().on_validation_end()
-        if own := self.__dict__.pop("_own", None):
+        own, self._own = self._own, None
+        if own is not None:
             self.flat.unpack(own[0])
             self._buffers().unpack(own[1])
 
@@ -149,10 +151,12 @@ class ReplicaStrategy(ClusterStrategy):
     def replica_state(self) -> dict[str, Any]:
         """What differs between nodes: a dictionary of tensors and numbers, on the CPU."""
         state = {"optimizers": [_to_cpu(self.optimizer_state(optimizer)) for optimizer in self.optimizers]}
+        # Checkpoints are written at the end of a validation too, while the module shows the mean.
+        parameters, buffers = self._own or (self.flat.pack(), self._buffers().pack())
         if not self.equal:
-            state["parameters"] = self.flat.pack().cpu()
+            state["parameters"] = parameters.cpu()
         if self.sync_buffers == "own" or not self.equal:
-            state["buffers"] = self._buffers().pack().cpu()
+            state["buffers"] = buffers.cpu()
         return state
 
     def load_replica_state(self, state: Mapping[str, Any]) -> None:

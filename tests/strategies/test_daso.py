@@ -337,6 +337,38 @@ def test_a_run_that_stops_in_the_cycle_goes_on_as_if_it_had_not(ranks4, tmp_path
     assert not torch.equal(found[0][5], found[0][0])
 
 
+class SaveInValidation(nets.pl.Callback):
+    """What ModelCheckpoint does: it saves while the module shows the mean of the nodes."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_validation_end(self, trainer, *args):
+        if trainer.global_step == 11:
+            trainer.save_checkpoint(self.path)
+
+
+def validated(folder):
+    def fit(**kwargs):
+        module = nets.Regression(nets.network(norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+        strategy = DASO(1, 0, skip=4, wait=2, local_size=2)
+        trained, _ = nets.fit(strategy, folder, module=module, epochs=3, val_check_interval=3, **kwargs)
+        return nets.weights(trained)
+
+    path = f"{folder}/v.ckpt"
+    whole = fit()
+    saved = fit(callbacks=(SaveInValidation(path),))
+    content = torch.load(path, weights_only=True)
+    parameters = [replica["parameters"] for replica in content["strategy"]["replicas"]]
+    return whole, saved, fit(ckpt_path=path), parameters
+
+
+def test_a_checkpoint_of_a_validation_holds_the_nodes_themselves(ranks4, tmp_path):
+    for whole, saved, again, (first, second) in ranks4(validated, str(tmp_path)):
+        assert torch.equal(whole, saved) and torch.equal(again, whole)
+        assert not torch.equal(first, second)
+
+
 def other_cluster(folder):
     path = f"{folder}/x.ckpt"
     nets.fit(DASO(1, 0, local_size=2), folder, epochs=4, callbacks=(SaveAt(14, path),))

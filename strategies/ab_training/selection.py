@@ -1,0 +1,93 @@
+"""Which weights of a module AB-training factorises, and what it cannot train."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from networks.ab_factors import ABFactor
+from networks.tall_view import tall_shape
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+def select(
+    module: nn.Module, keep_full: Sequence[str] | None, min_dim: int, factor_embeddings: bool = False
+) -> list[ABFactor]:
+    """The weights to factorise, in the order of registration.
+
+    Args:
+        module: Any module; linear and convolutional layers and attention count as layers.
+        keep_full: Names of layers or of their weights that stay whole, ``*`` and ``?`` match anything; None: the first
+            and the last layer.
+        min_dim: Weights with a shorter side of their tall view below this stay whole.
+        factor_embeddings: Whether embeddings count as layers.
+
+    Raises:
+        ValueError: If a name matches nothing, nothing is left, a selected weight belongs to two modules, or an
+            embedding has sparse gradients.
+    """
+    found = list(_candidates(module, factor_embeddings))
+    _refuse_sparse(module)
+    names = [(path, owner) for path, owner, _, _ in found]
+    if keep_full is None:
+        whole = {found[0][0], found[-1][0]} if found else set()
+    else:
+        whole = {path for path, owner in names if any(_matches(p, path, owner) for p in keep_full)}
+        for pattern in keep_full:
+            if not any(_matches(pattern, *name) for name in names):
+                known = ", ".join(owner for _, owner in names)
+                raise ValueError(f"strategy.keep_full names {pattern!r}, which matches no layer; there are: {known}")
+    layers = [
+        ABFactor(owner, name, path)
+        for path, _, owner, name in found
+        if path not in whole and min(tall_shape(owner._parameters[name].shape)) >= min_dim
+    ]
+    if not layers:
+        raise ValueError(
+            f"nothing is left to factorise: of {len(found)} layers {len(whole)} are kept whole (strategy.keep_full) "
+            f"and the others have a side shorter than strategy.min_dim={min_dim}; lower it, or use strategy=ddp"
+        )
+    _refuse_tied(module, layers)
+    return layers
+
+
+def _candidates(module: nn.Module, factor_embeddings: bool) -> Iterator[tuple[str, str, nn.Module, str]]:
+    """(path of the weight, path of its module, the module, name of the weight)."""
+    for path, owner in module.named_modules():
+        names: tuple[str, ...] = ()
+        if isinstance(owner, _LAYERS) or (factor_embeddings and isinstance(owner, nn.Embedding)):
+            names = ("weight",)
+        elif isinstance(owner, nn.MultiheadAttention):
+            names = _OF_ATTENTION
+        for name in names:
+            weight = owner._parameters.get(name)  # a parametrised weight is no parameter of its module
+            if weight is None or isinstance(weight, UninitializedParameter) or not weight.requires_grad:
+                continue
+            yield f"{path}.{name}" if path else name, path, owner, name
+
+
+def _matches(pattern: str, path: str, owner: str) -> bool:
+    return fnmatchcase(path, pattern) or fnmatchcase(owner, pattern)
+
+
+def _refuse_tied(module: nn.Module, layers: list[ABFactor]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for layer in layers:
+        if len(names := owners[id(layer.weight)]) > 1:
+            raise ValueError(
+                f"{' and '.join(names)} are one weight, which cannot be factored in one place only: add it to "
+                "strategy.keep_full"
+            )
+
+
+def _refuse_sparse(module: nn.Module) -> None:
+    for path, owner in module.named_modules():
+        if isinstance(owner, nn.Embedding | nn.EmbeddingBag) and owner.sparse:
+            raise ValueError(f"{path} has sparse gradients, which cannot be averaged over groups: set sparse=False")

@@ -1,0 +1,576 @@
+"""AB-training as a Lightning strategy: when ranks train together, when in groups, and what they tell each other."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from networks.ab_factors import (
+    ABFactor,
+    Decomposition,
+    Factors,
+    Init,
+    SigmaSplit,
+    Sync,
+    num_factored,
+    num_kept,
+    with_spectrum,
+)
+from networks.tall_view import tall_shape
+from parallel.ab_layout import ABLayout, ab_layout
+from parallel.collectives import Interconnect
+from parallel.groups import Group, destroy, make_group
+from parallel.ledger import Ledger
+from strategies.ab_training.ab_phase import ABPhase, Groups, Start
+from strategies.ab_training.optimizer_slots import OptimizerSlots, OptState
+from strategies.ab_training.phases import Phase, Rule, check_lengths, make_schedule
+from strategies.ab_training.rebound import Rebound
+from strategies.ab_training.selection import select
+from strategies.ab_training.splitting import split_weights
+from strategies.cluster import ClusterStrategy
+
+log = logging.getLogger(__name__)
+
+_WIRE_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "sync": ("only-learned", "with-stale", "full", "only-b"),
+    "sigma_split": ("both", "trained"),
+    "opt_state": ("hold", "reset", "project"),
+    "init": ("unified", "ortho-sigma", "rand-sigma", "sloped-sigma"),
+    "eval_model": ("consensus", "group"),
+    "resume": ("exact", "consensus"),
+    "wire_dtype": tuple(_WIRE_TYPES),
+}
+_PHASE_NUMBERS = {"warmup": 0, "ab": 1, "full": 2}
+
+
+class _GroupedInterconnect(Interconnect):
+    """Also counts what crosses from group to group, where groups are not nodes."""
+
+    between: Ledger
+
+    @override
+    def book(self, operation: str, group: Group, payload: int, sharing: int = 1) -> float:
+        self.between.record(operation, group.ranks, payload)
+        return super().book(operation, group, payload, sharing)
+
+
+class ABTrainingStrategy(ClusterStrategy):
+    """Trains one factor of every weight in independent groups of ranks, and the whole weights together in between.
+
+    After ``warmup_steps`` of data parallelism every weight ``W`` with two axes becomes ``A B`` by a singular value
+    decomposition without the small values. Half of the groups train ``A``, the others ``B``, and nothing passes between
+    groups. After ``ab_steps`` the factors are combined to ``W`` by one all-reduce, all ranks train ``W`` together for
+    ``full_steps``, and it begins again. Validation and checkpoints see the consensus, which is what a synchronisation
+    would give at that moment; the training itself goes on undisturbed, also after a restart from such a checkpoint.
+    The last phase is always a full-rank one. Gradients are clipped by the norm within the group.
+
+    Other parameters (biases, norms, layers of ``keep_full``, weights whose factors would not be smaller) are trained by
+    all groups and averaged, with their optimizer state, where the factors are combined. Running statistics of
+    batch norms are averaged too, and synchronised batch norms speak to their group alone in AB phases.
+
+    Source: Coquelin et al., AB-Training (arXiv 2405.01067).
+
+    Args:
+        warmup_steps: Optimizer steps before the first AB phase; below 1: a fraction of all.
+        ab_steps: Optimizer steps of an AB phase.
+        full_steps: Optimizer steps of the full-rank phase after it.
+        final_full_steps: Of the last full-rank phase; None: ``full_steps``. 0: no last phase, and AB phases do not
+            depend on the length of the training.
+        schedule: ``relative``, or ``reference``: phases end at multiples of ``ab_steps + full_steps``, as in the
+            published program.
+        cutoff: Singular values below this fraction of the largest are dropped.
+        first_cut: Whether the first AB phase drops any. Without, its factors together are larger than the weights.
+        max_drop: Largest fraction of its rank that a weight loses at once.
+        sync: Rule of combination (`networks.ab_factors.combine`); ``only-b`` has one group of all ranks, trains B alone
+            and averages its gradients in every step.
+        sigma_split: ``both`` factors share the singular values, or the ``trained`` one has them and the other is
+            orthonormal.
+        rebound_steps: After a switch the learning rate rises for this many steps, until it meets the scheduled one.
+        rebound_lr: Where it begins.
+        opt_state: Optimizer state of weights and factors at a switch (`strategies.ab_training.optimizer_slots`).
+        init: Singular values of the weights at the start of a training (`networks.ab_factors.with_spectrum`).
+        keep_full: Layers or weights that stay whole, by name, with ``*`` and ``?``; None: the first and the last layer;
+            an empty list: none.
+        min_dim: Weights with a side shorter than this stay whole.
+        factor_embeddings: Whether embeddings are factorised too.
+        group_size: Ranks of a group; None: a node, or half of it where there is only one.
+        eval_model: What validation within a fit sees: the ``consensus``, or each rank its own ``group``.
+        wire_dtype: ``bf16`` or ``fp16`` halve the bytes of a synchronisation (differences are sent, not weights);
+            ``fp32``: full precision.
+        resume: ``exact``: a checkpoint from within an AB phase needs the same number of processes and groups;
+            ``consensus``: any will do, it begins with a full-rank phase.
+        local_size: See `ClusterStrategy`, as for all that follow.
+        rate_mbit: Bandwidth of the emulated network.
+        latency_ms: Latency of the emulated network.
+        compute_ms: Sleep before every step.
+        bucket_cap_mb: Size of gradient buckets.
+        find_unused_parameters: Of DistributedDataParallel.
+        process_group_backend: ``gloo``, ``nccl``; None: what suits the device.
+        timeout_s: After this time a collective that hangs ends the run.
+
+    Raises:
+        ValueError: On all ranks, before training; names the setting, its value and the remedy.
+    """
+
+    def __init__(
+        self,
+        warmup_steps: float = 0.2,
+        ab_steps: int = 60,
+        full_steps: int = 10,
+        final_full_steps: int | None = None,
+        schedule: Rule = "relative",
+        cutoff: float = 0.15,
+        first_cut: bool = True,
+        max_drop: float = 1.0,
+        sync: Sync = "only-learned",
+        sigma_split: SigmaSplit = "both",
+        rebound_steps: int = 9,
+        rebound_lr: float = 1e-5,
+        opt_state: OptState = "hold",
+        init: Init = "unified",
+        keep_full: Sequence[str] | None = None,
+        min_dim: int = 16,
+        factor_embeddings: bool = False,
+        group_size: int | None = None,
+        eval_model: Literal["consensus", "group"] = "consensus",
+        wire_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
+        resume: Literal["exact", "consensus"] = "exact",
+        local_size: int | None = None,
+        rate_mbit: float | None = None,
+        latency_ms: float = 0.0,
+        compute_ms: float = 0.0,
+        bucket_cap_mb: int = 25,
+        find_unused_parameters: bool = False,
+        process_group_backend: str | None = None,
+        timeout_s: float = 1800.0,
+    ) -> None:
+        chosen = {"sync": sync, "sigma_split": sigma_split, "opt_state": opt_state, "init": init}
+        chosen |= {"eval_model": eval_model, "resume": resume, "wire_dtype": wire_dtype}
+        for name, value in chosen.items():
+            if value not in _CHOICES[name]:
+                raise ValueError(f"strategy.{name}={value!r}: choose one of {', '.join(_CHOICES[name])}")
+        if not 0 <= cutoff < 1:
+            raise ValueError(
+                f"strategy.cutoff={cutoff}: a fraction of the largest singular value, 0 or more and below 1"
+            )
+        if not 0 <= max_drop <= 1:
+            raise ValueError(f"strategy.max_drop={max_drop}: a fraction of the rank, between 0 and 1")
+        if min_dim < 1:
+            raise ValueError(f"strategy.min_dim={min_dim}: it counts rows or columns, 1 or more")
+        check_lengths(warmup_steps, ab_steps, full_steps, final_full_steps, schedule)
+        super().__init__(
+            local_size, rate_mbit, latency_ms, compute_ms, bucket_cap_mb, find_unused_parameters,
+            process_group_backend, timeout_s,
+        )  # fmt: skip
+        self.warmup_steps, self.ab_steps, self.full_steps = warmup_steps, ab_steps, full_steps
+        self.final_full_steps, self.rule = final_full_steps, schedule
+        self.cutoff, self.first_cut, self.max_drop = cutoff, first_cut, max_drop
+        self.sync, self.sigma_split, self.opt_state, self.init = sync, sigma_split, opt_state, init
+        self.keep_full = None if keep_full is None else list(keep_full)
+        self.min_dim, self.factor_embeddings = min_dim, factor_embeddings
+        self.group_size, self.eval_model, self.wire_dtype, self.resume = group_size, eval_model, wire_dtype, resume
+        self.rebound = Rebound(rebound_steps, rebound_lr)
+        self.seconds = {"svd": 0.0, "sync": 0.0, "rewrap": 0.0}
+        self._taken: dict[Phase, list[float]] = {"warmup": [0.0, 0], "ab": [0.0, 0], "full": [0.0, 0]}
+        self._step_begin = 0.0
+        self.phase: Phase = "warmup"
+        self.phase_begin = 0  # optimizer step at which the running phase began
+        self.cycles = 0  # AB phases begun
+        self.ranks: dict[str, int] = {}  # of every layer in the last AB phase
+        self.ab: ABPhase | None = None  # within an AB phase
+        self._layers: list[ABFactor] = []
+        self._angle: tuple[float, float] | None = None
+        self._loaded = False
+
+    # ------------------------------------------------------------------------------------------------ environment
+
+    def _layout(self, world_size: int) -> ABLayout:
+        return ab_layout(world_size, self.local_size, self.group_size, grouped=self.sync != "only-b")
+
+    @override
+    def check_sizes(self, world_size: int) -> None:
+        super().check_sizes(world_size)
+        self._layout(world_size)
+
+    @override
+    def setup_environment(self) -> None:
+        self._loaded = False
+        super().setup_environment()
+        self.layout = self._layout(self.groups.world.size)
+        self.side = self.layout.member(self.global_rank).side
+        if self.layout.num_groups == 1 and self.sync != "only-b":
+            rank_zero_warn(
+                f"strategy.sync={self.sync} needs two processes or more: one alone trains B in AB phases, as by "
+                "strategy.sync=only-b"
+            )
+        self.interconnect = _GroupedInterconnect(self.local_size, self.network, self.interconnect.ledger)
+        self.interconnect.between = Ledger(self.global_rank, self.layout.group_size)
+        self._own_group: Group | None = None
+        if self.layout.num_groups == 1:
+            self.group = self.groups.world
+        elif self.layout.group_size == self.groups.node.size:
+            self.group = self.groups.node
+        else:
+            self.group = self._own_group = make_group(self.layout.groups(), self._timeout)
+
+    @property
+    @override
+    def gradient_group(self) -> Group:
+        return self.group if self.phase == "ab" else self.groups.world
+
+    # ------------------------------------------------------------------------------------------------------ set-up
+
+    @override
+    def setup(self, trainer: Any) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.refuse_manual_optimization()
+            self.phase, self.phase_begin, self.cycles, self.ranks = "warmup", self.steps, 0, {}
+            self._layers = select(self.lightning_module, self.keep_full, self.min_dim, self.factor_embeddings)
+            if self.init != "unified" and not self._loaded:
+                self._set_spectra()
+        super().setup(trainer)
+
+    def _set_spectra(self) -> None:
+        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+        for parameter in self.lightning_module.parameters():
+            if parameter.requires_grad and sum(size > 1 for size in parameter.shape) >= 2:
+                parameter.data.copy_(with_spectrum(parameter, self.init, generator))
+
+    @override
+    def check_module(self) -> None:
+        self.slots = OptimizerSlots(self.optimizers, self._layers, self.opt_state)
+        if not self._loaded:
+            self._make_schedule()
+
+    def _make_schedule(self) -> None:
+        """Count the steps of the training, which builds the loader.
+
+        Lightning gives a loader the state that a checkpoint has of it when it builds the loader, so a resumed run must
+        have read that state before.
+        """
+        trainer = self.lightning_module.trainer
+        total = trainer.estimated_stepping_batches
+        limit = trainer.limit_train_batches  # 1 is one batch, 1.0 are all
+        short = bool(trainer.fast_dev_run) or isinstance(limit, int) or (limit is not None and limit < 1)
+        self.schedule = make_schedule(
+            self.warmup_steps,
+            self.ab_steps,
+            self.full_steps,
+            self.final_full_steps,
+            int(total) if 0 <= total < math.inf else None,
+            self.rule,
+            short,
+        )
+        counts = self._from_all(trainer.num_training_batches)
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the ranks have {counts} training batches per epoch and must all take the same steps: build the "
+                "loader with datamodules.loading.make_loader"
+            )
+
+    def _from_all(self, value: Any) -> list[Any]:
+        values = [value] * self.groups.world.size
+        if len(values) > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self.steps == 0 and self.lightning_module.trainer.global_step:  # the checkpoint of another strategy
+            self.steps = self.phase_begin = self.lightning_module.trainer.global_step
+        self._switch_if_due()  # there may be no warm-up, and a resumed run may have become longer
+        self._step_begin = time.perf_counter()
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        self.rebound.apply(self.steps, self.optimizers)
+        try:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        finally:
+            self.rebound.restore()
+
+    @override
+    def after_step(self, last: bool) -> None:
+        taken = self._taken[self.phase]
+        taken[0], taken[1] = taken[0] + time.perf_counter() - self._step_begin, taken[1] + 1
+        self.rebound.restore()  # a switch begins from the scheduled rates
+        self._switch_if_due()
+        self._step_begin = time.perf_counter()
+
+    def _switch_if_due(self) -> None:
+        while (end := self.schedule.end(self.phase, self.phase_begin)) is not None and self.steps >= end:
+            if self.schedule.following(self.phase) == "ab":
+                self._to_ab()
+            else:
+                self._to_full()
+
+    def _to_ab(self) -> None:
+        """Split the weights and part from the other groups."""
+        begin = time.perf_counter()
+        self.lightning_module.zero_grad(set_to_none=True)
+        uncut = not self.first_cut and self.cycles == 0
+        splits = split_weights(
+            self._layers, self._whole_rank if uncut else self._cut_rank, uncut, self.interconnect, self.groups.world,
+            self.global_rank,
+        )  # fmt: skip
+        self.seconds["svd"] += time.perf_counter() - begin
+        starts = [(s.layer, s.start, self._root(s.root)) for s in splits if s.start is not None]
+        if not starts:
+            rank_zero_warn(
+                f"no factors would be smaller than their weight at strategy.cutoff={self.cutoff}: the groups train "
+                "whole weights in this AB phase; raise the cutoff, or train longer before (strategy.warmup_steps)"
+            )
+        whole = {s.layer.path for s in splits if s.start is None}
+        self.ranks = {s.layer.path: _full_rank(s.layer) if s.layer.path in whole else s.rank for s in splits}
+        self.cycles += 1
+        self._enter("ab", starts)
+        self._say(f"AB phase {self.cycles}: {self._ranks_in_words()}")
+
+    def _cut_rank(self, layer: ABFactor, parts: Decomposition) -> int:
+        return num_kept(parts.sigma, self.cutoff, self.ranks.get(layer.path), self.max_drop)
+
+    def _whole_rank(self, layer: ABFactor, parts: Decomposition) -> int:
+        return len(parts.sigma)
+
+    def _root(self, root: Tensor | None) -> Tensor | None:
+        return root if self.sigma_split == "trained" else None
+
+    def _to_full(self, train_on: bool = True) -> None:
+        """Combine what the groups have learned, and train together."""
+        begin = time.perf_counter()
+        self.lightning_module.zero_grad(set_to_none=True)
+        self._angle = self.ab.end(self._all_reduce)
+        self.seconds["sync"] += time.perf_counter() - begin
+        self.ab = None
+        if train_on:
+            self._enter("full")
+        else:
+            self.phase, self.phase_begin = "full", self.steps
+        self._say("synchronised")
+
+    def _enter(self, phase: Phase, starts: Sequence[Start] = ()) -> None:
+        self.phase, self.phase_begin = phase, self.steps
+        if phase == "ab":
+            self.ab = self._make_phase(starts)
+        self._join_group()
+        self.rebound.switch(self.steps, self.optimizers)
+
+    def _make_phase(self, starts: Sequence[Start]) -> ABPhase:
+        num_ranks = {"a": self.layout.num_ranks_on("a"), "b": self.layout.num_ranks_on("b")}
+        sync = self.sync if self.layout.num_groups > 1 else "only-b"
+        groups = Groups(self.side, num_ranks, sync, _WIRE_TYPES[self.wire_dtype])
+        return ABPhase(self.lightning_module, self.slots, groups, starts)
+
+    def _join_group(self) -> None:
+        """Reduce gradients and batch statistics over the group of the phase that begins."""
+        begin = time.perf_counter()
+        group = self.gradient_group
+        handle = group.handle if group.handle is not None else self._group_of_one()
+        for module in self.lightning_module.modules():
+            if isinstance(module, nn.SyncBatchNorm):
+                module.process_group = handle
+        # The old reducer listens to the parameters until it is destroyed, and a garbage collector may take its time.
+        old, self.model = self.model, self.lightning_module
+        if isinstance(old, DistributedDataParallel):
+            old.logger = old.reducer = None
+        del old
+        # All ranks of the group are equal, there is nothing to send.
+        self.model = DistributedDataParallel(
+            self.lightning_module, device_ids=self.determine_ddp_device_ids(), process_group=handle, init_sync=False,
+            **self._ddp_kwargs,
+        )  # fmt: skip
+        self._register_ddp_hooks()
+        self.seconds["rewrap"] += time.perf_counter() - begin
+
+    def _all_reduce(self, vector: Tensor) -> None:
+        self.interconnect.all_reduce(vector, self.groups.world).wait()
+
+    def _all_reduce_uncounted(self, vector: Tensor) -> None:
+        """For checkpoints and validation, which are no training traffic."""
+        if self.groups.world.size > 1:
+            dist.all_reduce(vector)
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    @override
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        if fitting and self.ab is not None and self.eval_model == "consensus":
+            self.ab.show_consensus(self._all_reduce_uncounted)
+
+    @override
+    def on_validation_end(self) -> None:
+        super().on_validation_end()
+        if self.ab is not None:
+            self.ab.resume_training()
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The consensus under the names and in the shapes of the plain module. Called on all ranks together."""
+        state = super().lightning_module_state_dict()
+        return state if self.ab is None else self.ab.plain_state_dict(state, self._all_reduce_uncounted)
+
+    @override
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """That of the plain module, so that any strategy can go on from the file."""
+        if self.ab is None:
+            return super().optimizer_state(optimizer)
+        with self.ab.as_in_training():
+            return self.slots.plain_state(getattr(optimizer, "_optimizer", optimizer), self.ab.layers)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        ab: dict[str, Any] = {
+            "phase": self.phase,
+            "phase_begin": self.phase_begin,
+            "cycles": self.cycles,
+            "ranks": dict(self.ranks),
+            "rebound": self.rebound.state_dict(),
+            "between": self._from_all(self.interconnect.between.state_dict()),
+            **self._must_agree(),
+        }
+        if self.ab is not None:
+            ab["starts"] = self.ab.starts()
+            mine = self.ab.group_state() if self.global_rank in self._first_ranks() else None
+            states: list[Any] | None = [mine]
+            if self.groups.world.size > 1:
+                states = [None] * self.groups.world.size if self.global_rank == 0 else None
+                dist.gather_object(mine, states, dst=0)
+            ab["groups"] = [s for s in states or () if s is not None]
+        return super().state_dict() | {"ab": ab}
+
+    def _first_ranks(self) -> list[int]:
+        return [ranks[0] for ranks in self.layout.groups()]
+
+    def _must_agree(self) -> dict[str, Any]:
+        """Settings that a checkpoint from within an AB phase depends on."""
+        return {"group_size": self.layout.group_size, "sync": self.sync, "sigma_split": self.sigma_split}
+
+    @override
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        self._loaded = True
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        self._make_schedule()
+        super().load_optimizer_state_dict(checkpoint)
+
+    @override
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        ab = state["ab"]
+        self.cycles, self.ranks, self.phase_begin = ab["cycles"], dict(ab["ranks"]), ab["phase_begin"]
+        if len(ab["between"]) == self.groups.world.size and ab["group_size"] == self.layout.group_size:
+            self.interconnect.between.load_state_dict(ab["between"][self.global_rank])
+        if ab["phase"] != "ab":
+            self.phase = ab["phase"]
+            self.rebound.load_state_dict(ab["rebound"])
+        elif self.resume == "consensus":
+            self.phase, self.phase_begin = "full", self.steps
+            self.rebound.switch(self.steps, self.optimizers)
+        else:
+            self._check_agreement(state)
+            self._resume_ab(ab)
+
+    def _check_agreement(self, state: Mapping[str, Any]) -> None:
+        here = {"processes": self.groups.world.size} | self._must_agree()
+        there = {"processes": state["world_size"]} | {name: state["ab"][name] for name in self._must_agree()}
+        differing = [f"{name}={there[name]} (here {here[name]})" for name in here if here[name] != there[name]]
+        if missing := sorted(set(state["ab"]["starts"]) - {layer.path for layer in self._layers}):
+            differing.append(f"factors of {', '.join(missing)} (here kept whole)")
+        if differing:
+            raise ValueError(
+                f"the checkpoint was written within an AB phase with {', '.join(differing)}: continue with the same, "
+                "or begin with a full-rank phase by strategy.resume=consensus"
+            )
+
+    def _resume_ab(self, ab: Mapping[str, Any]) -> None:
+        """Go on within an AB phase: with the state of this rank's group, where the file's weights are the consensus."""
+        starts: list[Start] = []
+        for layer in self._layers:
+            if layer.path in ab["starts"]:
+                a, b, *root = (t.to(self.root_device) for t in ab["starts"][layer.path])
+                starts.append((layer, Factors(a, b), root[0] if root else None))
+        begin = self.phase_begin
+        self._enter("ab", starts)
+        self.ab.load_group_state(ab["groups"][self.global_rank // self.layout.group_size])
+        self.phase_begin = begin
+        self.rebound.load_state_dict(ab["rebound"])
+
+    # ----------------------------------------------------------------------------------------------------- the end
+
+    @override
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self.ab is not None:  # stopped early, or by the clock of the published program
+            self._to_full(train_on=False)
+
+    @override
+    def teardown(self) -> None:
+        if self.ab is not None:  # an error, or a signal
+            self.ab.abandon()
+            self.ab, self.phase = None, "full"
+        own = self.__dict__.pop("_own_group", None)
+        super().teardown()
+        if own is not None and dist.is_initialized():
+            destroy(own)
+
+    # -------------------------------------------------------------------------------------------------------- report
+
+    def compression(self) -> float:
+        """Numbers of the whole network over those of its factors and other parameters, as of the last AB phase."""
+        whole = {layer.path: math.prod(layer.shape) for layer in self._layers}
+        names = {*whole, *(f"{path}_{side}" for path in whole for side in "ab")}
+        others = sum(p.numel() for name, p in self.lightning_module.named_parameters() if name not in names)
+        small = sum(
+            min(num_factored(layer.shape, self.ranks.get(layer.path, _full_rank(layer))), whole[layer.path])
+            for layer in self._layers
+        )
+        return (sum(whole.values()) + others) / (small + others)
+
+    def _ranks_in_words(self) -> str:
+        ranks = [f"{layer.path} {self.ranks[layer.path]} of {_full_rank(layer)}" for layer in self._layers]
+        return f"ranks {', '.join(ranks)}; {self.compression():.2f} times smaller"
+
+    def _say(self, text: str) -> None:
+        if self.global_rank == 0:
+            log.info("optimizer step %d: %s", self.steps, text)
+
+    @override
+    def report(self) -> dict[str, float]:
+        values = {"ab/phase": float(_PHASE_NUMBERS[self.phase]), "ab/cycle": float(self.cycles)}
+        if self.rebound.used:
+            values["ab/lr"] = self.rebound.used[0][0]
+        if self.ranks:
+            values["ab/compression"] = self.compression()
+            values |= {f"ab/rank/{path}": float(rank) for path, rank in self.ranks.items()}
+        if self._angle is not None:
+            values["ab/cosine_of_halves"], values["ab/relative_change"] = self._angle
+        values |= {f"time/ab_{name}_s": value for name, value in self.seconds.items()}
+        # From step to step, with whatever callbacks and evaluations do in between, without switches.
+        values |= {f"time/step_{phase}_s": taken / steps for phase, (taken, steps) in self._taken.items() if steps}
+        values["comm/between_groups_bytes"] = self.interconnect.between.totals()["inter_node_bytes"]
+        return values
+
+
+def _full_rank(layer: ABFactor) -> int:
+    return min(tall_shape(layer.shape))
