@@ -48,7 +48,7 @@ class Workload(pl.LightningModule):
         self.net = net
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval
-        self._trained = weights
+        self._trained, self._warned = weights, False
         self.register_load_state_dict_post_hook(_mark_trained)
         self.train_loss, self.val_loss, self.test_loss = SumRatio(), SumRatio(), SumRatio()
 
@@ -71,7 +71,8 @@ class Workload(pl.LightningModule):
         self._trained = True
 
     def _warn_if_untrained(self) -> None:
-        if not self._trained:
+        if not self._trained and not self._warned:
+            self._warned = True
             rank_zero_warn(
                 "these weights are random: energy and time are right, errors are not. Give the checkpoint of a "
                 "training run: ckpt_path=logs/<name>/<stamp>/checkpoints/best.ckpt"

@@ -55,16 +55,34 @@ class WeekAheadLSTM(nn.Module):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the names or sizes of the weights are not those of this network.
+            ValueError: If the file holds no weights, or if their names or sizes are not those of this network.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"model.weights={path}: no such file")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # which one depends on how the file is broken
+            # Without torch's message, which advises to load the file unsafely.
+            raise ValueError(
+                f"model.weights={path} is no file of weights that can be read ({type(error).__name__}): it takes what "
+                "torch.save wrote of a state_dict, or a checkpoint of this program"
+            ) from error
+        state = content.get("state_dict", content) if isinstance(content, dict) else content
+        if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(
+                f"model.weights={path} holds no weights ({keys}); it takes tensors called lstm.* and "
+                "fully_connected.*, or a checkpoint with a state_dict"
+            )
         own = self.state_dict()
-        state = {name.removeprefix("net."): value for name, value in state.items()}
+        state = {str(name).removeprefix("net."): value for name, value in state.items()}
         found = {name: tuple(value.shape) for name, value in state.items() if name.startswith(("lstm.", "fully_con"))}
-        if found != (expected := {name: tuple(value.shape) for name, value in own.items()}):
+        expected = {name: tuple(value.shape) for name, value in own.items()}
+        if found.keys() != expected.keys() and not any(name.startswith("lstm.") for name in found):
+            raise ValueError(
+                f"model.weights={path} holds {', '.join(state) or 'nothing'}; the network has {', '.join(own)}"
+            )
+        if found != expected:
             raise ValueError(
                 f"model.weights={path} holds {found}, but the network has {expected}: set model.net.hidden_size and "
                 "model.net.num_layers to those of the file"

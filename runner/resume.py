@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from runner.record import read
+
+log = logging.getLogger(__name__)
 
 GROUPS = (
     "experiment", "data", "model", "optimizer", "scheduler", "trainer", "strategy", "callbacks", "logger", "hydra",
@@ -71,6 +74,8 @@ def find_checkpoint(config: dict[str, Any]) -> str | None:
 
     ``auto``: ``<run.dir>/checkpoints/last.ckpt`` if it exists; ``last``: the same, and it must exist; ``best``;
     otherwise a path. A run that does not train takes ``best.ckpt`` instead of ``last.ckpt`` where it exists.
+    ``sweep``: the best checkpoint of an earlier job of the same sweep that trained this model; where there is none, as
+    outside of a sweep, a fresh start.
 
     Raises:
         ValueError: If the file does not exist, or if ``auto`` finds the checkpoint of another configuration.
@@ -78,6 +83,8 @@ def find_checkpoint(config: dict[str, Any]) -> str | None:
     wanted = config["ckpt_path"]
     if not wanted:
         return None
+    if wanted == "sweep":
+        return _of_a_sibling(config)
     folder = Path(config["run"]["dir"]) / "checkpoints"
     last, best = folder / "last.ckpt", folder / "best.ckpt"
     found = best if not config["train"] and best.is_file() else last
@@ -94,6 +101,26 @@ def find_checkpoint(config: dict[str, Any]) -> str | None:
     if not path.is_file():
         raise ValueError(f"ckpt_path={wanted}: no file {path}; ckpt_path=null starts afresh")
     return str(path)
+
+
+def _of_a_sibling(config: dict[str, Any]) -> str | None:
+    """Jobs of a sweep run one after the other, in folders side by side: what one has trained the next may evaluate."""
+    own, current = Path(config["run"]["dir"]).resolve(), json.loads(json.dumps(config))
+    found = []
+    for path in sorted(own.parent.glob("*/results.json"), key=lambda path: path.stat().st_mtime):
+        result = read(path.parent)
+        stored, best = result.get("config") or {}, result.get("best_checkpoint")
+        if path.parent == own or result.get("status") != "completed" or not stored.get("train"):
+            continue
+        if stored.get("model") != current["model"] or not best or not Path(best).is_file():
+            continue
+        # Of several: the same seed, then the same data.
+        alike = sum(stored.get("data", {}).get(key) == value for key, value in current["data"].items())
+        found.append(((stored.get("seed") == current["seed"], alike), best))
+    if not found:
+        log.info("ckpt_path=sweep: no job before this one has trained its model")
+        return None
+    return max(reversed(found), key=lambda item: item[0])[1]  # the latest of equals
 
 
 def _differences(config: dict[str, Any]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import itertools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,20 +20,32 @@ from runner.record import read
 SHOWN_METRICS = 12
 # Columns that are never folded into one line, however alike.
 OUTCOME = {"job", "status", "world_size", "seconds"}
+# What a job has cost, always shown where it is known: in all, and per sample of training and inference.
+COSTS = (
+    "energy/total_it_kwh", "energy/fit/train/j_per_sample", "energy/predict/j_per_sample", "energy/test/j_per_sample",
+)  # fmt: skip
 
 
 class SweepTable(Callback):
-    """Hydra callback. The table is on disk after each job, so a killed sweep leaves one as well."""
+    """Hydra callback. The table is on disk after each job, so a killed sweep leaves one as well.
+
+    Args:
+        epilogue: Dotted name of a function that takes the folder of a sweep and returns what to print below the table.
+    """
 
     # Of the sweep in this process.
     folder: ClassVar[Path | None] = None
     rows: ClassVar[list[dict[str, Any]]] = []
     running: ClassVar[tuple[Path, list[str], str] | None] = None
+    epilogue: ClassVar[str | None] = None
+
+    def __init__(self, epilogue: str | None = None) -> None:
+        SweepTable.epilogue = epilogue
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Remember the job: one that ends the sweep (an interruption, ``launch.on_failure=stop``) has no other hook."""
         hydra = HydraConfig.get()
-        if hydra.mode != RunMode.MULTIRUN:
+        if hydra.mode != RunMode.MULTIRUN or config.get("check"):  # where nothing runs there is nothing to tabulate
             return
         run_dir = Path(hydra.runtime.output_dir)
         # hydra.sweep.dir holds interpolations that only resolve inside the job: take the job's folder and go up.
@@ -57,6 +71,9 @@ class SweepTable(Callback):
         if cls.folder is not None:
             print((cls.folder / "table.md").read_text())
             print(f"table  {cls.folder / 'table.csv'}")
+            if cls.epilogue is not None and any(row["status"] == "completed" for row in cls.rows):
+                module, _, name = cls.epilogue.rpartition(".")
+                print(f"\n{getattr(importlib.import_module(module), name)(cls.folder)}")
 
 
 def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
@@ -82,19 +99,23 @@ def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:
         writer.writeheader()
         writer.writerows(rows)
     temporary.replace(folder / "table.csv")
-    metrics = [c for c in columns if c.startswith("test/")] or [c for c in columns if "/" in c and c != "run_dir"]
+    # Groups may have a slash in their name as metrics do: what comes before the size of the network was chosen.
+    chosen = {name for row in rows for name in itertools.takewhile(lambda c: c != "parameters", row)}
+    measured = [c for c in columns if "/" in c and c not in chosen]
+    metrics = [c for c in measured if c.startswith("test/")] or [c for c in measured if not c.startswith("energy/")]
     # Whole numbers before their break-down: test/mae and test/mae_scaled before test/mae_day_1.
     metrics = sorted(metrics, key=lambda c: (c.removesuffix("_scaled").count("_"), c))[:SHOWN_METRICS]
-    plain = [c for c in columns if "/" not in c and c not in {"run_dir", "error"}]
+    metrics += [c for c in COSTS if c in measured]
+    plain = [c for c in columns if c not in measured and c not in {"run_dir", "error"}]
     same = [c for c in plain if c not in OUTCOME and len(rows) > 1 and len({str(r.get(c)) for r in rows}) == 1]
     plain = [c for c in plain if c not in same]
     if any(row.get("error") for row in rows):
         plain.append("error")
-    chosen = plain + metrics
+    shown = plain + metrics
     shared = [f"{c}={rows[0][c]}" for c in same if rows[0].get(c) is not None]
     lines = ["all jobs: " + " ".join(shared), ""] if shared else []
-    lines += ["| " + " | ".join(chosen) + " |", "|" + "---|" * len(chosen)]
-    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in chosen) + " |" for row in rows]
+    lines += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(_cell(row.get(name, "")) for name in shown) + " |" for row in rows]
     (folder / "table.md").write_text("\n".join(lines) + "\n")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from callbacks.energy.node import read_profiles
 from callbacks.energy.report import (
     STUDY_TITLE,
+    headlines,
     markdown,
     merge,
     page,
@@ -53,6 +54,17 @@ def study(folders: list[Path], profiles: Path, out: Path | None, assumptions: As
     }
     _write(files)
     return text, list(files)
+
+
+def sweep_study(folder: Path) -> str:
+    """What to print below the table of a sweep: the findings, and where the pages of the study are."""
+    try:
+        _, paths = study([folder], PROFILES, None, Assumptions())
+        found = json.loads((folder / "energy_study" / "study.json").read_text())
+    except (ValueError, OSError) as error:
+        return f"no energy study: {error}"
+    page_path = next(path for path in paths if path.suffix == ".html")
+    return f"{headlines(found)}\n\nstudy  {page_path}\nagain  python -m callbacks.energy study {folder}"
 
 
 def _write(files: Mapping[Path, bytes]) -> None:

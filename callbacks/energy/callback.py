@@ -45,6 +45,21 @@ log = logging.getLogger(__name__)
 STAGES = {"fit": OTHER, "validate": "validate", "test": "test", "predict": "predict"}
 
 
+class StageEnd(pl.Callback):
+    """Stands last among the callbacks of a Trainer and ends the stage of an `EnergyCallback`.
+
+    What the others do in ``teardown`` (predictions are written there) belongs to the stage, wherever in the list the
+    energy callback stands.
+    """
+
+    def __init__(self, energy: EnergyCallback) -> None:
+        self.energy = energy
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.energy.end_stage(trainer)
+
+
 class EnergyCallback(pl.Callback):
     """Measures the energy of a run where there are instruments, estimates the rest, and says which is which.
 
@@ -280,6 +295,9 @@ class EnergyCallback(pl.Callback):
         if sum(isinstance(callback, EnergyCallback) for callback in trainer.callbacks) > 1:
             raise ValueError("two EnergyCallbacks in one Trainer would count everything twice; keep one in callbacks.")
         self.begin_run()
+        # A new list: the Trainer is going through the old one at this moment.
+        others = [c for c in trainer.callbacks if not (isinstance(c, StageEnd) and c.energy is self)]
+        trainer.callbacks = [*others, StageEnd(self)]
         self._gathered = None
         self._world_size, self._global_zero = trainer.world_size, trainer.is_global_zero
         self._cuda = self.synchronize and trainer.strategy.root_device.type == "cuda"
@@ -306,6 +324,7 @@ class EnergyCallback(pl.Callback):
         self._updates_before = self.counts.updates.get(TRAIN, 0) - trainer.global_step
         self._global_step = lambda: trainer.global_step
         self._trained = True
+        self._await_training()  # a run that resumes within an epoch does not come to its start
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -314,19 +333,26 @@ class EnergyCallback(pl.Callback):
         if self._recorder is not None:
             self._epoch_begin = self._recorder.tallies()
         self._epoch_samples = self.counts.samples.get(TRAIN, 0)
+        self._await_training()
 
-    @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self._label != TRAIN:
-            self._switch(TRAIN)
+    def _await_training(self) -> None:
+        """Have the next training step begin `TRAIN`.
+
+        The hook of every batch exists until then only: asking at each step whether there is something to do would be a
+        third of what the callback costs.
+        """
+        self.on_train_batch_start = self._begin_training
+
+    def _begin_training(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        del self.on_train_batch_start
+        self._switch(TRAIN)
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._count(batch)
+        samples = self.counts.samples  # as in `_evaluation_batch_end`; this one is called often enough to save a call
+        samples[self._label] = samples.get(self._label, 0) + self._batch_size(batch)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -337,6 +363,7 @@ class EnergyCallback(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._switch(OTHER)
+            self._await_training()
 
     def _evaluation_batch_end(
         self,
@@ -347,7 +374,8 @@ class EnergyCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._count(batch)
+        samples = self.counts.samples
+        samples[self._label] = samples.get(self._label, 0) + self._batch_size(batch)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end
 
@@ -360,8 +388,8 @@ class EnergyCallback(pl.Callback):
         self._switch(OTHER)
         self._end_epoch(trainer)
 
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def end_stage(self, trainer: pl.Trainer) -> None:
+        """Book what follows to ``idle`` and report the stage; `StageEnd` calls it when all other callbacks are done."""
         if not self._begun or self._ended:
             return
         self._switch(IDLE)
@@ -378,10 +406,6 @@ class EnergyCallback(pl.Callback):
         if self._file is not None:
             self._file.write({"kind": "exception", "type": type(exception).__name__})
         self.end_run("failed" if isinstance(exception, Exception) and not _is_stop(exception) else "interrupted")
-
-    def _count(self, batch: Any) -> None:
-        samples = self.counts.samples
-        samples[self._label] = samples.get(self._label, 0) + self._batch_size(batch)
 
     def _count_updates(self) -> None:
         self.counts.updates = {TRAIN: self._updates_before + self._global_step()} if self._trained else {}
@@ -562,8 +586,9 @@ def first_dimension(batch: Any) -> int:
     kind = type(batch)
     if kind is dict or kind is list or kind is tuple:  # nearly always, and this is called at every step
         for part in batch.values() if kind is dict else batch:
-            if type(part) is Tensor and part.ndim:
-                return part.shape[0]
+            # A tensor is asked once: behind a step, which has emptied the processor's caches, this is the dearest part.
+            if type(part) is Tensor and (shape := part.shape):
+                return shape[0]
             break
     if isinstance(batch, Tensor):
         return batch.shape[0] if batch.ndim else 0

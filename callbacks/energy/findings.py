@@ -32,6 +32,11 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{float(f'{value:.{digits}g}'):,.10g}"
 
 
+def quotient(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """Least and greatest quotient of two ranges of positive numbers."""
+    return [one[0] / other[1], one[1] / other[0]]
+
+
 def findings(study: Mapping[str, Any], profiles: Sequence[NodeProfile], cpu_load: float) -> list[dict[str, Any]]:
     """Statements about a study (`callbacks.energy.study.build`), each with its verdict and its numbers.
 
@@ -42,8 +47,8 @@ def findings(study: Mapping[str, Any], profiles: Sequence[NodeProfile], cpu_load
     """
     rows, out = study["rows"], []
     workloads = sorted({row["workload"] for row in rows})
-    for kind in (HERE, WHAT_IF):
-        out += [_run_time(workload, kind, rows) for workload in workloads]
+    out += [_run_time(workload, rows) for workload in workloads]
+    out.append(_run_time_modelled(rows))
     out += [_idle_here(workload, rows) for workload in workloads]
     out.append(_idle_modelled(profiles, cpu_load))
     out += [_phases_differ(workload, study["comparisons"]) for workload in workloads]
@@ -65,29 +70,64 @@ def _bases(rows: Sequence[Mapping[str, Any]]) -> str:
     return found[0] if len(found) == 1 else "partly measured" if found else ""
 
 
-def _run_time(workload: str, kind: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Finding 1: E/t differs between node types, in the same phase."""
-    chosen = [row for row in rows if row["workload"] == workload and row["kind"] == kind]
+def _spread(runs: Sequence[int]) -> str:
+    """What to add to a number that rests on so many runs."""
+    if max(runs) == 1:
+        return " (one run each: no spread is known)"
+    return " (one of them rests on one run)" if min(runs) == 1 else ""
+
+
+def _run_time(workload: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Finding 1 in the runs: E/t differs between node types, in the same phase."""
+    chosen = [row for row in rows if row["workload"] == workload and row["kind"] == HERE]
     if not chosen:
         return None
-    parts, ratios = [], {}
+    parts, ratios, ranges = [], {}, []
     for phase in PHASES:
         found = sorted((row for row in chosen if row["phase"] == phase), key=lambda row: (row["mean_w"], row["node"]))
         if len(found) > 1:
-            ratios[phase] = found[-1]["mean_w"] / found[0]["mean_w"]
-            ends = [f"{number(row['mean_w'], 4)} W ({row['node']})" for row in (found[0], found[-1])]
-            parts.append(f"{phase}: E/t from {' to '.join(ends)}, factor {ratios[phase]:.2f}")
+            least, most = found[0], found[-1]
+            ratios[phase] = most["mean_w"] / least["mean_w"]
+            ranges.append(quotient(most["mean_w_range"], least["mean_w_range"]))
+            ends = [f"{number(row['mean_w'], 4)} W ({row['node']})" for row in (least, most)]
+            spread = _spread([least["runs"], most["runs"]])
+            parts.append(f"{phase}: E/t from {' to '.join(ends)}, factor {ratios[phase]:.2f}{spread}")
     errors = [row["tdp_x_time_error"] for row in chosen if row["tdp_x_time_error"] is not None]
     if errors:
-        span = f"{100 * min(errors):+.0f} %"
-        span += f" to {100 * max(errors):+.0f} %" if max(errors) - min(errors) > 0.005 else ""
-        parts.append(f"TDP x time is off by {span}")
+        parts.append(_tdp_errors(errors))
     verdict = UNKNOWN
-    if ratios:
-        verdict = HOLDS if max(ratios.values()) > 1 + CLEARLY else FAILS
+    if not ratios:
+        parts.insert(0, f"one node type only: {chosen[0]['machine']}")
+    elif any(low > 1 + CLEARLY for low, _ in ranges):
+        verdict = HOLDS
+    elif all(high <= 1 + CLEARLY for _, high in ranges):
+        verdict = FAILS
     else:
-        parts.insert(0, f"one node type only: {chosen[0]['node']}")
+        parts.append("the runs differ too much among themselves")
     return _finding("1", workload, _bases(chosen), verdict, "; ".join(parts), e_per_t_ratio=ratios, tdp_errors=errors)
+
+
+def _tdp_errors(errors: Sequence[float]) -> str:
+    span = f"{100 * min(errors):+.0f} %"
+    span += f" to {100 * max(errors):+.0f} %" if max(errors) - min(errors) > 0.005 else ""
+    return f"TDP x time is off by {span}"
+
+
+def _run_time_modelled(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Finding 1 on the profiles: their powers at the stated load are the same whatever runs on them."""
+    profiles = {row["node"]: row for row in rows if row["kind"] == WHAT_IF}
+    if not profiles:
+        return None
+    found = sorted(profiles.values(), key=lambda row: (row["mean_w"], row["node"]))
+    errors = [row["tdp_x_time_error"] for row in found]
+    if len(found) == 1:
+        text = f"one profile only: {found[0]['node']}; {_tdp_errors(errors)}"
+        return _finding("1", "any", "modelled", UNKNOWN, text, e_per_t_ratio={}, tdp_errors=errors)
+    ratio = found[-1]["mean_w"] / found[0]["mean_w"]
+    ends = [f"{number(row['mean_w'], 4)} W ({row['node']})" for row in (found[0], found[-1])]
+    text = f"E/t from {' to '.join(ends)}, factor {ratio:.2f}, from the profiles alone; {_tdp_errors(errors)}"
+    verdict = HOLDS if ratio > 1 + CLEARLY else FAILS
+    return _finding("1", "any", "modelled", verdict, text, e_per_t_ratio={"any": ratio}, tdp_errors=errors)
 
 
 def _idle_here(workload: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -149,11 +189,22 @@ def _phases_differ(workload: str, comparisons: Sequence[Mapping[str, Any]]) -> d
     ratios = {c["node"]: c["ratio"] for c in found}
     text = "; ".join(
         f"{c['node']}: {number(c['training_j_per_sample'], 4)} J/sample in training, "
-        f"{number(c['inference_j_per_sample'], 4)} in inference, ratio {c['ratio']:.2f}"
+        f"{number(c['inference_j_per_sample'], 4)} in inference, ratio {c['ratio']:.2f}{_ratio_range(c)}"
         for c in found
     )
-    verdict = HOLDS if all(abs(ratio - 1) > CLEARLY for ratio in ratios.values()) else FAILS
+    differ = [c["ratio_range"][0] > 1 + CLEARLY or c["ratio_range"][1] < 1 - CLEARLY for c in found]
+    alike = [c["ratio_range"][0] >= 1 - CLEARLY and c["ratio_range"][1] <= 1 + CLEARLY for c in found]
+    verdict = HOLDS if all(differ) else FAILS
+    if not all(one or other for one, other in zip(differ, alike, strict=True)):
+        verdict = UNKNOWN
+        text += "; the runs differ too much among themselves"
     return _finding("3a", workload, _bases(found), verdict, text, ratios=ratios)
+
+
+def _ratio_range(comparison: Mapping[str, Any]) -> str:
+    low, high = comparison["ratio_range"]
+    spread = _spread(comparison["runs"])
+    return spread if max(comparison["runs"]) == 1 else f" ({low:.2f} to {high:.2f}){spread}"
 
 
 def _choice_flips(workload: str, kind: str, study: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -161,12 +212,13 @@ def _choice_flips(workload: str, kind: str, study: Mapping[str, Any]) -> dict[st
     found = [c for c in study["comparisons"] if c["workload"] == workload and c["kind"] == kind]
     if not found and kind == WHAT_IF:
         return None
-    best = {}
+    best: dict[tuple[str, str], Mapping[str, Any]] = {}
     for device in ("cpu", "gpu"):
         for phase in PHASES:
             chosen = [c for c in found if c["device"] == device]
-            best[device, phase] = min(((c[f"{phase}_j_per_sample"], c["node"]) for c in chosen), default=(math.nan, ""))
-    if any(math.isnan(joules) for joules, _ in best.values()):
+            if chosen:
+                best[device, phase] = min(chosen, key=lambda c: (c[f"{phase}_j_per_sample"], c["node"]))
+    if len(best) < 4:
         only = " and ".join(sorted({c["device"] for c in found})) or "neither"
         text = f"training and inference were both done on {only} only; it takes runs on CPU and GPU (trainer=cpu,gpu)"
         return _finding("3b", workload, _bases(found), UNKNOWN, text)
@@ -175,20 +227,36 @@ def _choice_flips(workload: str, kind: str, study: Mapping[str, Any]) -> dict[st
         if len({row["modelled_from"] for row in rows}) == 1:
             text = "all profiles are modelled from the same runs, with one speed for both phases"
             return _finding("3b", workload, "modelled", UNKNOWN, text)
-    gains = {phase: best["cpu", phase][0] / best["gpu", phase][0] for phase in PHASES}
+    name = "{}_j_per_sample".format
+    gains = {p: best["cpu", p][name(p)] / best["gpu", p][name(p)] for p in PHASES}
+    ranges = {p: quotient(*(best[d, p][f"{name(p)}_range"] for d in ("cpu", "gpu"))) for p in PHASES}
+    for phase in PHASES:  # a lower bound may be any amount too low
+        if best["cpu", phase]["lower_bound"]:
+            ranges[phase][1] = math.inf
+        if best["gpu", phase]["lower_bound"]:
+            ranges[phase][0] = 0.0
     flips = [b for b in study["break_even"] if b["workload"] == workload and b["inferences"] is not None]
-    flips = [b for b in flips if {best["cpu", TRAINING][1], best["gpu", TRAINING][1]} == set(b["nodes"])]
+    flips = [b for b in flips if {best[d, TRAINING]["node"] for d in ("cpu", "gpu")} == set(b["nodes"])]
     text = (
         f"the best CPU node uses {gains[TRAINING]:.2f} times the energy per sample of the best GPU node in training "
         f"and {gains[INFERENCE]:.2f} times in inference"
     )
+    text += "" if kind == WHAT_IF else _spread([n for c in best.values() for n in c["runs"]])
     text += "".join(
         f"; {b['cheaper_first']} is cheaper up to {b['inferences']:,.0f} inferences, then {b['cheaper_after']}"
         for b in flips
     )
     if kind == WHAT_IF:
         for phase, gain in gains.items():
-            speed = study["profiles"][best["cpu", phase][1]]["cpu_speed"] * gain
+            speed = study["profiles"][best["cpu", phase]["node"]]["cpu_speed"] * gain
             text += f"; in {phase} the CPU node would use more if its cpu_speed were below {number(speed)}"
-    verdict = HOLDS if gains[TRAINING] > 1 + CLEARLY > gains[INFERENCE] else FAILS
+    clear = 1 + CLEARLY
+    if ranges[TRAINING][0] > clear and ranges[INFERENCE][1] < clear:
+        verdict = HOLDS
+    elif ranges[TRAINING][1] <= clear or ranges[INFERENCE][0] >= clear:
+        verdict = FAILS
+    else:
+        verdict = UNKNOWN
+        bounds = any(c["lower_bound"] for c in best.values())
+        text += "; these are lower bounds" if bounds else "; the runs differ too much among themselves"
     return _finding("3b", workload, _bases(found), verdict, text, cpu_over_gpu=gains)

@@ -42,7 +42,7 @@ _TAGS = {
 }  # fmt: skip
 
 
-_NUMBER = re.compile(r"-|(?:[+-]?\d[\d.,]*(?:e-?\d+)?(?: %)?(?: \([^)]* to [^)]*\))?)?")
+_NUMBER = re.compile(r"-|(?:[≥≤] )?(?:[+-]?\d[\d.,]*(?:e-?\d+)?(?: %)?(?: \([^)]* to [^)]*\))?)?")
 
 
 @dataclass
@@ -168,14 +168,43 @@ def study_sections(study: Mapping[str, Any], images: Sequence[tuple[str, bytes]]
             rows = [row for row in study["rows"] if (row["workload"], row["phase"]) == (workload, phase)]
             if rows:
                 parts.append(_phase_section(f"{workload}: {phase}", rows))
-    parts += [_comparison_section(study), _break_even_section(study), *_background_sections(study)]
-    return parts
+    parts += [_comparison_section(study), _break_even_section(study)]
+    if study["batch_sizes"]:
+        parts.append(_batch_section(study["batch_sizes"]))
+    return parts + _background_sections(study)
+
+
+def headlines(study: Mapping[str, Any]) -> str:
+    """The findings as lines for a terminal."""
+    lines = ["Findings of the paper in these runs:"]
+    for found in sorted(study["findings"], key=lambda f: f["finding"]):
+        about = ", ".join(part for part in (found["workload"], found["basis"]) if part)
+        lines.append(f"  {found['finding']:<3} {found['claim']} ({about}): {found['verdict'].upper()}")
+        lines.append(f"      {found['text']}")
+    return "\n".join(lines)
+
+
+def _batch_section(sizes: Sequence[Mapping[str, Any]]) -> Section:
+    return Section(
+        "Batch sizes",
+        ["On the front: no other size needs both less energy and less time per sample."],
+        ("workload", "phase", "machine", "batch", "J/sample", "s/sample", "on the front"),
+        [
+            (
+                *(size[key] for key in ("workload", "phase", "machine")),
+                number(size["batch_size"], 12),
+                *(number(size[key], 4) for key in ("j_per_sample", "s_per_sample")),
+                "yes" if size["on_front"] else "no",
+            )
+            for size in sizes
+        ],
+    )
 
 
 def _phase_section(title: str, rows: Sequence[Mapping[str, Any]]) -> Section:
     columns = (
-        "node", "basis", "runs", "energy [J]", "time [s]", "E/t [W]", "J/sample", "J/update", "samples/device hour",
-        "unused GPUs [J]", "error of TDP x time",
+        "node", "basis", "runs", "batch", "energy [J]", "time [s]", "E/t [W]", "J/sample", "J/update",
+        "samples/device hour", "unused GPUs [J]", "error of TDP x time",
     )  # fmt: skip
     return Section(
         title,
@@ -186,16 +215,23 @@ def _phase_section(title: str, rows: Sequence[Mapping[str, Any]]) -> Section:
                 row["node"],
                 row["basis"],
                 str(row["runs"]),
-                *(number(row[key], 4) for key in ("energy_j", "time_s", "mean_w")),
-                _with_range(row),
-                number(row["j_per_update"], 4),
-                number(row["samples_per_device_hour"], 4),
-                number(row["idle_gpus_j"], 4),
+                number(row["batch_size"], 12),
+                *(_bound(row, number(row[key], 4)) for key in ("energy_j", "time_s")),
+                number(row["mean_w"], 4),
+                _bound(row, _with_range(row)),
+                _bound(row, number(row["j_per_update"], 4)),
+                _bound(row, number(row["samples_per_device_hour"], 4), "≤"),
+                _bound(row, number(row["idle_gpus_j"], 4)),
                 _percent(row["tdp_x_time_error"], sign=True),
             )
             for row in rows
         ],
     )
+
+
+def _bound(row: Mapping[str, Any], text: str, sign: str = "≥") -> str:
+    """Marks the numbers of a modelled row that may be larger (smaller)."""
+    return f"{sign} {text}" if row["lower_bound"] and text not in ("-", "0") else text
 
 
 def _with_range(row: Mapping[str, Any]) -> str:
@@ -225,7 +261,8 @@ def _comparison_section(study: Mapping[str, Any]) -> Section:
 
 
 def _break_even_section(study: Mapping[str, Any]) -> Section:
-    pairs = study["break_even"]
+    pairs = [b for b in study["break_even"] if not b["assumed"]]
+    assumed = len(study["break_even"]) - len(pairs)
     flips = [b for b in pairs if b["inferences"] is not None]
     text = ["When everything is done on one node: which costs less, and after how many inferences the other one does."]
     if len(flips) < len(pairs):
@@ -233,7 +270,12 @@ def _break_even_section(study: Mapping[str, Any]) -> Section:
             f"For {len(pairs) - len(flips)} of {len(pairs)} pairs of nodes one of them is cheaper, however many "
             "inferences follow."
         )
-    if not pairs:
+    if assumed:
+        text.append(
+            f"Left out are {assumed} pairs of profiles: both are modelled from the same runs with one speed for "
+            "training and inference, so that the model cannot but prefer one for both. It takes runs on CPU and GPU."
+        )
+    if not study["break_even"]:
         text.append("There are no two nodes with both training and inference.")
     rows = [
         (

@@ -15,7 +15,8 @@ from callbacks.energy.record import read_file
 from callbacks.energy.summary import J_PER_KWH, TRAIN
 
 TRAINING, INFERENCE = "training", "inference"
-PHASES = {TRAINING: (TRAIN,), INFERENCE: ("test", "predict")}
+PHASES = {TRAINING: (TRAIN,), INFERENCE: ("predict", "test")}
+"""Stages of each, the best one first: testing computes errors beside its forecasts, prediction does not."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,18 @@ class Phase:
     """Training or inference of one run.
 
     Attributes:
-        seconds: Time in its stages.
+        stage: The stage that stands for it, of `PHASES` the first one that the run had.
+        seconds: Time in it.
         joules: Energy of all machines.
         estimated_j: The part that no instrument has measured.
         samples: Of all ranks.
         updates: Optimiser steps.
         device_hours: Processes times time.
         idle_gpus_j: Energy of GPUs that did not compute; None if it cannot be told.
+        batch_size: Samples of a step over all devices; None if the configuration does not say.
     """
 
+    stage: str
     seconds: float
     joules: float
     estimated_j: float
@@ -60,6 +64,7 @@ class Phase:
     updates: int
     device_hours: float
     idle_gpus_j: float | None
+    batch_size: int | None
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,9 @@ class Run:
 
     Attributes:
         name: Its folder, as seen from the folder that was asked for.
-        experiment: ``name`` of its configuration, without ``_training`` or ``_inference`` at its end: jobs of their own
-            for the two belong together.
+        experiment: The experiment that was chosen, with its variant (``energy_measurement/load``), else the ``name`` of
+            the configuration; without ``_training`` or ``_inference`` at its end: jobs of their own for the two belong
+            together.
         task: Class of the module and number of parameters: runs of one experiment that differ here are kept apart.
         machine: What it was computed on.
         phases: By ``training`` and ``inference``; those that it had.
@@ -129,15 +135,14 @@ def _read_run(name: str, path: Path, tdp_w: float | None) -> Run:
     machine, gpu_channels = _machine(result, energy, config, tdp_w)
     idle = _IdleGpus(path.parent / "energy", energy, machine, gpu_channels)
     phases = {}
-    for phase, labels in PHASES.items():
-        stages = [energy["stages"][label] for label in labels if label in energy["stages"]]
-        if (found := _phase(stages, idle, labels)) is not None:
-            phases[phase] = found
+    for phase in PHASES:
+        if (stage := _stage_of(phase, energy)) is not None:
+            phases[phase] = _phase(stage, energy["stages"][stage], idle, config.get("data") or {})
     if not phases:
         raise ValueError("neither training nor test or predict went through a sample")
     return Run(
         name=name,
-        experiment=re.sub(r"_(training|inference)$", "", str(config.get("name") or result.get("name") or "run")),
+        experiment=re.sub(r"_(training|inference)$", "", _experiment(path.parent, config, result)),
         task=(
             str((config.get("model") or {}).get("_target_", "")).rpartition(".")[2],
             int(result.get("parameters") or 0),
@@ -148,20 +153,41 @@ def _read_run(name: str, path: Path, tdp_w: float | None) -> Run:
     )
 
 
-def _phase(stages: Sequence[Mapping[str, Any]], idle: _IdleGpus, labels: Sequence[str]) -> Phase | None:
-    samples = sum(stage["samples"] for stage in stages)
-    seconds = math.fsum(stage["duration_s"] for stage in stages)
-    joules = math.fsum(stage["it_j"] for stage in stages)
-    if not samples or not seconds > 0 or not joules > 0:
-        return None
+def _experiment(folder: Path, config: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """What was chosen on the command line; all jobs of a sweep have one name, whatever they do."""
+    import yaml
+
+    name = str(config.get("name") or result.get("name") or "run")
+    try:
+        choices = yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text())["hydra"]["runtime"]["choices"]
+    except (OSError, KeyError, TypeError, yaml.YAMLError):
+        return name
+    chosen = str(choices.get("experiment") or "")
+    variant = choices.get(f"experiment/{chosen}")
+    return f"{chosen}/{variant}" if chosen and variant else chosen or name
+
+
+def _stage_of(phase: str, energy: Mapping[str, Any]) -> str | None:
+    """The stage of a run that stands for a phase; None if no sample went through one."""
+    for label in PHASES[phase]:
+        stage = energy["stages"].get(label)
+        if stage and stage["samples"] and stage["duration_s"] > 0 and stage["it_j"] > 0:
+            return label
+    return None
+
+
+def _phase(label: str, stage: Mapping[str, Any], idle: _IdleGpus, data: Mapping[str, Any]) -> Phase:
+    size = data.get("batch_size") if label == TRAIN else data.get("eval_batch_size", data.get("batch_size"))
     return Phase(
-        seconds=seconds,
-        joules=joules,
-        estimated_j=math.fsum(stage["it_j"] * stage["estimated_fraction"] for stage in stages),
-        samples=samples,
-        updates=sum(stage["updates"] for stage in stages),
-        device_hours=math.fsum(stage["device_hours"] for stage in stages),
-        idle_gpus_j=idle.joules(labels, math.fsum(stage["gpu_kwh"] for stage in stages) * J_PER_KWH),
+        stage=label,
+        seconds=stage["duration_s"],
+        joules=stage["it_j"],
+        estimated_j=stage["it_j"] * stage["estimated_fraction"],
+        samples=stage["samples"],
+        updates=stage["updates"],
+        device_hours=stage["device_hours"],
+        idle_gpus_j=idle.joules(label, stage["gpu_kwh"] * J_PER_KWH),
+        batch_size=int(size) if isinstance(size, int) else None,
     )
 
 
@@ -236,15 +262,15 @@ class _IdleGpus:
             idle += sorted(gpus, key=lambda gpu: math.fsum(gpu.values()), reverse=True)[self.used :]
         return idle
 
-    def joules(self, labels: Sequence[str], gpu_j: float) -> float | None:
-        """Of some stages; ``gpu_j`` is that of all GPUs in them."""
+    def joules(self, label: str, gpu_j: float) -> float | None:
+        """Of a stage; ``gpu_j`` is that of all GPUs in it."""
         if self.none:
             return 0.0
         if not self.used:
             return gpu_j
         if self.idle is None:
             return None
-        return math.fsum(gpu.get(label, 0.0) for gpu in self.idle for label in labels)
+        return math.fsum(gpu.get(label, 0.0) for gpu in self.idle)
 
 
 def _notes(energy: Mapping[str, Any], phases: Mapping[str, Phase]) -> Iterable[str]:
@@ -252,21 +278,16 @@ def _notes(energy: Mapping[str, Any], phases: Mapping[str, Phase]) -> Iterable[s
     for phase, found in phases.items():
         if found.seconds < 2 * period:
             yield f"{phase} took {found.seconds:.3g} s, less than two readings of its meters"
-        low = [energy["stages"][label]["coverage"] for label in PHASES[phase] if label in energy["stages"]]
-        if low and min(low) < 0.95:
-            yield f"{phase}: only {100 * min(low):.0f} % of the time has valid readings, the energy is too low"
+        if (low := energy["stages"][found.stage]["coverage"]) < 0.95:
+            yield f"{phase}: only {100 * low:.0f} % of the time has valid readings, the energy is too low"
     if energy.get("counts_exact") is False:
         yield "samples were extrapolated from one rank"
 
 
 def train_inference_ratio(energy: Mapping[str, Any]) -> float | None:
     """J per sample of training / J per sample of inference, of one run's summary; None if it lacks one of them."""
-    values = []
-    for labels in PHASES.values():
-        stages = [energy["stages"][label] for label in labels if label in energy["stages"]]
-        samples = sum(stage["samples"] for stage in stages)
-        joules = math.fsum(stage["it_j"] for stage in stages)
-        if not samples or not joules:
-            return None
-        values.append(joules / samples)
-    return values[0] / values[1]
+    stages = [_stage_of(phase, energy) for phase in PHASES]
+    if None in stages:
+        return None
+    train, inference = (energy["stages"][stage]["it_j"] / energy["stages"][stage]["samples"] for stage in stages)
+    return train / inference

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from callbacks.energy.findings import HERE, WHAT_IF, findings
+from callbacks.energy.findings import HERE, WHAT_IF, findings, quotient
 from callbacks.energy.node import NodeProfile
 from callbacks.energy.runs import INFERENCE, PHASES, TRAINING, Machine, Run, read_runs
 
@@ -56,8 +56,8 @@ def build(folders: Sequence[Path], profiles: Sequence[NodeProfile], assumptions:
         assumptions: What the models rest on.
 
     Returns:
-        ``rows`` (workload x phase x node), ``comparisons`` (training / inference), ``break_even``, ``findings``,
-        ``runs``, ``skipped``, ``profiles``, ``assumptions``. Energies in J, times in s.
+        ``rows`` (workload x phase x node), ``comparisons`` (training / inference), ``break_even``, ``batch_sizes``,
+        ``findings``, ``runs``, ``skipped``, ``profiles``, ``assumptions``. Energies in J, times in s.
 
     Raises:
         StudyError: If no run can be used.
@@ -85,6 +85,7 @@ def build(folders: Sequence[Path], profiles: Sequence[NodeProfile], assumptions:
         "rows": rows,
         "comparisons": _comparisons(rows),
         "break_even": _break_even(rows, workloads),
+        "batch_sizes": _batch_sizes(rows),
     }
     return study | {"findings": findings(study, profiles, assumptions.cpu_load)}
 
@@ -109,38 +110,57 @@ def _workloads(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 
 def _here(workload: str, phase: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """One row per machine that ran it; repeated runs are added up."""
+    """One row per machine that ran it, and per batch size; repeated runs are added up.
+
+    Where a machine has predicted, the tests of other runs on it say nothing about inference: they are short, and they
+    compute errors.
+    """
     machines: dict[str, list[Run]] = {}
     for run in runs:
         if phase in run.phases:
             machines.setdefault(run.machine.label, []).append(run)
     rows = []
     for label, members in sorted(machines.items()):
-        phases = [run.phases[phase] for run in members]
-        joules = math.fsum(p.joules for p in phases)
-        measured = 1 - math.fsum(p.estimated_j for p in phases) / joules
-        idle = [p.idle_gpus_j for p in phases]
-        rows.append(
-            _row(
-                workload,
-                phase,
-                label,
-                kind=HERE,
-                basis=_basis(measured),
-                measured_fraction=measured,
-                device=members[0].machine.device,
-                runs=len(members),
-                joules=joules,
-                seconds=math.fsum(p.seconds for p in phases),
-                samples=sum(p.samples for p in phases),
-                updates=sum(p.updates for p in phases),
-                device_hours=math.fsum(p.device_hours for p in phases),
-                idle_gpus_j=None if None in idle else math.fsum(idle),
-                nameplate_w=members[0].machine.nameplate_w,
-                each=[p.joules / p.samples for p in phases],
-            )
-        )
+        best = min((run.phases[phase].stage for run in members), key=PHASES[phase].index)
+        sizes: dict[int | None, list[Run]] = {}
+        for run in members:
+            if run.phases[phase].stage == best:
+                sizes.setdefault(run.phases[phase].batch_size, []).append(run)
+        for size, group in sorted(sizes.items(), key=lambda item: item[0] or 0):
+            node = label if len(sizes) == 1 else f"{label}, batches of {size}"
+            rows.append(_here_row(workload, phase, node, label, size, group))
     return rows
+
+
+def _here_row(
+    workload: str, phase: str, node: str, machine: str, batch_size: int | None, runs: Sequence[Run]
+) -> dict[str, Any]:
+    phases = [run.phases[phase] for run in runs]
+    joules = math.fsum(p.joules for p in phases)
+    measured = 1 - math.fsum(p.estimated_j for p in phases) / joules
+    idle = [p.idle_gpus_j for p in phases]
+    return _row(
+        workload,
+        phase,
+        node,
+        machine=machine,
+        stage=phases[0].stage,
+        batch_size=batch_size,
+        kind=HERE,
+        basis=_basis(measured),
+        measured_fraction=measured,
+        device=runs[0].machine.device,
+        runs=len(runs),
+        joules=joules,
+        seconds=math.fsum(p.seconds for p in phases),
+        samples=sum(p.samples for p in phases),
+        updates=sum(p.updates for p in phases),
+        device_hours=math.fsum(p.device_hours for p in phases),
+        idle_gpus_j=None if None in idle else math.fsum(idle),
+        nameplate_w=runs[0].machine.nameplate_w,
+        each=[p.joules / p.samples for p in phases],
+        each_w=[p.joules / p.seconds for p in phases],
+    )
 
 
 def _basis(measured: float) -> str:
@@ -166,7 +186,7 @@ def _what_ifs(
         if not ranked:
             continue
         base = ranked[0]
-        speed = _speed_here(machines[base["node"]], profile, profiles)
+        speed = _speed_here(machines[base["machine"]], profile, profiles)
         if speed is None:
             continue
         seconds = base["time_s"] * speed / profile.speed()
@@ -176,6 +196,9 @@ def _what_ifs(
                 workload,
                 phase,
                 profile.name,
+                machine=profile.name,
+                stage=base["stage"],
+                batch_size=base["batch_size"],
                 kind=WHAT_IF,
                 basis="modelled",
                 measured_fraction=0.0,
@@ -189,7 +212,9 @@ def _what_ifs(
                 idle_gpus_j=profile.idle_gpus_w() * seconds,
                 nameplate_w=profile.nameplate_w(),
                 each=[joules / base["samples"]],
+                each_w=[joules / seconds],
                 modelled_from=base["node"],
+                lower_bound=profile.speed() > speed,
             )
         )
     return rows
@@ -219,6 +244,7 @@ def _row(
     idle_gpus_j: float | None,
     nameplate_w: float | None,
     each: Sequence[float],
+    each_w: Sequence[float],
     **labels: Any,
 ) -> dict[str, Any]:
     tdp_j = None if nameplate_w is None else nameplate_w * seconds
@@ -229,6 +255,7 @@ def _row(
         "energy_j": joules,
         "time_s": seconds,
         "mean_w": joules / seconds,
+        "mean_w_range": [min(each_w), max(each_w)],
         "samples": samples,
         "updates": updates,
         "j_per_sample": joules / samples,
@@ -240,6 +267,7 @@ def _row(
         "tdp_x_time_j": tdp_j,
         "tdp_x_time_error": None if tdp_j is None else tdp_j / joules - 1,
         "modelled_from": None,
+        "lower_bound": False,
         **labels,
     }
 
@@ -258,33 +286,49 @@ def _assumption_notes() -> list[str]:
         "Modelled times: time here x speed here / speed of the profile. A CPU thread here counts as one of the "
         "profile's and work is taken to scale perfectly over them; a GPU here without a profile counts as one of the "
         "profile's.",
+        "Times and energies on a faster machine are therefore lower bounds (≥): no step scales perfectly, and the "
+        "small steps of a small network hardly at all.",
         "A profile is modelled from runs on the same kind of device where there are some. Otherwise its speed is the "
         "same in training and inference, and their ratio is that of the runs.",
         "A profile is one machine, also for runs on several. Energies are those of the machines; PUE is not applied.",
     ]
 
 
-def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """(training, inference) of every workload and node that has both."""
-    by_key = {(row["workload"], row["kind"], row["node"], row["phase"]): row for row in rows}
-    return [
-        (row, by_key[*key, INFERENCE])
-        for (*key, phase), row in by_key.items()
-        if phase == TRAINING and (*key, INFERENCE) in by_key
-    ]
+def _pairs(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """(name, training, inference) of every workload and machine that has both; batch sizes apart."""
+    out = []
+    for training, inference in itertools.product(rows, rows):
+        if (training["phase"], inference["phase"]) != (TRAINING, INFERENCE):
+            continue
+        if all(training[key] == inference[key] for key in ("workload", "kind", "machine")):
+            sizes = [
+                f"{r['phase']} in batches of {r['batch_size']}" for r in (training, inference) if _one_of_several(r)
+            ]
+            out.append((", ".join([training["machine"], *sizes]), training, inference))
+    return out
+
+
+def _one_of_several(row: Mapping[str, Any]) -> bool:
+    return row["node"] != row["machine"]
 
 
 def _comparisons(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
-            **{key: training[key] for key in ("workload", "node", "kind", "device")},
+            **{key: training[key] for key in ("workload", "kind", "device")},
+            "node": name,
             "basis": _of_both(training, inference),
+            "runs": [training["runs"], inference["runs"]],
+            "lower_bound": training["lower_bound"] or inference["lower_bound"],
             "training_j_per_sample": training["j_per_sample"],
+            "training_j_per_sample_range": training["j_per_sample_range"],
             "inference_j_per_sample": inference["j_per_sample"],
+            "inference_j_per_sample_range": inference["j_per_sample_range"],
             "ratio": training["j_per_sample"] / inference["j_per_sample"],
+            "ratio_range": quotient(training["j_per_sample_range"], inference["j_per_sample_range"]),
             "inferences_that_cost_the_training": training["energy_j"] / training["runs"] / inference["j_per_sample"],
         }
-        for training, inference in _pairs(rows)
+        for name, training, inference in _pairs(rows)
     ]
 
 
@@ -318,13 +362,14 @@ def _break_even(rows: Sequence[Mapping[str, Any]], workloads: Mapping[str, Seque
     out = []
     for workload, runs in workloads.items():
         samples = max((run.phases[TRAINING].samples for run in runs if TRAINING in run.phases), default=0)
-        found = [pair for pair in _pairs(rows) if pair[0]["workload"] == workload]
-        for one, other in itertools.combinations(found, 2):
-            if one[0]["kind"] != other[0]["kind"]:
+        found = [pair for pair in _pairs(rows) if pair[1]["workload"] == workload]
+        for (name, *one), (other_name, *other) in itertools.combinations(found, 2):
+            if one[0]["kind"] != other[0]["kind"] or one[0]["machine"] == other[0]["machine"]:
                 continue
             training = one[0]["j_per_sample"] * samples, other[0]["j_per_sample"] * samples
             first, inferences = break_even(training, (one[1]["j_per_sample"], other[1]["j_per_sample"]))
-            names = one[0]["node"], other[0]["node"]
+            names = name, other_name
+            origins = {row["modelled_from"] for row in (*one, *other)}
             out.append(
                 {
                     "workload": workload,
@@ -334,6 +379,25 @@ def _break_even(rows: Sequence[Mapping[str, Any]], workloads: Mapping[str, Seque
                     "cheaper_first": None if first is None else names[first],
                     "cheaper_after": None if first is None or inferences is None else names[1 - first],
                     "inferences": inferences,
+                    "assumed": None not in origins and len(origins) == 1,
                 }
             )
     return out
+
+
+def _batch_sizes(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Where one machine did the same work in batches of several sizes: each of them, and whether another beats it.
+
+    A size is on the front if no other one needs both less energy and less time per sample.
+    """
+    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["kind"] == HERE and _one_of_several(row):
+            groups.setdefault((row["workload"], row["phase"], row["machine"]), []).append(row)
+    costs = "j_per_sample", "s_per_sample"
+    return [
+        {key: row[key] for key in ("workload", "phase", "machine", "batch_size", *costs)}
+        | {"on_front": not any(all(other[c] < row[c] for c in costs) for other in group)}
+        for group in groups.values()
+        for row in group
+    ]

@@ -85,7 +85,7 @@ def _legend() -> list[Any]:
     phases = [Line2D([], [], color=c, marker="o", linestyle="", label=name) for name, c in PHASES.items()]
     kinds = [
         Line2D([], [], color="#555555", marker="o", linestyle="", label="from runs"),
-        Line2D([], [], color="#555555", marker="o", markerfacecolor="white", linestyle="", label="modelled"),
+        Line2D([], [], color="#555555", marker="o", markerfacecolor="white", linestyle="", label="modelled, at best"),
     ]
     return phases + kinds
 

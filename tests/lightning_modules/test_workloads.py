@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import warnings
 
 import lightning.pytorch as pl
@@ -333,6 +334,10 @@ def test_random_weights_are_reported_until_there_are_others(tmp_path):
     module = XrayVGG(Linear(), ADAM)
     with pytest.warns(UserWarning, match=r"these weights are random: energy and time are right.*ckpt_path="):
         run(module, data, "test")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        run(module, data, "test", "test")
+    assert not [w for w in said if "these weights are random" in str(w.message)]  # once is enough
     trainer = quiet_trainer(max_epochs=1, limit_val_batches=0)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
@@ -343,6 +348,25 @@ def test_random_weights_are_reported_until_there_are_others(tmp_path):
         quiet_trainer().test(XrayVGG(Linear()), datamodule=data, ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
         other.load_state_dict(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"])
         run(other, data, "test")
+
+
+@pytest.mark.parametrize("kind", ["load", "xray"])
+def test_the_inference_job_of_the_study_takes_what_its_training_job_has_learned(tmp_path, kind):
+    from runner.resume import find_checkpoint
+    from tests.composing import composed, plain
+
+    study = ("experiment=energy_measurement", "data_dir=/nowhere")
+    trained, evaluated = (
+        plain(composed(*study, f"experiment/energy_measurement={job}", run_dir=tmp_path / str(number)))
+        for number, job in enumerate((kind, f"{kind}_inference"))
+    )
+    best = tmp_path / "0" / "checkpoints" / "best.ckpt"
+    best.parent.mkdir(parents=True)
+    best.touch()
+    assert find_checkpoint(evaluated) is None
+    record = {"status": "completed", "config": trained, "best_checkpoint": str(best)}
+    (tmp_path / "0" / "results.json").write_text(json.dumps(record))
+    assert find_checkpoint(evaluated) == str(best)
 
 
 # --- what the workloads reach -----------------------------------------------------------------------------------------

@@ -78,6 +78,32 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         WeekAheadLSTM().load_published(tmp_path / "nowhere.pt")
 
 
+def write_torn(path):
+    torch.save(WeekAheadLSTM().state_dict(), path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda path: path.write_text("lstm.weight,1.0\n"), "is no file of weights that can be read"),
+        (lambda path: path.write_bytes(b""), "is no file of weights that can be read"),
+        (write_torn, "is no file of weights that can be read"),
+        (lambda path: torch.save(WeekAheadLSTM(), path), r"is no file of weights that can be read \(UnpicklingError\)"),
+        (lambda path: torch.save([torch.zeros(2)], path), r"holds no weights \(list\)"),
+        (lambda path: torch.save({"epoch": 3, "loss": 0.1}, path), r"holds no weights \(epoch, loss\)"),
+        (lambda path: torch.save({"state_dict": None}, path), r"holds no weights \(state_dict\)"),
+        (lambda path: torch.save(nn.Linear(2, 1).state_dict(), path), r"holds weight, bias; the network has lstm"),
+        (lambda path: torch.save({"state_dict": {}}, path), r"holds nothing; the network has lstm"),
+    ],
+)
+def test_bad_files_of_weights_are_named_with_what_they_hold(tmp_path, write, message):
+    path = tmp_path / "w.pt"
+    write(path)
+    with pytest.raises(ValueError, match=rf"model\.weights=.*w\.pt {message}"):
+        WeekAheadLSTM().load_published(path)
+
+
 @pytest.mark.parametrize(("key", "value"), [("hidden_size", 0), ("num_layers", 0), ("dropout", 1.0)])
 def test_wrong_values_are_named(key, value):
     with pytest.raises(ValueError, match=rf"model\.net\.{key}={value}"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -97,6 +98,38 @@ def test_auto_refuses_the_checkpoint_of_another_configuration(tmp_path):
     assert find_checkpoint(config(tmp_path, "auto", **first | {"trainer": {"max_epochs": 9}}))
     with pytest.raises(ValueError, match=r"another configuration \(differs in seed, model\)"):
         find_checkpoint(config(tmp_path, "auto", **first | {"seed": 2, "model": {"width": 4}}))
+
+
+def test_a_job_of_a_sweep_takes_what_an_earlier_one_has_trained(tmp_path):
+    wanted = {"name": "x", "seed": 1, "data": {"part": "all"}, "model": {"width": 3}}
+
+    def trained(number: int, status="completed", train=True, keeps=True, **values) -> str:
+        folder = tmp_path / str(number)
+        best = folder / "checkpoints" / "best.ckpt"
+        best.parent.mkdir(parents=True)
+        if keeps:
+            best.touch()
+        stored = {"config": wanted | {"train": train, "name": "y"} | values, "status": status}
+        (folder / "results.json").write_text(json.dumps(stored | {"best_checkpoint": str(best)}))
+        os.utime(folder / "results.json", (1000 + number, 1000 + number))
+        return str(best)
+
+    mine = config(tmp_path / "9", "sweep", train=False, **wanted)
+    assert find_checkpoint(mine) is None
+    trained(9)  # itself
+    trained(0, status="failed")
+    trained(1, train=False)
+    trained(2, keeps=False)
+    trained(3, model={"width": 4})
+    assert find_checkpoint(mine) is None
+    other_seed = trained(4, seed=2)
+    assert find_checkpoint(mine) == other_seed
+    other_data = trained(5, data={"part": "none"})
+    assert find_checkpoint(mine) == other_data
+    first, second = trained(6), trained(7)
+    assert first != second == find_checkpoint(mine)
+    trained(8, seed=2)
+    assert find_checkpoint(mine) == second
 
 
 def in_parts(folder: Path, *overrides: str) -> None:

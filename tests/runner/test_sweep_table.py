@@ -6,7 +6,10 @@ import csv
 import json
 from pathlib import Path
 
-from runner.sweep_table import job_row, write_tables
+import pytest
+from omegaconf import OmegaConf
+
+from runner.sweep_table import SweepTable, job_row, write_tables
 
 
 def job(folder: Path, number: int, **record) -> dict:
@@ -52,3 +55,78 @@ def test_what_all_jobs_share_is_said_once(tmp_path):
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith("all jobs: ") and "experiment=x" in lines[0]
     assert "experiment" not in lines[2] and "seed" in lines[2] and "status" in lines[2]
+
+
+def test_groups_and_costs_are_shown(tmp_path):
+    """A variant of an experiment has a slash in its key, as metrics have; what a job cost is not lost among metrics."""
+    rows = []
+    for number, variant in enumerate(("load", "load_inference")):
+        run_dir = tmp_path / str(number)
+        run_dir.mkdir()
+        metrics = {f"test/m_{i}": 1.0 for i in range(20)} | {"val/loss": 2.0}
+        stage = "fit/train" if number == 0 else "predict"
+        costs = {"energy/total_it_kwh": 1.25e-4, f"energy/{stage}/j_per_sample": 0.5, "energy/co2_kg": 1e-5}
+        record = {"status": "completed", "metrics": metrics, "energy": {"costs": costs}}
+        (run_dir / "results.json").write_text(json.dumps(record))
+        rows.append(job_row(run_dir, ["trainer=cpu", f"experiment/energy_measurement={variant}"], str(number)))
+    write_tables(rows, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0] == "all jobs: trainer=cpu"
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    first, second = (dict(zip(table[0], row, strict=True)) for row in table[2:])
+    assert first["experiment/energy_measurement"] == "load"
+    assert second["experiment/energy_measurement"] == "load_inference"
+    assert first["energy/total_it_kwh"] == "0.000125"
+    assert (first["energy/fit/train/j_per_sample"], second["energy/fit/train/j_per_sample"]) == ("0.5", "")
+    assert (first["energy/predict/j_per_sample"], second["energy/predict/j_per_sample"]) == ("", "0.5")
+    assert "energy/co2_kg" not in first and "val/loss" not in first and "test/m_0" in first
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+    """Hydra's side of a sweep of one job in ``tmp_path``; returns a function that runs it and then shows the table."""
+    for name, value in (("folder", None), ("rows", []), ("running", None), ("epilogue", None)):
+        monkeypatch.setattr(SweepTable, name, value)
+
+    def run(check=False, epilogue=None, **record):
+        from types import SimpleNamespace
+
+        from hydra.types import RunMode
+
+        (tmp_path / "0").mkdir()
+        hydra = OmegaConf.create(
+            {"runtime": {"output_dir": str(tmp_path / "0")}, "sweep": {"subdir": "0"}, "overrides": {"task": ["a=1"]},
+             "job": {"num": 0}}
+        )  # fmt: skip
+        settings = SimpleNamespace(
+            mode=RunMode.MULTIRUN, runtime=hydra.runtime, sweep=hydra.sweep, overrides=hydra.overrides, job=hydra.job
+        )
+        monkeypatch.setattr("runner.sweep_table.HydraConfig.get", lambda: settings)
+        table = SweepTable(epilogue)
+        table.on_job_start(OmegaConf.create({"check": check}))
+        if record:
+            (tmp_path / "0" / "results.json").write_text(json.dumps(record))
+        table.on_job_end(OmegaConf.create({"check": check}), None)
+        SweepTable.show()
+
+    return run
+
+
+def test_a_check_has_no_table(sweep, tmp_path, capsys):
+    sweep(check=True)
+    assert capsys.readouterr().out == "" and not (tmp_path / "table.md").exists()
+
+
+def headline(folder: Path) -> str:
+    return f"all of {folder.name}"
+
+
+def test_what_comes_below_the_table(sweep, tmp_path, capsys):
+    sweep(epilogue=f"{__name__}.headline", status="completed", metrics={"test/a": 1.0})
+    out = capsys.readouterr().out
+    assert "test/a" in out and out.endswith(f"all of {tmp_path.name}\n")
+
+
+def test_nothing_comes_below_the_table_of_failures(sweep, capsys):
+    sweep(epilogue=f"{__name__}.headline", status="failed", error="boom")
+    assert "boom" in (out := capsys.readouterr().out) and "all of" not in out

@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from callbacks.energy.meters.base import Channel
 from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_file, start_record
 from callbacks.energy.recorder import Recorder
@@ -86,8 +88,13 @@ def finish(
     node: Mapping[str, Any] | None = None,
     epochs: Sequence[Mapping[str, Any]] = (),
     facility: Facility | None = None,
+    data: Mapping[str, Any] | None = None,
+    choices: Mapping[str, str | None] | None = None,
 ) -> Path:
-    """Write what the callback and the runner leave at the end of a run; returns its folder."""
+    """Write what the callback and the runner leave at the end of a run; returns its folder.
+
+    ``choices`` are the options of groups that Hydra notes in ``.hydra/hydra.yaml``.
+    """
     facility = facility or Facility(1.2, 400.0, "test")
     summary = summarize(hosts, counts, facility) | {
         "status": status, "counts_exact": True, "period_s": 1.0, "earlier_kwh": 0.0,
@@ -104,12 +111,17 @@ def finish(
         "config": {
             "name": name,
             "model": {"_target_": target},
+            "data": dict(data or {}),
             "trainer": {"accelerator": accelerator},
             "callbacks": {"energy": {"node": node}},
         },
     }
     (folder / "energy").mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(result))
+    if choices is not None:
+        (folder / ".hydra").mkdir(exist_ok=True)
+        hydra = {"hydra": {"runtime": {"choices": dict(choices)}}}
+        (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
     (folder / "energy" / "summary.json").write_text(json.dumps(summary | {"epochs": list(epochs)}))
     return folder
 
