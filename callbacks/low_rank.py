@@ -135,6 +135,11 @@ class LowRankCallback(pl.Callback):
                 f"callbacks.{self.key}: {type(strategy).__name__} does not keep whole weights on every rank, which a "
                 "decomposition needs; choose strategy=auto or another data-parallel one."
             )
+        if getattr(strategy, "replaces_weights", False) and trainer.world_size > 1:
+            raise ValueError(
+                f"callbacks.{self.key}: {type(strategy).__name__} replaces weights itself, the two cannot take turns; "
+                "choose strategy=ddp, daso or local_sgd."
+            )
         for optimizer in trainer.optimizers:
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise ValueError(
@@ -215,6 +220,12 @@ class LowRankCallback(pl.Callback):
             tuple(part.view(shape) for part, shape in zip(three, shape3, strict=True))
             for three, shape3 in zip(parts, shapes, strict=True)
         ]
+
+    @staticmethod
+    def _tell(trainer: pl.Trainer) -> None:
+        """Let a strategy forget what it remembers of the weights before: their numbers mean something else now."""
+        if forget := getattr(trainer.strategy, "parameters_changed", None):
+            forget()
 
     @staticmethod
     def _rewrap(trainer: pl.Trainer) -> None:

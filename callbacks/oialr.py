@@ -238,6 +238,7 @@ class OIALR(LowRankCallback):
             self.history["spectra"].setdefault(weight.label, {})["after"] = s[:rank].tolist()
         if before != {id(w.trained) for w in (*due, *treated)}:
             self._rewrap(trainer)
+        self._tell(trainer)
         self._report(trainer, pl_module, due, treated, values | {"oialr/svd_s": seconds})
 
     def _finite(self, weight: LowRankWeight, singular_values: Tensor) -> bool:

@@ -69,6 +69,7 @@ class PostHocSVD(LowRankCallback):
             root = s[:rank].sqrt()
             weight.assign(u[:, :rank] * root, torch.eye(rank), v[:, :rank] * root, train_bases=True)
         self._rewrap(trainer)
+        self._tell(trainer)
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -33,12 +33,6 @@ class Transfer:
         self._begin = time.perf_counter()
         self.done = False
 
-    def ready(self) -> bool:
-        """Whether waiting would take no time."""
-        return self.done or (
-            (self._work is None or self._work.is_completed()) and time.perf_counter() >= self._ready_at
-        )
-
     def wait(self) -> float:
         """Wait for the end and return the seconds in which this process stood still; again: 0.
 

@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from parallel import gradient_hooks
 from parallel.collectives import Interconnect
+from parallel.flat import FlatTensors
 from parallel.groups import ClusterGroups, Group, destroy, make_cluster_groups
 from parallel.layout import check_local_size
 from parallel.ledger import Ledger
@@ -64,6 +65,7 @@ class ClusterStrategy(DDPStrategy):
             timeout=timedelta(seconds=timeout_s),
             bucket_cap_mb=bucket_cap_mb,
             find_unused_parameters=find_unused_parameters,
+            broadcast_buffers=False,  # see share_buffers
         )
         if local_size is not None and local_size < 1:
             raise ValueError(f"cluster.local_size={local_size}: it counts the processes of a node, 1 or more")
@@ -121,6 +123,9 @@ class ClusterStrategy(DDPStrategy):
         group = self.gradient_group
         device_ids = self.determine_ddp_device_ids()
         handle = group.handle if group.handle is not None else self._group_of_one()
+        for part in model.modules():
+            if isinstance(part, torch.nn.SyncBatchNorm):  # or it would speak to all ranks in every step
+                part.process_group = handle
         return DistributedDataParallel(model, device_ids=device_ids, process_group=handle, **self._ddp_kwargs)
 
     def _group_of_one(self) -> Any:
@@ -167,6 +172,18 @@ class ClusterStrategy(DDPStrategy):
             )
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        counts = [self.lightning_module.trainer.num_training_batches] * self.groups.world.size
+        if len(counts) > 1:
+            dist.all_gather_object(counts, counts[0])
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"the ranks have {counts} training batches per epoch and must all take the same steps: build the "
+                "loader with datamodules.loading.make_loader"
+            )
+
+    @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if self.compute_ms:
             time.sleep(1e-3 * self.compute_ms)
@@ -182,8 +199,22 @@ class ClusterStrategy(DDPStrategy):
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.steps += 1
+        self.share_buffers()
         self.after_step(self.ends_epoch())
         return output
+
+    def share_buffers(self) -> None:
+        """Give the ranks of the gradient group the running statistics of their first one.
+
+        DDP does so before every forward pass, which leaves them different after the last step, when a validation or a
+        checkpoint looks at them.
+        """
+        buffers = FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
+        group = self.gradient_group
+        if len(buffers) and group.size > 1:
+            vector = buffers.pack()
+            self.interconnect.broadcast(vector, group.ranks[0], group).wait()
+            buffers.unpack(vector)
 
     def ends_epoch(self) -> bool:
         """Whether the running optimizer step is the last one of its epoch, or of the training."""

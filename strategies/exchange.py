@@ -23,8 +23,8 @@ class Mean(Protocol):
 
     sent: Tensor
 
-    def progress(self) -> None:
-        """Do what can be done without waiting."""
+    def advance(self) -> None:
+        """Begin the second half of the way, if there is one; to be called after the same step on all ranks."""
 
     def result(self) -> Tensor:
         """Wait and return the mean, ``(n,)``, the same bits on every rank."""
@@ -37,7 +37,7 @@ class FullMean:
         self.sent, self._total, self._size = vector, vector.clone(), group.size
         self._transfer = interconnect.all_reduce(self._total, group, sharing)
 
-    def progress(self) -> None:
+    def advance(self) -> None:
         """Nothing: it is one collective."""
 
     def result(self) -> Tensor:
@@ -78,9 +78,13 @@ class NarrowMean:
             self._transfer = interconnect.all_gather(self._received, sent, group, sharing)
             self._gathering = True
 
-    def progress(self) -> None:
-        """Spread the means of this rank's part as soon as the parts have arrived."""
-        if not self._gathering and self._transfer.ready():
+    def advance(self) -> None:
+        """Wait for the parts and spread their mean.
+
+        Not as soon as they have arrived, which is after another step on every rank: collectives of one group must
+        begin in the same order everywhere, and others may come in between (a validation, a checkpoint).
+        """
+        if not self._gathering:
             self._spread()
 
     def _spread(self) -> None:

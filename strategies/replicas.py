@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -45,6 +45,14 @@ class ReplicaStrategy(ClusterStrategy):
     def gradient_group(self) -> Group:
         return self.groups.node
 
+    @property
+    @override
+    def local_size(self) -> int:
+        """Processes of a node; a single machine is taken as two nodes unless ``cluster.local_size`` says otherwise."""
+        if self._local_size is None and self.num_nodes == 1:
+            return self.num_processes // 2 if self.num_processes % 2 == 0 else 1
+        return super().local_size
+
     @override
     def setup_environment(self) -> None:
         super().setup_environment()
@@ -52,6 +60,10 @@ class ReplicaStrategy(ClusterStrategy):
             rank_zero_warn(
                 f"strategy={type(self).__name__} on one node of {self.local_size} processes is plain data parallelism; "
                 "cluster.local_size makes smaller nodes"
+            )
+        elif self._local_size is None and self.num_nodes == 1:
+            rank_zero_info(
+                f"one machine, taken as {self.groups.num_nodes} nodes of {self.local_size}; cluster.local_size sets it"
             )
 
     @override

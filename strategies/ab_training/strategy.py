@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -123,6 +123,9 @@ class ABTrainingStrategy(ClusterStrategy):
     Raises:
         ValueError: On all ranks, before training; names the setting, its value and the remedy.
     """
+
+    # Callbacks that replace weights too (low-rank methods) look for this.
+    replaces_weights: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -273,12 +276,6 @@ class ABTrainingStrategy(ClusterStrategy):
             self.rule,
             short,
         )
-        counts = self._from_all(trainer.num_training_batches)
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"the ranks have {counts} training batches per epoch and must all take the same steps: build the "
-                "loader with datamodules.loading.make_loader"
-            )
 
     def _from_all(self, value: Any) -> list[Any]:
         values = [value] * self.groups.world.size

@@ -41,6 +41,11 @@ class Flight:
     sent: Tensor | None = None
     received: Tensor | None = None
 
+    def advance(self) -> None:
+        """Begin the second half of the way."""
+        if self.mean is not None:
+            self.mean.advance()
+
     def land(self) -> None:
         """Wait for the mean."""
         if self.mean is not None:
@@ -214,8 +219,8 @@ class DASO(ReplicaStrategy):
                 if self._flight is not None:  # one at most is under way: receive first, then send
                     self._merge(t)
                 self._send(t, values.wait)
-            elif self._flight is not None and self._flight.mean is not None:
-                self._flight.mean.progress()
+            elif self._flight is not None and t - self._flight.step == (self._flight.wait + 1) // 2:
+                self._flight.advance()  # half of the way
         if last and self.lightning_module.trainer.is_last_batch:
             self._end_epoch()
 

@@ -43,7 +43,7 @@ def means(local_size, numel):
                 part = exchange.part(vector, turn)
                 if part is not None:
                     mean = exchange.start(part, dtype)
-                    mean.progress()
+                    mean.advance()
                     assert isinstance(mean, FullMean if dtype is None else NarrowMean)
                     part = mean.result()
                 found[variant, turn, name] = exchange.distribute(part, turn, vector)

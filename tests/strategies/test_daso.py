@@ -369,6 +369,83 @@ def test_a_checkpoint_of_a_validation_holds_the_nodes_themselves(ranks4, tmp_pat
         assert not torch.equal(first, second)
 
 
+def four_nodes(folder):
+    def fit(**kwargs):
+        strategy = DASO(0, 0, skip=4, wait=3, cycling_wire_dtype="bf16", schedule="fixed", local_size=1)
+        module, _ = nets.fit(strategy, folder, epochs=2, val_check_interval=2, **kwargs)
+        return nets.weights(module)
+
+    path = f"{folder}/n.ckpt"
+    return fit(), fit(callbacks=(SaveAt(5, path),)), fit(ckpt_path=path)
+
+
+def test_two_halves_of_an_exchange_may_have_a_validation_and_a_checkpoint_between(ranks4, tmp_path):
+    """Sixteen bits between four nodes take an all-to-all and an all-gather, begun in the same order everywhere."""
+    found = ranks4(four_nodes, str(tmp_path))
+    for whole, saved, again in found:
+        assert torch.equal(whole, saved) and torch.equal(whole, again) and torch.equal(whole, found[0][0])
+
+
+class Lopsided(nets.Data):
+    """Rank 0 has a batch more than the others."""
+
+    def train_dataloader(self):
+        rank = torch.distributed.get_rank()
+        return torch.utils.data.DataLoader(torch.utils.data.Subset(self.data, range(8 + 2 * (rank == 0))), batch_size=2)
+
+
+def lopsided(folder):
+    found = []
+    for strategy in (DASO(0, 0, local_size=2), DDP(local_size=2)):
+        try:
+            nets.fit(strategy, folder, epochs=1, datamodule=Lopsided())
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def test_uneven_training_shares_are_refused_on_all_ranks(ranks4, tmp_path):
+    for errors in ranks4(lopsided, str(tmp_path)):
+        assert len(errors) == 2
+        assert all("[5, 4, 4, 4] training batches per epoch" in error for error in errors)
+
+
+def norms(folder):
+    """Running statistics that the ranks see in a validation, and accumulation and clipping besides."""
+    seen = []
+
+    class Look(nets.pl.Callback):
+        def on_validation_batch_start(self, trainer, module, *args):
+            seen.append(torch.cat([b.double().reshape(-1) for b in module.buffers()]))
+
+    for strategy in (DASO(1, 0, skip=2, wait=1, local_size=2), DDP(local_size=2)):
+        module = nets.Regression(nets.network(norm=True))
+        nets.fit(
+            strategy, folder, module=module, epochs=3, callbacks=(Look(),), accumulate_grad_batches=2,
+            gradient_clip_val=0.5, val_check_interval=6,
+        )  # fmt: skip
+        seen.append(nets.weights(module))
+    return seen
+
+
+def test_all_ranks_validate_with_the_same_running_statistics(ranks4, tmp_path):
+    found = ranks4(norms, str(tmp_path))
+    assert len(found[0]) > 6
+    for seen in found:
+        assert all(torch.equal(a, b) for a, b in zip(seen, found[0], strict=True))
+
+
+def halved(folder):
+    strategy = DASO(0, 0, skip=4, wait=1)
+    nets.fit(strategy, folder, epochs=1)
+    return strategy.local_size, strategy.ledger.totals()["inter_node_bytes"]
+
+
+def test_one_machine_is_taken_as_two_nodes(ranks4, tmp_path):
+    found = ranks4(halved, str(tmp_path))
+    assert [size for size, _ in found] == [2] * 4 and sum(sent for _, sent in found) > 0
+
+
 def other_cluster(folder):
     path = f"{folder}/x.ckpt"
     nets.fit(DASO(1, 0, local_size=2), folder, epochs=4, callbacks=(SaveAt(14, path),))
