@@ -59,6 +59,8 @@ def is_sweep(name: str) -> bool:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", [n for n in experiments() if processes(n) > 1 and n not in LARGE and not is_sweep(n)])
 def test_experiment_runs_on_its_processes(name, tmp_path):
+    if file := missing_file(plain(composed(f"experiment={name}", *SMALL, run_dir=tmp_path))):
+        pytest.skip(f"needs {file}, which does not ship with the program")
     folder = tmp_path / "run"
     # What is on the command line is drawn or measured elsewhere.
     fewer = ("callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false", "predict=false")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 
 import pytest
 import torch
@@ -146,3 +148,33 @@ def test_the_accuracy_of_data_parallelism_with_a_fifth_of_the_bytes(tmp_path):
     mean = {name: sum(values) / len(values) for name, values in accuracy.items()}
     assert mean["daso"] >= mean["ddp"] - 0.01 and mean["daso"] > 0.94
     assert 1 - sent["daso"] / sent["ddp"] >= 0.78
+
+
+# --------------------------------------------------------------------------------- the composition that the issue names
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["kill", "terminate"])
+def test_recycle_stops_under_daso_and_ends_as_if_nothing_had_happened(tmp_path, how):
+    arguments = ("experiment=recycle", "strategy=daso", "trainer=multi_cpu", "trainer.devices=4", "seed=1",
+                 "trainer.max_epochs=12", "predict=false")  # fmt: skip
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    cli.ok(*arguments, f"hydra.run.dir={whole}", cwd=tmp_path, timeout=250)
+    started = cli.Started(*arguments, f"hydra.run.dir={stopped}", cwd=tmp_path)
+    try:
+        started.wait_for(stopped / "checkpoints" / "last.ckpt", timeout=150)
+        while (json.loads((stopped / "results.json").read_text())["epoch"] or 0) < 3:
+            time.sleep(0.02)
+        if how == "terminate":  # in the middle of an epoch, with its own checkpoint
+            started.signal(signal.SIGTERM)
+            assert started.end(100)[0] == 143
+    finally:
+        started.kill()
+    cli.ok(f"resume={stopped}", cwd=tmp_path, timeout=250)
+    assert cli.differences(whole, stopped) == []
+    record = cli.results(whole)
+    final = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
+    assert record["communication"]["inter_node_bytes"] > 0
+    assert record["communication"]["steps"] == final["global_step"] == final["strategy"]["steps"]
+    assert record["energy"]["it_j"] > 0
