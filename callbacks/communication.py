@@ -41,8 +41,6 @@ class Communication(pl.Callback):
         self.trace, self.local_size = trace, local_size
         self._ledger: Ledger | None = None
         self._mode: CollectiveTrace | None = None
-        self._epoch: dict[str, float] = {}
-        self._whole: dict[str, float] = {}
         self._first_step = 0
         self.summary: dict[str, Any] = {}
 
@@ -54,11 +52,20 @@ class Communication(pl.Callback):
         elif self.trace:
             known = self._ledger.local_size if self._ledger is not None else None
             self._ledger = Ledger(trainer.global_rank, self.local_size or known or trainer.world_size)
-        self._whole, self._first_step = self._totals(), trainer.global_step
+        # A ledger that was restored counts from the beginning of the training, and knows where its epoch began.
+        restored = self._ledger is not None and self._ledger.restored
+        self._first_step = 0 if restored else trainer.global_step
+        if self._ledger is not None and self._ledger.mark.get("epoch") != trainer.current_epoch:
+            self._begin_epoch(trainer)  # saved after the last step of its epoch, or never
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._epoch = self._totals()
+        # Lightning does not call this where it goes on in the middle of an epoch.
+        if self._ledger is not None:
+            self._begin_epoch(trainer)
+
+    def _begin_epoch(self, trainer: pl.Trainer) -> None:
+        self._ledger.mark = self._ledger.sums() | {"epoch": trainer.current_epoch}
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Begin to look."""
@@ -75,19 +82,11 @@ class Communication(pl.Callback):
         if mode is not None:
             mode.__exit__(None, None, None)
 
-    def _totals(self) -> dict[str, float]:
-        if self._ledger is None:
-            return {}
-        totals = self._ledger.totals()
-        return {name: totals[name] for name in SUMS} | {name: getattr(self._ledger, name) for name in TIMES}
-
     def _since(self, before: dict[str, float], trainer: pl.Trainer) -> dict[str, float]:
         """What was added on all ranks; a collective call."""
-        names = (*SUMS, *TIMES)
-        now = self._totals()
-        values = torch.tensor(
-            [now[n] - before[n] for n in names], dtype=torch.float64, device=trainer.strategy.root_device
-        )
+        names, now = (*SUMS, *TIMES), self._ledger.sums()
+        added = [now[name] - before.get(name, 0.0) for name in names]
+        values = torch.tensor(added, dtype=torch.float64, device=trainer.strategy.root_device)
         if dist.is_initialized():
             dist.all_reduce(values)
         found = dict(zip(names, values.tolist(), strict=True))
@@ -97,7 +96,7 @@ class Communication(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._ledger is None:
             return
-        found = self._since(self._epoch, trainer)
+        found = self._since(self._ledger.mark, trainer)
         for name in SUMS:
             # Equal on all ranks already.
             pl_module.log(f"comm/{name}", found[name], batch_size=1, sync_dist=True, rank_zero_only=True)
@@ -113,7 +112,7 @@ class Communication(pl.Callback):
         # Not in on_train_end, after which a strategy may still make replicas equal.
         if self._ledger is None:
             return
-        found = self._since(self._whole, trainer)
+        found = self._since({}, trainer)
         steps = max(trainer.global_step - self._first_step, 1)
         operations: list[dict[str, Any] | None] = [None] * trainer.world_size
         dist.all_gather_object(operations, self._ledger.state_dict()["entries"])

@@ -102,7 +102,7 @@ class Interrupt(pl.Callback):
         signum = self._agreed(trainer)
         if signum and trainer.is_last_batch:  # the validation of the epoch comes first
             self._at_epoch_end = signum
-        elif signum:
+        elif signum and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # gradients are not in checkpoints
             path = Path(self.dirpath) / "last.ckpt"
             trainer.save_checkpoint(path)
             log.warning("saved %s", path)

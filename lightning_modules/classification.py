@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,7 +12,7 @@ from typing_extensions import override
 
 from lightning_modules.metrics.classification import ClassificationScores
 from lightning_modules.metrics.forecast import SumRatio
-from lightning_modules.schedules import lr_scheduler
+from lightning_modules.supervised import Supervised
 
 Batch = dict[str, Tensor]
 Stage = Literal["val", "test"]
@@ -21,7 +20,91 @@ Stage = Literal["val", "test"]
 _SHOWN = ("loss", "accuracy")
 
 
-class Classifier(pl.LightningModule):
+class LabelledImages(Supervised):
+    """The steps of modules that give an image one of several classes, by cross-entropy.
+
+    Subclasses give their metrics of evaluation in ``update_scores`` and ``scores``, and name them in ``score_names``:
+    attributes ``<stage>_<name>`` that are reset before an evaluation, beside ``<stage>_loss``.
+    """
+
+    score_names: ClassVar[tuple[str, ...]]
+
+    def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(logits, label)
+
+    def _probability(self, logits: Tensor) -> Tensor:
+        """What is delivered of the probabilities, (batch, class) or less."""
+        return logits.softmax(1)
+
+    def update_scores(self, stage: Stage, logits: Tensor, label: Tensor) -> None:
+        """Add a batch to the metrics of a stage: logits (batch, class), labels (batch,)."""
+        raise NotImplementedError
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        label = batch["label"]
+        logits = self(batch["image"]).float()
+        loss = self._loss(logits, label)
+        self._add_to_epoch("loss", loss.detach().double() * len(label), len(label))
+        self._add_to_epoch("accuracy", (logits.detach().argmax(1) == label).sum(), len(label))
+        return {"loss": loss}
+
+    def _outputs(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
+        """What callbacks may read of a step."""
+        out = {"prediction": logits.argmax(1), "probability": self._probability(logits), "index": batch["index"]}
+        return out | ({"target": batch["label"]} if "label" in batch else {})
+
+    def _evaluation_step(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
+        label = batch["label"]
+        logits = self(batch["image"]).float()
+        loss = self._loss(logits, label)
+        getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
+        self.update_scores(stage, logits, label)
+        return {"loss": loss} | self._outputs(batch, logits)
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "val")
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "test")
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._outputs(batch, self(batch["image"]).float())
+
+    def _reset(self, stage: Stage) -> None:
+        for name in ("loss", *self.score_names):
+            getattr(self, f"{stage}_{name}").reset()
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._reset("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._reset("test")
+
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        """Values of a stage by name, ``loss`` and ``accuracy`` among them."""
+        raise NotImplementedError
+
+    def _log_scores(self, stage: Stage) -> None:
+        values = self.scores(stage)
+        self._log_exact({f"{stage}/{name}": values.pop(name) for name in _SHOWN}, prog_bar=stage == "val")
+        self._log_exact({f"{stage}/{name}": value for name, value in values.items()})
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+
+class Classifier(LabelledImages):
     """One class per image, by cross-entropy.
 
     Batches are those of `datamodules.images.Images`. Steps of validation and test return ``loss``, ``prediction``
@@ -51,6 +134,7 @@ class Classifier(pl.LightningModule):
     """
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+    score_names: ClassVar[tuple[str, ...]] = ("scores",)
 
     def __init__(
         self,
@@ -65,9 +149,6 @@ class Classifier(pl.LightningModule):
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        super().__init__()
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"model.scheduler_interval={scheduler_interval!r} is unknown; choose epoch or step.")
         if num_classes < 2:
             raise ValueError(f"model.num_classes={num_classes}: a classifier needs at least 2")
         if not 0 <= label_smoothing < 1:
@@ -76,16 +157,13 @@ class Classifier(pl.LightningModule):
             raise ValueError(f"model.top_k={top_k}: must be 1 to {num_classes} (model.num_classes), or null")
         if num_bins < 1:
             raise ValueError(f"model.num_bins={num_bins}: must be at least 1")
+        net = net.to(memory_format=torch.channels_last) if channels_last else net
+        super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
-        self.net = net.to(memory_format=torch.channels_last) if channels_last else net
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.num_classes, self.label_smoothing, self.channels_last = num_classes, label_smoothing, channels_last
-        self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval
-        self.train_loss, self.train_accuracy = SumRatio(), SumRatio()
         for stage in ("val", "test"):
             setattr(self, f"{stage}_loss", SumRatio())
             setattr(self, f"{stage}_scores", ClassificationScores(num_classes, top_k, num_bins))
-        self._train_sums: tuple[Tensor, Tensor, int] | None = None
 
     @override
     def forward(self, image: Tensor) -> Tensor:
@@ -112,107 +190,13 @@ class Classifier(pl.LightningModule):
             )
 
     @override
-    def configure_optimizers(self) -> Any:
-        if self.make_optimizer is None:
-            return None
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        schedule = {
-            "scheduler": lr_scheduler(self.make_scheduler, optimizer, self.trainer, self.scheduler_interval),
-            "interval": self.scheduler_interval,
-            "monitor": self.scheduler_monitor,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def _log_exact(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
-        """Log values that are already equal on all ranks.
-
-        ``sync_dist`` asks for no warning about unsynchronised values, ``rank_zero_only`` for no communication; the
-        values reach ``trainer.callback_metrics`` on every rank all the same.
-        """
-        for name, value in values.items():
-            self.log(name, value, prog_bar=prog_bar, batch_size=1, sync_dist=True, rank_zero_only=True)
-
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
 
-    # --------------------------------------------------------------------------------------------------- training
-
     @override
-    def on_train_epoch_start(self) -> None:
-        self._train_sums = None
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        label = batch["label"]
-        logits = self(batch["image"]).float()
-        loss = self._loss(logits, label)
-        # Summed here and handed to the metrics once per epoch: a call of self.log costs as much as a small step.
-        total, right, count = self._train_sums or (0.0, 0, 0)
-        right = right + (logits.detach().argmax(1) == label).sum()
-        self._train_sums = total + loss.detach().double() * len(label), right, count + len(label)
-        return {"loss": loss}
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self._train_sums is not None:
-            total, right, count = self._train_sums
-            self.train_loss.reset()
-            self.train_accuracy.reset()
-            self.train_loss.update(total, count)
-            self.train_accuracy.update(right, count)
-            self._log_exact({"train/loss": self.train_loss.compute()}, prog_bar=True)
-            self._log_exact({"train/accuracy": self.train_accuracy.compute()})
-
-    # ------------------------------------------------------------------------------------------------- evaluation
-
-    def _outputs(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """What callbacks may read of a step."""
-        out = {"prediction": logits.argmax(1), "probability": logits.softmax(1), "index": batch["index"]}
-        return out | ({"target": batch["label"]} if "label" in batch else {})
-
-    def _evaluation_step(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
-        label = batch["label"]
-        logits = self(batch["image"]).float()
-        loss = self._loss(logits, label)
-        getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
+    def update_scores(self, stage: Stage, logits: Tensor, label: Tensor) -> None:
         getattr(self, f"{stage}_scores").update(logits, label)
-        return {"loss": loss} | self._outputs(batch, logits)
 
     @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._evaluation_step(batch, "val")
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._evaluation_step(batch, "test")
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._outputs(batch, self(batch["image"]).float())
-
-    def _reset(self, stage: Stage) -> None:
-        for name in ("loss", "scores"):
-            getattr(self, f"{stage}_{name}").reset()
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._reset("val")
-
-    @override
-    def on_test_epoch_start(self) -> None:
-        self._reset("test")
-
-    def _log_scores(self, stage: Stage) -> None:
-        values = {"loss": getattr(self, f"{stage}_loss").compute()} | getattr(self, f"{stage}_scores").compute()
-        self._log_exact({f"{stage}/{name}": values.pop(name) for name in _SHOWN}, prog_bar=stage == "val")
-        self._log_exact({f"{stage}/{name}": value for name, value in values.items()})
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
+        return {"loss": getattr(self, f"{stage}_loss").compute()} | getattr(self, f"{stage}_scores").compute()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -25,6 +24,7 @@ from lightning_modules.metrics.calibration import (
     quantile_levels,
 )
 from lightning_modules.metrics.forecast import ForecastErrors, SumRatio
+from lightning_modules.supervised import Supervised
 
 Batch = dict[str, Tensor]
 Calibration = Literal["none", "conformal", "rolling"]
@@ -74,7 +74,7 @@ class TargetUnits(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class Forecaster(pl.LightningModule):
+class Forecaster(Supervised):
     """Point or quantile forecasts: training on the scaled axis, evaluation on it and in the data's units.
 
     Works with every network that is called as ``net(batch)`` and returns (batch, time, channel) or (batch, time,
@@ -143,7 +143,6 @@ class Forecaster(pl.LightningModule):
         log_steps: bool = False,
         log_channels: bool = False,
     ) -> None:
-        super().__init__()
         if loss not in _LOSSES:
             raise ValueError(f"model.loss={loss!r} is unknown; choose one of {', '.join(_LOSSES)}.")
         if quantiles is not None and loss != "l1":
@@ -158,13 +157,9 @@ class Forecaster(pl.LightningModule):
             raise ValueError(f"model.calibration_windows={calibration_windows} calibrates on nothing; give at least 1.")
         if calibrate != "none" and quantiles is None:
             raise ValueError(f"model.calibrate={calibrate!r} needs intervals; set model.quantiles, e.g. to 9.")
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"model.scheduler_interval={scheduler_interval!r} is unknown; choose epoch or step.")
+        super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
-        self.net = net
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.loss, self.sort_quantiles = loss, sort_quantiles
-        self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval
         self.log_steps, self.log_channels = log_steps, log_channels
         self.levels = None if quantiles is None else quantile_levels(quantiles, quantile_set)
         if self.levels is not None:
@@ -173,7 +168,6 @@ class Forecaster(pl.LightningModule):
         self.calibrate, self.calibration_windows = calibrate, calibration_windows
         self.intervals = None if calibrate == "none" else ConformalIntervals(self.levels)
         self.cycle_length = self.season_length = 0  # known after setup
-        self._train_sums: tuple[Tensor, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------ preparation
 
@@ -184,7 +178,7 @@ class Forecaster(pl.LightningModule):
         self._adopt_units()
         location, scale = data.target_scale
         sizes = (location, scale, data.mase_scale, data.horizon, data.cycle_length)
-        self.train_loss, self.val_loss, self.test_loss = SumRatio(), SumRatio(), SumRatio()
+        self.val_loss, self.test_loss = SumRatio(), SumRatio()
         self.val_errors = ForecastErrors(*sizes, breakdown=False)
         self.test_errors = ForecastErrors(*sizes, channel_names=data.channel_names if self.log_channels else None)
         if self.levels is not None:
@@ -209,20 +203,6 @@ class Forecaster(pl.LightningModule):
         """Batches are scaled by the DataModule at hand: its statistics win over those of a checkpoint."""
         data = self._datamodule()
         self.units.assign(*data.target_scale, data.mase_scale)
-
-    @override
-    def configure_optimizers(self) -> Any:
-        if self.make_optimizer is None:
-            return None
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.make_scheduler is None:
-            return optimizer
-        schedule = {
-            "scheduler": self.make_scheduler(optimizer),
-            "interval": self.scheduler_interval,
-            "monitor": self.scheduler_monitor,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # --------------------------------------------------------------------------------------------------- forecast
 
@@ -271,10 +251,6 @@ class Forecaster(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------------- training
 
-    @override
-    def on_train_epoch_start(self) -> None:
-        self._train_sums = None
-
     def _outputs_to_train(self, batch: Batch) -> list[Tensor]:
         """What the loss is taken of: the members of an ensemble one by one, or the one forecast there is."""
         if hasattr(self.net, "member_outputs"):
@@ -291,21 +267,13 @@ class Forecaster(pl.LightningModule):
         # Divided by all windows, not by the valid ones: a valid value then weighs the same in every batch and on every
         # rank, and the gradient averaged over ranks is that of one process.
         loss = total / valid.numel()
-        # Summed here and handed to a metric once per epoch: a call of self.log costs as much as a small network's step.
         sums = (total.detach().double() / len(outputs), valid.sum())
-        self._train_sums = sums if self._train_sums is None else tuple(map(torch.add, self._train_sums, sums))
+        self._add_to_epoch("loss", *sums)
         if self.log_steps:
             self.log("train/loss_step", (sums[0] / sums[1]).to(target.dtype), on_step=True, on_epoch=False)
         if hasattr(self.net, "penalty"):
             loss = loss + self.net.penalty()
         return {"loss": loss}
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self._train_sums is not None:
-            self.train_loss.reset()
-            self.train_loss.update(*self._train_sums)
-            self._log_exact({"train/loss": self.train_loss.compute()}, prog_bar=True)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -416,15 +384,6 @@ class Forecaster(pl.LightningModule):
         target = self.units.scale.new_zeros(0, data.horizon, channels)
         prediction = target.new_zeros(*target.shape, len(self.levels))
         self.conformal_scores.update(prediction, target, target.new_zeros(0, channels, dtype=torch.bool))
-
-    def _log_exact(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
-        """Log values that are already equal on all ranks.
-
-        ``sync_dist`` asks for no warning about unsynchronised values, ``rank_zero_only`` for no communication; the
-        values reach ``trainer.callback_metrics`` on every rank all the same.
-        """
-        for name, value in values.items():
-            self.log(name, value, prog_bar=prog_bar, batch_size=1, sync_dist=True, rank_zero_only=True)
 
 
 def repeat_last(history: Tensor, season_length: int, horizon: int) -> Tensor | None:

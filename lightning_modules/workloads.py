@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -13,16 +12,18 @@ from torch.nn import functional as F
 from torchmetrics.classification import BinaryAUROC, BinaryConfusionMatrix
 from typing_extensions import override
 
+from lightning_modules.classification import LabelledImages, Stage
 from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.metrics.load import LoadErrors
+from lightning_modules.supervised import Supervised
 
 Batch = dict[str, Tensor]
 
 _LOSSES: dict[str, Callable[..., Tensor]] = {"mse": F.mse_loss, "l1": F.l1_loss}
 
 
-class Workload(pl.LightningModule):
-    """What both workloads share: optimizer and scheduler, sums of the loss, a warning about untrained weights.
+class Workload(Supervised):
+    """What both workloads share beyond other supervised modules: a warning about untrained weights.
 
     Args:
         net: The network.
@@ -42,32 +43,14 @@ class Workload(pl.LightningModule):
         scheduler_monitor: str,
         scheduler_interval: Literal["epoch", "step"],
     ) -> None:
-        super().__init__()
-        if scheduler_interval not in ("epoch", "step"):
-            raise ValueError(f"model.scheduler_interval={scheduler_interval!r} is unknown; choose epoch or step.")
-        self.net = net
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
-        self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval
+        super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
         self._trained, self._warned = weights, False
         self.register_load_state_dict_post_hook(_mark_trained)
-        self.train_loss, self.val_loss, self.test_loss = SumRatio(), SumRatio(), SumRatio()
-
-    @override
-    def configure_optimizers(self) -> Any:
-        if self.make_optimizer is None:
-            return None
-        optimizer = self.make_optimizer(self.parameters())
-        if self.make_scheduler is None:
-            return optimizer
-        schedule = {
-            "scheduler": self.make_scheduler(optimizer),
-            "interval": self.scheduler_interval,
-            "monitor": self.scheduler_monitor,
-        }
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        self.val_loss, self.test_loss = SumRatio(), SumRatio()
 
     @override
     def on_train_start(self) -> None:
+        super().on_train_start()
         self._trained = True
 
     def _warn_if_untrained(self) -> None:
@@ -77,15 +60,6 @@ class Workload(pl.LightningModule):
                 "these weights are random: energy and time are right, errors are not. Give the checkpoint of a "
                 "training run: ckpt_path=logs/<name>/<stamp>/checkpoints/best.ckpt"
             )
-
-    def _log_exact(self, values: dict[str, Tensor], prog_bar: bool = False) -> None:
-        """Log values that are already equal on all ranks.
-
-        ``sync_dist`` asks for no warning about unsynchronised values, ``rank_zero_only`` for no communication; the
-        values reach ``trainer.callback_metrics`` on every rank all the same.
-        """
-        for name, value in values.items():
-            self.log(name, value, prog_bar=prog_bar, batch_size=1, sync_dist=True, rank_zero_only=True)
 
 
 def _mark_trained(module: Workload, _: Any) -> None:
@@ -137,7 +111,6 @@ class LoadLSTM(Workload):
         if weights is not None:
             net.load_published(weights)
         self.val_errors, self.test_errors, self.test_batch_scaled = LoadErrors(), LoadErrors(), SumRatio()
-        self._train_sums: tuple[Tensor, int] | None = None
 
     @override
     def forward(self, history: Tensor) -> Tensor:
@@ -147,24 +120,11 @@ class LoadLSTM(Workload):
     # --------------------------------------------------------------------------------------------------- training
 
     @override
-    def on_train_epoch_start(self) -> None:
-        self._train_sums = None
-
-    @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         target = batch["target"]
         loss = _LOSSES[self.loss](self(batch["history"]).to(target.dtype), target)
-        # Summed here and handed to a metric once per epoch: a call of self.log costs as much as a small network's step.
-        total, count = self._train_sums or (0.0, 0)
-        self._train_sums = total + loss.detach().double() * len(target), count + len(target)
+        self._add_to_epoch("loss", loss.detach().double() * len(target), len(target))
         return {"loss": loss}
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self._train_sums is not None:
-            self.train_loss.reset()
-            self.train_loss.update(*self._train_sums)
-            self._log_exact({"train/loss": self.train_loss.compute()}, prog_bar=True)
 
     # ------------------------------------------------------------------------------------------------- evaluation
 
@@ -246,7 +206,7 @@ def _to_units(scaled: Tensor, batch: Batch) -> Tensor:
     return scaled * batch["scale"].view(-1, 1, 1) + batch["location"].view(-1, 1, 1)
 
 
-class XrayVGG(Workload):
+class XrayVGG(LabelledImages, Workload):
     """Tells X-ray images with a finding from those without.
 
     Batches are those of `datamodules.xray.XrayImages`. Steps of validation, test and predict return ``prediction``
@@ -266,6 +226,7 @@ class XrayVGG(Workload):
     """
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+    score_names: ClassVar[tuple[str, ...]] = ("confusion", "auroc")
 
     def __init__(
         self,
@@ -277,91 +238,36 @@ class XrayVGG(Workload):
     ) -> None:
         super().__init__(net, optimizer, scheduler, False, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
-        self.train_accuracy = SumRatio()
         for stage in ("val", "test"):
             setattr(self, f"{stage}_confusion", BinaryConfusionMatrix(validate_args=False))
             setattr(self, f"{stage}_auroc", BinaryAUROC(validate_args=False))
-        self._train_sums: tuple[Tensor, Tensor, int] | None = None
 
     @override
     def forward(self, image: Tensor) -> Tensor:
         """Logits, (batch, 2)."""
         return self.net(image)
 
-    # --------------------------------------------------------------------------------------------------- training
+    @override
+    def _probability(self, logits: Tensor) -> Tensor:
+        """Of the positive class, (batch,)."""
+        return logits.softmax(1)[:, 1]
 
     @override
-    def on_train_epoch_start(self) -> None:
-        self._train_sums = None
-
-    @override
-    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        label = batch["label"]
-        logits = self(batch["image"]).float()
-        loss = F.cross_entropy(logits, label)
-        total, right, count = self._train_sums or (0.0, 0, 0)
-        right = right + (logits.detach().argmax(1) == label).sum()
-        self._train_sums = total + loss.detach().double() * len(label), right, count + len(label)
-        return {"loss": loss}
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        if self._train_sums is not None:
-            total, right, count = self._train_sums
-            self.train_loss.reset()
-            self.train_accuracy.reset()
-            self.train_loss.update(total, count)
-            self.train_accuracy.update(right, count)
-            self._log_exact({"train/loss": self.train_loss.compute()}, prog_bar=True)
-            self._log_exact({"train/accuracy": self.train_accuracy.compute()})
-
-    # ------------------------------------------------------------------------------------------------- evaluation
-
-    def _outputs(self, batch: Batch, logits: Tensor) -> dict[str, Tensor]:
-        """What callbacks may read of a step."""
-        out = {"prediction": logits.argmax(1), "probability": logits.softmax(1)[:, 1], "index": batch["index"]}
-        return out | ({"target": batch["label"]} if "label" in batch else {})
-
-    def _evaluation_step(self, batch: Batch, stage: Literal["val", "test"]) -> dict[str, Tensor]:
-        label = batch["label"]
-        logits = self(batch["image"]).float()
-        loss = F.cross_entropy(logits, label)
-        outputs = self._outputs(batch, logits)
-        getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
-        getattr(self, f"{stage}_confusion").update(outputs["prediction"], label)
-        getattr(self, f"{stage}_auroc").update(outputs["probability"], label)
-        return {"loss": loss} | outputs
-
-    @override
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._evaluation_step(batch, "val")
-
-    @override
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._evaluation_step(batch, "test")
-
-    @override
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._outputs(batch, self(batch["image"]).float())
-
-    def _reset(self, stage: Literal["val", "test"]) -> None:
-        for name in ("loss", "confusion", "auroc"):
-            getattr(self, f"{stage}_{name}").reset()
-
-    @override
-    def on_validation_epoch_start(self) -> None:
-        self._reset("val")
+    def update_scores(self, stage: Stage, logits: Tensor, label: Tensor) -> None:
+        getattr(self, f"{stage}_confusion").update(logits.argmax(1), label)
+        getattr(self, f"{stage}_auroc").update(self._probability(logits), label)
 
     @override
     def on_test_epoch_start(self) -> None:
         self._warn_if_untrained()
-        self._reset("test")
+        super().on_test_epoch_start()
 
     @override
     def on_predict_epoch_start(self) -> None:
         self._warn_if_untrained()
 
-    def _values(self, stage: Literal["val", "test"]) -> dict[str, Tensor]:
+    @override
+    def scores(self, stage: Stage) -> dict[str, Tensor]:
         auroc = getattr(self, f"{stage}_auroc")
         (true_negatives, false_positives), (false_negatives, true_positives) = (
             getattr(self, f"{stage}_confusion").compute().double()
@@ -379,13 +285,3 @@ class XrayVGG(Workload):
             "false_negatives": false_negatives,
             "true_positives": true_positives,
         }
-
-    @override
-    def on_validation_epoch_end(self) -> None:
-        values = self._values("val")
-        self._log_exact({"val/loss": values.pop("loss"), "val/accuracy": values.pop("accuracy")}, prog_bar=True)
-        self._log_exact({f"val/{name}": value for name, value in values.items()})
-
-    @override
-    def on_test_epoch_end(self) -> None:
-        self._log_exact({f"test/{name}": value for name, value in self._values("test").items()})

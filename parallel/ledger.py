@@ -46,6 +46,8 @@ class Ledger:
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     blocked_s: float = 0.0
     transfer_s: float = 0.0
+    restored: bool = False  # continues the ledger of a checkpoint
+    mark: dict[str, float] = field(default_factory=dict)  # `sums` and ``epoch`` when the running epoch began
 
     def record(self, operation: str, ranks: Sequence[int], payload: int) -> None:
         """Count one collective of the group ``ranks`` with ``payload`` bytes (`parallel.layout.ring_bytes`)."""
@@ -73,13 +75,18 @@ class Ledger:
             found[f"{link}_payload_bytes"] += entry.payload_bytes
         return found
 
+    def sums(self) -> dict[str, float]:
+        """`totals`, ``blocked_s`` and ``transfer_s``."""
+        return self.totals() | {"blocked_s": self.blocked_s, "transfer_s": self.transfer_s}
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         entries = {
             f"{operation}/{link}": [entry.calls, entry.payload_bytes, entry.wire_bytes]
             for (operation, link), entry in self.entries.items()
         }
-        return {"entries": entries, "blocked_s": self.blocked_s, "transfer_s": self.transfer_s}
+        times = {"blocked_s": self.blocked_s, "transfer_s": self.transfer_s}
+        return {"entries": entries, "mark": dict(self.mark), **times}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a ledger."""
@@ -87,4 +94,5 @@ class Ledger:
             tuple(key.split("/")): Entry(int(calls), payload, wire)
             for key, (calls, payload, wire) in state["entries"].items()
         }
-        self.blocked_s, self.transfer_s = state["blocked_s"], state["transfer_s"]
+        self.blocked_s, self.transfer_s, self.mark = state["blocked_s"], state["transfer_s"], dict(state["mark"])
+        self.restored = True

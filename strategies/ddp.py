@@ -37,14 +37,7 @@ class DDP(ClusterStrategy):
         compression: Compression = "none",
         powersgd_rank: int = 1,
         powersgd_start: int = 10,
-        local_size: int | None = None,
-        rate_mbit: float | None = None,
-        latency_ms: float = 0.0,
-        compute_ms: float = 0.0,
-        bucket_cap_mb: int = 25,
-        find_unused_parameters: bool = False,
-        process_group_backend: str | None = None,
-        timeout_s: float = 1800.0,
+        **cluster: Any,
     ) -> None:
         if compression not in (*_WIRE_TYPES, "powersgd"):
             raise ValueError(f"strategy.compression={compression!r}: choose none, fp16, bf16 or powersgd")
@@ -52,10 +45,7 @@ class DDP(ClusterStrategy):
             raise ValueError(f"strategy.powersgd_rank={powersgd_rank}: a rank is 1 or more")
         if powersgd_start < 2:
             raise ValueError(f"strategy.powersgd_start={powersgd_start}: torch needs 2 steps or more before the first")
-        super().__init__(
-            local_size, rate_mbit, latency_ms, compute_ms, bucket_cap_mb, find_unused_parameters,
-            process_group_backend, timeout_s,
-        )  # fmt: skip
+        super().__init__(**cluster)
         self.compression, self.powersgd_rank, self.powersgd_start = compression, powersgd_rank, powersgd_start
 
     @override

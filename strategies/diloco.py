@@ -26,14 +26,7 @@ class DiLoCo(ReplicaStrategy):
         outer_lr: lr of the outer step.
         outer_momentum: mu of the outer step.
         sync_buffers: See `ReplicaStrategy`.
-        local_size: See `ClusterStrategy`, like all that follow.
-        rate_mbit: Emulated bandwidth.
-        latency_ms: Emulated latency.
-        compute_ms: Emulated computation.
-        bucket_cap_mb: DDP's buckets.
-        find_unused_parameters: Of DDP.
-        process_group_backend: ``gloo``, ``nccl`` or None.
-        timeout_s: Of collectives.
+        **cluster: Nodes, emulated network and DDP, see `ClusterStrategy`.
 
     Raises:
         ValueError: Names the setting, its value and the remedy.
@@ -45,14 +38,7 @@ class DiLoCo(ReplicaStrategy):
         outer_lr: float = 0.7,
         outer_momentum: float = 0.9,
         sync_buffers: SyncBuffers = "mean",
-        local_size: int | None = None,
-        rate_mbit: float | None = None,
-        latency_ms: float = 0.0,
-        compute_ms: float = 0.0,
-        bucket_cap_mb: int = 25,
-        find_unused_parameters: bool = False,
-        process_group_backend: str | None = None,
-        timeout_s: float = 1800.0,
+        **cluster: Any,
     ) -> None:
         if period < 1:
             raise ValueError(f"strategy.period={period}: it counts steps between two exchanges, 1 or more")
@@ -61,11 +47,7 @@ class DiLoCo(ReplicaStrategy):
                 f"strategy.outer_lr={outer_lr}, strategy.outer_momentum={outer_momentum}: a rate above 0 and a "
                 "momentum from 0 to below 1 are needed (1 and 0: plain averaging)"
             )
-        super().__init__(
-            sync_buffers, local_size=local_size, rate_mbit=rate_mbit, latency_ms=latency_ms, compute_ms=compute_ms,
-            bucket_cap_mb=bucket_cap_mb, find_unused_parameters=find_unused_parameters,
-            process_group_backend=process_group_backend, timeout_s=timeout_s,
-        )  # fmt: skip
+        super().__init__(sync_buffers, **cluster)
         self.period, self.outer_lr, self.outer_momentum = period, outer_lr, outer_momentum
         self.turn = 0
         self._since = 0  # steps since the last exchange

@@ -111,14 +111,7 @@ class ABTrainingStrategy(ClusterStrategy):
             ``fp32``: full precision.
         resume: ``exact``: a checkpoint from within an AB phase needs the same number of processes and groups;
             ``consensus``: any will do, it begins with a full-rank phase.
-        local_size: See `ClusterStrategy`, as for all that follow.
-        rate_mbit: Bandwidth of the emulated network.
-        latency_ms: Latency of the emulated network.
-        compute_ms: Sleep before every step.
-        bucket_cap_mb: Size of gradient buckets.
-        find_unused_parameters: Of DistributedDataParallel.
-        process_group_backend: ``gloo``, ``nccl``; None: what suits the device.
-        timeout_s: After this time a collective that hangs ends the run.
+        **cluster: Nodes, emulated network and DDP, see `ClusterStrategy`.
 
     Raises:
         ValueError: On all ranks, before training; names the setting, its value and the remedy.
@@ -150,14 +143,7 @@ class ABTrainingStrategy(ClusterStrategy):
         eval_model: Literal["consensus", "group"] = "consensus",
         wire_dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
         resume: Literal["exact", "consensus"] = "exact",
-        local_size: int | None = None,
-        rate_mbit: float | None = None,
-        latency_ms: float = 0.0,
-        compute_ms: float = 0.0,
-        bucket_cap_mb: int = 25,
-        find_unused_parameters: bool = False,
-        process_group_backend: str | None = None,
-        timeout_s: float = 1800.0,
+        **cluster: Any,
     ) -> None:
         chosen = {"sync": sync, "sigma_split": sigma_split, "opt_state": opt_state, "init": init}
         chosen |= {"eval_model": eval_model, "resume": resume, "wire_dtype": wire_dtype}
@@ -173,10 +159,7 @@ class ABTrainingStrategy(ClusterStrategy):
         if min_dim < 1:
             raise ValueError(f"strategy.min_dim={min_dim}: it counts rows or columns, 1 or more")
         check_lengths(warmup_steps, ab_steps, full_steps, final_full_steps, schedule)
-        super().__init__(
-            local_size, rate_mbit, latency_ms, compute_ms, bucket_cap_mb, find_unused_parameters,
-            process_group_backend, timeout_s,
-        )  # fmt: skip
+        super().__init__(**cluster)
         self.warmup_steps, self.ab_steps, self.full_steps = warmup_steps, ab_steps, full_steps
         self.final_full_steps, self.rule = final_full_steps, schedule
         self.cutoff, self.first_cut, self.max_drop = cutoff, first_cut, max_drop

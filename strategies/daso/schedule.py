@@ -98,17 +98,26 @@ class Schedule:
         plateau: Plateau | None = None,
     ) -> None:
         check(warmup_epochs, cooldown_epochs, skip, wait, max_skip, reduction, rule)
-        self.epochs = epochs
-        self.warmup, self.cooldown = _count(warmup_epochs, epochs), _count(cooldown_epochs, epochs)
-        if epochs is not None and self.warmup + self.cooldown > epochs:
-            raise ValueError(
-                f"strategy.warmup_epochs={warmup_epochs} and strategy.cooldown_epochs={cooldown_epochs} are "
-                f"{self.warmup} + {self.cooldown} epochs, trainer.max_epochs={epochs}: nothing is left between them"
-            )
+        self.warmup_epochs, self.cooldown_epochs = warmup_epochs, cooldown_epochs
+        self.set_length(epochs)
         self.first, self.max_skip, self.reduction, self.rule = Values(skip, wait), max_skip, reduction, rule
         self.plateau = plateau or Plateau()
         self.epoch = 0
         self._cycling: Values | None = None
+
+    def set_length(self, epochs: int | None) -> None:
+        """Spread the phases over this many epochs; None: nobody knows.
+
+        Raises:
+            ValueError: If nothing is left between warm-up and cool-down.
+        """
+        self.epochs = epochs
+        self.warmup, self.cooldown = _count(self.warmup_epochs, epochs), _count(self.cooldown_epochs, epochs)
+        if epochs is not None and self.warmup + self.cooldown > epochs:
+            raise ValueError(
+                f"strategy.warmup_epochs={self.warmup_epochs} and strategy.cooldown_epochs={self.cooldown_epochs} are "
+                f"{self.warmup} + {self.cooldown} epochs, trainer.max_epochs={epochs}: nothing is left between them"
+            )
 
     @property
     def phase(self) -> Literal["warmup", "cycling", "cooldown"]:

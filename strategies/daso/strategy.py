@@ -86,14 +86,7 @@ class DASO(ReplicaStrategy):
         sync_optimizer: Whether momenta are averaged over nodes: ``never``, ``warm_end`` (once, after the warm-up) or
             ``every_blocking``.
         sync_buffers: See `ReplicaStrategy`.
-        local_size: See `ClusterStrategy`, like all that follow.
-        rate_mbit: Emulated bandwidth.
-        latency_ms: Emulated latency.
-        compute_ms: Emulated computation.
-        bucket_cap_mb: DDP's buckets.
-        find_unused_parameters: Of DDP.
-        process_group_backend: ``gloo``, ``nccl`` or None.
-        timeout_s: Of collectives.
+        **cluster: Nodes, emulated network and DDP, see `ClusterStrategy`.
 
     Raises:
         ValueError: Names the setting, its value and the remedy.
@@ -118,14 +111,7 @@ class DASO(ReplicaStrategy):
         exchange: Variant = "rotate",
         sync_optimizer: Literal["never", "warm_end", "every_blocking"] = "never",
         sync_buffers: SyncBuffers = "mean",
-        local_size: int | None = None,
-        rate_mbit: float | None = None,
-        latency_ms: float = 0.0,
-        compute_ms: float = 0.0,
-        bucket_cap_mb: int = 25,
-        find_unused_parameters: bool = False,
-        process_group_backend: str | None = None,
-        timeout_s: float = 1800.0,
+        **cluster: Any,
     ) -> None:
         choices = {
             "merge_rule": (merge_rule, ("delta", "paper")), "wire_dtype": (wire_dtype, WIRE_TYPES),
@@ -141,11 +127,7 @@ class DASO(ReplicaStrategy):
             raise ValueError(f"strategy.warmup_steps={warmup_steps}: it counts steps, 0 or more")
         check(warmup_epochs, cooldown_epochs, skip, wait, max_skip, reduction, schedule)
         Plateau(plateau_patience, plateau_threshold)
-        super().__init__(
-            sync_buffers, local_size=local_size, rate_mbit=rate_mbit, latency_ms=latency_ms, compute_ms=compute_ms,
-            bucket_cap_mb=bucket_cap_mb, find_unused_parameters=find_unused_parameters,
-            process_group_backend=process_group_backend, timeout_s=timeout_s,
-        )  # fmt: skip
+        super().__init__(sync_buffers, **cluster)
         self.warmup_epochs, self.cooldown_epochs, self.warmup_steps = warmup_epochs, cooldown_epochs, warmup_steps
         self.skip, self.wait, self.max_skip, self.reduction = skip, wait, max_skip, reduction
         self.plateau_patience, self.plateau_threshold = plateau_patience, plateau_threshold
@@ -193,6 +175,16 @@ class DASO(ReplicaStrategy):
         self._anchor = flat.pack() if narrow and self.wire_encoding == "delta" else None
 
     # ----------------------------------------------------------------------------------------------------- training
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        trainer = self.lightning_module.trainer
+        if trainer.max_steps > 0:  # the length of an epoch is known only now
+            epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+            epochs = math.ceil(trainer.max_steps / epoch)
+            if self.schedule.epochs is None or epochs < self.schedule.epochs:
+                self.schedule.set_length(epochs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -37,6 +37,14 @@ def test_signal_ends_the_run_after_the_step(tmp_path, number):
     assert [signal.getsignal(s) for s in ALL] == before
 
 
+def test_accumulated_gradients_become_a_step_first(tmp_path):
+    """A checkpoint between two batches of one step would lose the first one's gradient."""
+    faulty(tmp_path, "SIGTERM", "trainer.accumulate_grad_batches=2")  # in the first batch of the ninth step
+    checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 9
+    assert checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["completed"] % 2 == 0
+
+
 def test_last_step_of_an_epoch_waits_for_its_validation(tmp_path):
     faulty(tmp_path, "SIGTERM", "model.fault_step=11")
     assert torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 12

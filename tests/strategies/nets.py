@@ -107,6 +107,7 @@ def fit(
     """Train in this process as one rank of its pool (or alone)."""
     if devices is None:
         devices = dist.get_world_size() if dist.is_initialized() else 1
+    if dist.is_initialized():
         os.environ["WORLD_SIZE"] = str(devices)  # the teardown of a run before has removed it
     module = module or Regression()
     trainer_ = pl.Trainer(

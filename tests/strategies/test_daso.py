@@ -286,7 +286,8 @@ class SaveAt(nets.pl.Callback):
         self.step, self.path = step, path
 
     def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step:  # once: the batches that follow may not be a step yet
+            self.step = None
             trainer.save_checkpoint(self.path)
 
 
@@ -515,6 +516,23 @@ def test_validation_sees_the_mean_and_epochs_end_with_equal_nodes(ranks4, tmp_pa
 def max_steps(folder):
     module, trainer = nets.fit(DASO(0, 0, skip=4, wait=3, local_size=2), folder, epochs=3, max_steps=14)
     return nets.weights(module), trainer.global_step
+
+
+def limited(folder):
+    """Phases of a training of 40 steps, 5 epochs, under a limit of 1000 epochs."""
+    phases, strategy = [], DASO(0.2, 0.2, local_size=2)
+
+    class Look(nets.pl.Callback):
+        def on_train_epoch_start(self, *args):
+            phases.append(strategy.schedule.phase)
+
+    nets.fit(strategy, folder, epochs=1000, max_steps=40, callbacks=(Look(),))
+    return phases
+
+
+def test_phases_are_shares_of_what_max_steps_leaves(ranks4, tmp_path):
+    expected = ["warmup", "cycling", "cycling", "cycling", "cooldown"]
+    assert ranks4(limited, str(tmp_path)) == [expected] * 4
 
 
 def test_a_run_limited_by_steps_ends_with_equal_nodes(ranks4, tmp_path):

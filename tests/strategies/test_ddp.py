@@ -178,6 +178,27 @@ def reported(folder, trace):
     return callback.summary, {k: float(v) for k, v in trainer.callback_metrics.items()}
 
 
+def counted_twice(folder):
+    def fit(**kwargs):
+        callback, module = Communication(), nets.Regression(nets.network(torch.float32))
+        more = kwargs.pop("callbacks", ())
+        strategy = DDP(local_size=2)
+        _, trainer = nets.fit(strategy, folder, module=module, epochs=2, callbacks=(callback, *more), **kwargs)
+        bytes_ = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("comm/")}
+        return {k: callback.summary[k] for k in ("steps", "inter_node_bytes", "operations")}, bytes_
+
+    path = f"{folder}/c.ckpt"
+    found = [fit(callbacks=(SaveAt(step, path),)) + fit(ckpt_path=path) for step in (8, 11)]
+    return found
+
+
+def test_a_restart_in_the_middle_of_an_epoch_counts_the_whole_training(ranks4, tmp_path):
+    for rank in ranks4(counted_twice, str(tmp_path)):
+        for whole, bytes_, again, bytes_again in rank:
+            assert whole == again and bytes_ == bytes_again
+            assert whole["steps"] == 16
+
+
 def test_the_ledger_and_the_trace_agree_on_gradients(ranks4, tmp_path):
     for summary, metrics in ranks4(reported, str(tmp_path), False):
         assert summary["inter_node_bytes"] == 16 * 3 * 4 * 74

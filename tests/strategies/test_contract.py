@@ -1,0 +1,86 @@
+"""What every option of the group `strategy` must do, whatever it is.
+
+It trains, on several batches a step and with clipped gradients; ranks end with equal weights and running statistics;
+its checkpoints are plain, load in the bare module and go on as if the run had not stopped; sizes that do not fit are
+refused by name; nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from runner.job import instantiate
+from tests.composing import ROOT, composed, plain
+from tests.strategies import nets
+from tests.strategies.test_daso import SaveAt
+
+OPTIONS = sorted(path.stem for path in Path(ROOT, "conf/strategy").glob("*.yaml") if path.stem != "auto")
+# The length of phases, for trainings of a few epochs.
+SHORT = {
+    "daso": {"warmup_epochs": 1, "cooldown_epochs": 1},
+    "daso_paper": {"warmup_epochs": 1, "cooldown_epochs": 1},
+    "diloco": {"period": 3, "outer_lr": 0.5, "outer_momentum": 0.5},
+    "ddp_powersgd": {"powersgd_start": 2},
+} | {
+    option: {"warmup_steps": 2, "ab_steps": 6, "full_steps": 2, "min_dim": 2, "rebound_steps": 0, "keep_full": []}
+    for option in ("ab_training", "ab_training_paper", "ab_training_onlyb")
+}
+# DDP learns the order of gradients in a bucket in its first step: with four ranks a restart rounds differently, and
+# gradients of 16 bits round by more than the others.
+ROUNDING = {"ddp_bf16": 1e-3, "ddp_fp16": 2e-4}
+
+
+def configured(option, run_dir):
+    config = plain(composed("experiment=daso", f"strategy={option}", "cluster.local_size=2", run_dir=run_dir))
+    return config["strategy"] | SHORT.get(option, {})
+
+
+def module():
+    return nets.Regression(nets.network(norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+
+
+def fit(config, folder, **kwargs):
+    trained, trainer = nets.fit(
+        instantiate("strategy", config), folder, module=module(), epochs=5, accumulate_grad_batches=2,
+        gradient_clip_val=0.5, **kwargs,
+    )  # fmt: skip
+    state = torch.cat([t.double().reshape(-1) for t in trained.state_dict().values()])
+    return state, nets.error(trained.eval()), trainer.global_step
+
+
+def contract(config, folder):
+    before = set(threading.enumerate())
+    path = f"{folder}/contract.ckpt"
+    whole = fit(config, folder, callbacks=(SaveAt(9, path),))
+    groups = len(dist.distributed_c10d._world.pg_map)
+    again = fit(config, folder, ckpt_path=path)
+    left = [t.name for t in set(threading.enumerate()) - before]
+    content = torch.load(path, weights_only=True)
+    bare = module()
+    bare.load_state_dict(content["state_dict"], strict=True)
+    with pytest.raises(ValueError, match=r"cluster\.local_size=3 does not divide"):
+        fit(config | {"local_size": 3}, folder)
+    return {
+        "whole": whole, "again": again, "threads": left, "saved": content["strategy"]["steps"],
+        "groups": len(dist.distributed_c10d._world.pg_map) - groups,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_strategy(ranks4, tmp_path, option):
+    found = ranks4(contract, configured(option, tmp_path), str(tmp_path))
+    begin = nets.error(module().eval())
+    for rank in found:
+        state, error, steps = rank["whole"]
+        assert steps == 20 and error < begin  # 8 batches are 4 steps
+        assert torch.equal(state, found[0]["whole"][0])
+        assert rank["again"][2] == 20 and rank["saved"] == 9
+        assert torch.equal(rank["again"][0], found[0]["again"][0])
+        if option != "ddp_powersgd":  # which says that its errors are not saved
+            torch.testing.assert_close(rank["again"][0], state, atol=ROUNDING.get(option, 1e-6), rtol=0)
+        assert rank["threads"] == [] and rank["groups"] == 0
