@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from callbacks.low_rank import Export, LowRankCallback, parse_time
 from networks.low_rank import LayerChoice, StateMode, common_threshold, convert, dense_size
+from networks.low_rank.optimizer_state import scale_moments
 
 
 class PostHocSVD(LowRankCallback):
@@ -68,6 +69,8 @@ class PostHocSVD(LowRankCallback):
             # Balanced factors: steps of one length suit all three.
             root = s[:rank].sqrt()
             weight.assign(u[:, :rank] * root, torch.eye(rank), v[:, :rank] * root, train_bases=True)
+            factor = (root[:, None] * root).to(weight.trained)
+            scale_moments(trainer.optimizers, weight.trained, factor)
         self._rewrap(trainer)
         self._tell(trainer)
 

@@ -52,11 +52,11 @@ def num_draws(shift: str, shape: tuple[int, int, int]) -> int:
     return SHIFTS[shift].num_draws(shape)
 
 
-def _gaussian_noise(images: Tensor, draws: Tensor, level: float) -> Tensor:
+def gaussian_noise(images: Tensor, draws: Tensor, level: float) -> Tensor:
     """Noise with a standard deviation of ``level`` of the range."""
     # Numbers are multiples of 2^-53; an exact 0 would give minus infinity, and float32 may round up to 1.
     normal = torch.special.ndtri(draws.clamp(1e-7, 1 - 1e-7))
-    return images + level * normal.view_as(images)
+    return images + level * normal.view_as(images).to(images)
 
 
 def _gaussian_blur(images: Tensor, draws: Tensor, level: float) -> Tensor:
@@ -119,7 +119,7 @@ def _none(shape: tuple[int, int, int]) -> int:
 
 
 SHIFTS: dict[str, Shift] = {
-    "gaussian_noise": Shift((0.1, 0.2, 0.3, 0.4, 0.5), _gaussian_noise, math.prod),
+    "gaussian_noise": Shift((0.1, 0.2, 0.3, 0.4, 0.5), gaussian_noise, math.prod),
     "gaussian_blur": Shift((0.4, 0.6, 0.8, 1.1, 1.5), _gaussian_blur, _none),
     "brightness": Shift((0.1, 0.2, 0.3, 0.4, 0.5), _brightness, _none),
     "contrast": Shift((0.75, 0.6, 0.45, 0.3, 0.15), _contrast, _none),

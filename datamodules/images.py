@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.image_set import ImageBatches, ImageSet, block_means, moments, stratified, whole_batch
-from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS, num_draws, shift_images
+from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS, gaussian_noise, num_draws, shift_images
 from datamodules.loading import make_loader
 from datamodules.random_views import NUM_DRAWS, cut_out, random_views, uniform_per_sample
 from datamodules.readers.digits import read_digits
@@ -97,6 +97,7 @@ class Images(LightningDataModule):
         rotation_degrees: Largest angle of a rotation.
         padding: Black pixels added at every side, of which a square of ``image_size`` is cut out.
         cutout: Height and width of a square that is set to the mean; 0: none.
+        noise: Standard deviation of Gaussian noise, on values in [0, 1]; 0: none.
         shift: Name of a shift of the test images (`datamodules.image_shifts`); null: none.
         severity: Its strength, 1 to 5.
         predict_part: Part that prediction goes through: ``train``, ``val`` or ``test``.
@@ -144,6 +145,7 @@ class Images(LightningDataModule):
         rotation_degrees: float = 0.0,
         padding: int = 4,
         cutout: int = 0,
+        noise: float = 0.0,
         shift: str | None = None,
         severity: int = 3,
         predict_part: Part = "test",
@@ -168,7 +170,7 @@ class Images(LightningDataModule):
         self._wanted_channels, self._wanted_classes = num_channels, num_classes
         self.normalize, self._given = normalize, {"mean": mean, "std": std}
         self.augment, self.flip_probability, self.rotation_degrees = augment, flip_probability, rotation_degrees
-        self.padding, self.cutout = padding, cutout
+        self.padding, self.cutout, self.noise = padding, cutout, noise
         self.shift, self.severity = shift, severity
         self.predict_part = predict_part
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
@@ -194,7 +196,7 @@ class Images(LightningDataModule):
         for key, value in {**values, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key}={value}: must be at least 1")
-        for key in ("padding", "cutout", "num_workers", "rotation_degrees"):
+        for key in ("padding", "cutout", "noise", "num_workers", "rotation_degrees"):
             if getattr(self, key) < 0:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must not be negative")
         if not 0 <= self.flip_probability <= 1:
@@ -486,8 +488,9 @@ class Images(LightningDataModule):
 
     def augmented(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
         """Turn stored values into the random views of an epoch, normalised."""
-        draws = self._draws(epoch, batch, NUM_DRAWS + 2, self.seed)
         image = self._unit(batch)
+        pixels = image[0].numel() if self.noise else 0
+        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels, self.seed)
         if self.flip_probability or self.rotation_degrees or self.padding:
             image = random_views(
                 image,
@@ -497,8 +500,12 @@ class Images(LightningDataModule):
                 rotation_degrees=self.rotation_degrees,
                 padding=self.padding,
             )
+        if self.noise:
+            image = gaussian_noise(image, draws[:, NUM_DRAWS + 2 :], self.noise)
         image = self._normalized(image)
-        return batch | {"image": cut_out(image, draws[:, NUM_DRAWS:], self.cutout) if self.cutout else image}
+        if self.cutout:
+            image = cut_out(image, draws[:, NUM_DRAWS : NUM_DRAWS + 2], self.cutout)
+        return batch | {"image": image}
 
     @staticmethod
     def _draws(epoch: int, batch: dict[str, Tensor], number: int, seed: int) -> Tensor:

@@ -26,6 +26,7 @@ EXTRAS = {
 }
 # Arguments that a node gets from elsewhere: the optimizer and scheduler groups, functools.partial, the runner.
 GIVEN = {"model": {"optimizer", "scheduler"}, "optimizer": {"params"}, "scheduler": {"optimizer"}}
+KEYWORDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 # Options of torch's optimizers and schedulers that no experiment needs; they can be set, `check` knows the signature.
 LEFT_OUT = {
     "optimizer": {"amsgrad", "foreach", "maximize", "capturable", "differentiable", "fused", "decoupled_weight_decay"},
@@ -148,12 +149,22 @@ def test_the_signatures_that_are_read_are_those_of_the_classes():
         }
     assert len(targets) > 10
     for target in sorted(targets):
-        parameters = inspect.signature(get_object(target)).parameters.values()
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        named = named_parameters(get_object(target))
         read = signature(target)
         if not read.open:
             assert read.names == tuple(p.name for p in named), target
             assert read.required == tuple(p.name for p in named if p.default is p.empty), target
+
+
+def named_parameters(target):
+    """Parameters by `inspect`; those that a class hands on as ``**options`` are read from the class it inherits."""
+    named = {}
+    for constructor in [c.__init__ for c in target.__mro__ if "__init__" in vars(c)] if inspect.isclass(target) else []:
+        parameters = list(inspect.signature(constructor).parameters.values())[1:]
+        named |= {p.name: p for p in parameters if p.kind in KEYWORDS and p.name not in named}
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            return list(named.values())
+    return [p for p in inspect.signature(target).parameters.values() if p.kind in KEYWORDS]
 
 
 def test_trainer_default_lists_lightnings_arguments():

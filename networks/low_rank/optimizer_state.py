@@ -100,6 +100,24 @@ def _moved(
     return {key: transformed(key, value) if key in shaped else value for key, value in state.items()}
 
 
+def scale_moments(optimizers: Iterable[Optimizer], parameter: nn.Parameter, factor: Tensor) -> None:
+    """Give a parameter the moments of gradients that are ``factor`` times what they were, entry by entry.
+
+    For a parameter that was divided by ``factor`` so that the network stayed what it is.
+
+    Args:
+        optimizers: All optimizers.
+        parameter: Of any shape.
+        factor: Of the same shape.
+    """
+    for optimizer in optimizers:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key in LINEAR:
+                value.mul_(factor)
+            elif key in SQUARED:
+                value.mul_(factor.square())
+
+
 def parameter_names(network: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[list[str]]]:
     """Names of the parameters of every group of every optimizer, which is what their saved state is numbered by."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}

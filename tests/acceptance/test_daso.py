@@ -101,18 +101,30 @@ def test_bytes_and_time_on_a_slow_network():
     from benchmarks import slow_network
 
     names = ["DDP", "DDP, bf16", "local SGD, B=4", "DASO", "DASO, W=2", "DASO, bf16"]
-    jobs = [(name, 200.0) for name in names] + [("DDP", 1000.0), ("DASO", 1000.0)]
+    jobs = [(name, 200.0) for name in names]
     found = dict(zip(jobs, slow_network.measure(jobs), strict=True))
     slow = {name: found[name, 200.0] for name in names}
     sent = {name: 1 - slow[name]["inter_node_bytes"] / slow["DDP"]["inter_node_bytes"] for name in names}
     assert sent["DASO"] == pytest.approx(1 - 0.25 / 1.5, abs=1e-3)
     assert sent["DASO, bf16"] >= 0.916
     step = {name: values["step_s"] for name, values in slow.items()}
-    assert step["DASO"] <= 0.6 * step["DDP"]  # 0.55, and a margin for a machine with other work
-    assert step["DASO"] <= 0.8 * step["DDP, bf16"]
-    assert step["DASO"] <= 1.05 * step["local SGD, B=4"]
-    assert found["DASO", 1000.0]["step_s"] <= 0.85 * found["DDP", 1000.0]["step_s"]
-    assert slow["DASO, W=2"]["blocked_s"] <= 0.35 * slow["DASO, W=2"]["transfer_s"]
+    assert step["DASO"] <= 0.55 * step["DDP"]
+    assert step["DASO"] <= 0.75 * step["DDP, bf16"]
+    assert step["DASO"] <= step["local SGD, B=4"]
+    # 1 Gbit/s and 40 ms, both at half the speed: four processes on two cores need 14 ms for a step beside the sleep.
+    ddp, daso = slow_network.measure([("DDP", 500.0), ("DASO", 500.0)], compute_ms=80.0)
+    assert daso["step_s"] <= 0.80 * ddp["step_s"]
+    assert slow["DASO, W=2"]["blocked_s"] <= 0.20 * slow["DASO, W=2"]["transfer_s"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_machinery_costs_little_where_there_is_nothing_to_gain():
+    """12: one node, no computation to hide behind."""
+    from benchmarks import slow_network
+
+    (row,) = slow_network.overhead_rows(rounds=3)
+    assert row["value"] <= 1.1
 
 
 @pytest.mark.slow

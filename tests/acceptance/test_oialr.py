@@ -143,6 +143,13 @@ def test_forecasts_of_the_last_epoch_are_better(tmp_path):
         }
         assert runs["oialr"]["test/mse_scaled"] <= runs["dense"]["test/mse_scaled"]
         assert runs["oialr"]["test/trainable_fraction"] <= 0.30
+        # The same trainings, tested with the epoch of the lowest validation error.
+        keep = ("callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min")
+        best = {
+            name: run(tmp_path / f"{name}{seed}best", "experiment=oialr/ett", data, f"seed={seed}", *keep, *overrides)
+            for name, overrides in (("dense", BASELINE), ("oialr", ()))
+        }
+        assert best["oialr"]["test/mse_scaled"] <= 1.05 * best["dense"]["test/mse_scaled"]
 
 
 # --- 10: factored layers are faster ---------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ from callbacks.oialr import OIALR, parse_delay
 from callbacks.post_hoc_svd import PostHocSVD
 from callbacks.rng_state import RngState
 from networks.low_rank import LayerChoice, factored_weights, fractions, parameter_names
+from networks.tall_view import to_tall
+from strategies.ddp import DDP
 from tests.callbacks.digits_mlp import DigitsData, DigitsMLP
 from tests.lightning_modules.tiny_series import quiet_trainer
 
@@ -214,19 +216,13 @@ def test_full_rank_training_is_dense_training():
 # ---------------------------------------------------------------------------------------------------- distribution (11)
 
 
-class Counting(DDPStrategy):
-    """DDP that counts the bytes of gradients of every step."""
+class Counting(DDP):
+    """What the ledger books in every step; a group is counted on its first rank."""
 
-    def configure_ddp(self) -> None:
-        super().configure_ddp()
-        self.counted = getattr(self, "counted", [])
-        self.model.register_comm_hook(self.counted, count_bytes)
-
-
-def count_bytes(counted, bucket):  # DDP refuses annotations other than its own
-    counted.append(bucket.buffer().nbytes)
-    work = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
-    return work.then(lambda future: future.value()[0] / torch.distributed.get_world_size())
+    def after_step(self, last: bool) -> None:
+        sent = self.ledger.entries[("all_reduce", "intra_node")].payload_bytes if self.global_rank == 0 else 0.0
+        before = sum(getattr(self, "counted", []))
+        self.counted = [*getattr(self, "counted", []), sent - before]
 
 
 class Equal(DDPStrategy):
@@ -271,10 +267,9 @@ def test_two_processes_are_one_with_the_joint_batch(ranks2):
         assert rank["ranks"] == alone["ranks"]
         for key, value in alone["state"].items():
             torch.testing.assert_close(rank["state"][key].abs(), value.abs(), rtol=0, atol=1e-5)
-        assert rank["counted"][-1] == rank["trainable"]
-        dense = rank["counted"][0]
-        assert dense == 8 * sum(p.numel() for p in mlp().parameters())
-        assert rank["counted"][-1] < dense / 4
+    counted = together[0]["counted"]
+    assert counted[0] == 8 * sum(p.numel() for p in mlp().parameters())
+    assert counted[-1] == together[0]["trainable"] < counted[0] / 4
     for key in together[0]["state"]:
         assert torch.equal(together[0]["state"][key], together[1]["state"][key])
     assert together[0]["moments"] == together[1]["moments"]
@@ -622,6 +617,34 @@ def test_a_sigma_that_is_not_finite_is_named_and_left_alone():
 
 
 # ---------------------------------------------------------------------------------------------------------- competitors
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_post_hoc_svd_carries_moments_into_its_balanced_bases(name):
+    """dL/dSigma = u^T (dL/dW) v with the bases that hold the roots of the singular values."""
+    moments: dict[str, torch.Tensor] = {}
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            weight, optimizer = module.net[0], trainer.optimizers[0]
+            parameter = weight.sigma if hasattr(weight, "sigma") else weight.weight
+            key = "momentum_buffer" if name == "SGD" else "exp_avg"
+            if trainer.global_step == 5:
+                moments["after" if hasattr(weight, "sigma") else "before"] = optimizer.state[parameter][key].clone()
+
+    make = {"SGD": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), "AdamW": lambda p: torch.optim.AdamW(p, 1e-3)}[name]
+    module, _ = fit(
+        Look(),
+        PostHocSVD(at=5, stored_fraction=0.6),
+        Look(),
+        module=mlp(optimizer=make),
+        max_epochs=1,
+        limit_train_batches=5,
+    )
+    layer = module.net[0]
+    matrix, _ = to_tall(moments["before"])
+    expected = layer.u.detach().mT @ matrix @ layer.v.detach()
+    torch.testing.assert_close(moments["after"], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_post_hoc_svd_is_the_best_approximation_at_its_moment():

@@ -289,6 +289,24 @@ def test_cutout_sets_a_square_to_the_mean(tmp_path):
     assert number.min() >= 4 and number.max() <= 16 and (number == 16).any()
 
 
+def test_noise_is_drawn_per_sample_and_epoch(tmp_path):
+    options = {"augment": True, "flip_probability": 0, "padding": 0, "noise": 0.1, "drop_last": False}
+    data = ready("train", **write_npz(tmp_path, channels=3), **options)
+    batch = every(data.train_dataloader())
+    whole = data.normalized(batch)["image"]
+    first, again, other = (data.augmented(batch, epoch)["image"] - whole for epoch in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, other) and first.dtype == torch.float32
+    some = {key: value[3:5] for key, value in batch.items()}
+    torch.testing.assert_close(data.augmented(some, 0)["image"] - whole[3:5], first[3:5])
+    # On values in [0, 1], so a channel's noise is divided by its deviation.
+    unit = {key: value.float() * 0 for key, value in batch.items() if key == "image"} | {"index": batch["index"]}
+    step = data.normalized({"image": unit["image"] + 255})["image"] - data.normalized(unit)["image"]
+    noise = first / step
+    assert abs(noise.mean()) < 0.005 and noise.std() == pytest.approx(0.1, rel=0.05)
+    with pytest.raises(ValueError, match=r"data\.noise=-1"):
+        ready("train", **write_npz(tmp_path, channels=3), noise=-1)
+
+
 def test_shifts_are_for_the_test_images_alone(tmp_path):
     options = write_npz(tmp_path)
     data, plain = (ready(**options, shift=shift, severity=5) for shift in ("gaussian_noise", None))
