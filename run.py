@@ -29,7 +29,7 @@ def main(config: DictConfig) -> Any:
         config.run.group = f"{config.name}-{run_stamp()}"
         config.run.label = f"{config.name}-{HydraConfig.get().job.num}"
     try:
-        check.check(config, mistyped, OmegaConf.to_container(HydraConfig.get().overrides.task))
+        check.check(config, mistyped, OmegaConf.to_container(HydraConfig.get().overrides.task), files=True)
     except check.ConfigMistakes as mistakes:
         if sweep:  # the other jobs go on
             record.mark(Path(config.run.dir), "failed", " ".join(str(mistakes).split()))

@@ -29,7 +29,7 @@ class Communication(pl.Callback):
     ``comm/inter_node_calls``, ``comm/intra_node_calls`` of each epoch; to the loggers also ``comm/blocked_s`` and
     ``comm/transfer_s`` (means over ranks) and what the strategy reports of itself.
 
-    A run in one process, or under a strategy without a ledger (``strategy=auto``), reports nothing unless ``trace``.
+    A run in one process, or under a strategy without a ledger, reports nothing unless ``trace``.
 
     Args:
         trace: Count every collective of training steps instead, those of the module and of other callbacks too, with

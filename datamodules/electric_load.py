@@ -58,6 +58,7 @@ class ElectricLoadDataModule(LoadWeeks):
     """
 
     # Repeated as a literal: the check of a configuration reads it without importing torch.
+    input_files: ClassVar[tuple[str, ...]] = ("file",)  # runner/check.py looks for them
     batch_keys: ClassVar[tuple[str, ...]] = (
         "history",
         "target",

@@ -48,14 +48,19 @@ class Images(LightningDataModule):
     ===================== ================== ====================================================================
     key                   shape              meaning
     ===================== ================== ====================================================================
-    image                 (B, C, S, S)       float32: value in [0, 1], minus mean, over standard deviation
+    image                 (B, C, S, S)       float32: value in [0, 1], minus mean, over standard deviation. In training
+                                             (samples B, C, S, S) where the module has several samples of its weights
+                                             that see views of their own (``view_streams()``)
     label                 (B,) int64         class, 0 to ``num_classes`` - 1
     index                 (B,) int64         number of the image in its part
     ===================== ================== ====================================================================
 
     Loaders hand out uint8 values. Augmentation (training alone), shifts (test and prediction) and normalisation follow
-    on the device, batch by batch. Random numbers depend on (seed, epoch, index) alone, so that runs resume bit for bit
-    and do not depend on the number of processes. Nothing is downloaded.
+    on the device, batch by batch. Random numbers depend on (seed, epoch, stream, index) alone, so that runs resume bit
+    for bit and do not depend on the number of processes. Nothing is downloaded.
+
+    A module with a method ``view_streams() -> list[int]`` tells the stream of random views of each of its samples; all
+    others see stream 0.
 
     Parts: the test part is that of the files; where they have one part alone, ``test_size`` images of it. ``classes``,
     then ``max_train`` and ``max_test`` choose among them; of the training images ``val_fraction`` of every class are
@@ -114,6 +119,7 @@ class Images(LightningDataModule):
     """
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+    input_files: ClassVar[tuple[str, ...]] = ("file",)  # runner/check.py looks for them
 
     def __init__(
         self,
@@ -468,8 +474,16 @@ class Images(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return self.normalized(batch)
+        batch = self._prepared(batch)
+        # Lightning casts what loaders give, and these are bytes.
+        return batch | {"image": batch["image"].to(trainer.lightning_module.dtype)}
+
+    def _prepared(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The input of the running stage."""
+        trainer = self.trainer
         if trainer.training and self.augment:
-            return self.augmented(batch, trainer.current_epoch)
+            streams = getattr(trainer.lightning_module, "view_streams", None)
+            return self.augmented(batch, trainer.current_epoch, [0] if streams is None else streams())
         if trainer.testing or (trainer.predicting and self.predict_part == "test"):
             return self.shifted(batch)
         return self.normalized(batch)
@@ -486,11 +500,23 @@ class Images(LightningDataModule):
             image = shift_images(image, draws, self.shift, self.severity)
         return batch | {"image": self._normalized(image)}
 
-    def augmented(self, batch: dict[str, Tensor], epoch: int) -> dict[str, Tensor]:
-        """Turn stored values into the random views of an epoch, normalised."""
-        image = self._unit(batch)
+    def augmented(self, batch: dict[str, Tensor], epoch: int, streams: Sequence[int] = (0,)) -> dict[str, Tensor]:
+        """Turn stored values into random views of an epoch, normalised.
+
+        Args:
+            batch: As stored.
+            epoch: Number of the epoch.
+            streams: Stream of the views of every sample of the weights. If all are equal there is one view of an image
+                for all of them, else the views lie one sample after the other, (samples x batch, channel, S, S).
+        """
+        unit = self._unit(batch)
+        views = {stream: self._view(unit, batch, epoch, stream) for stream in sorted(set(streams))}
+        images = list(views.values()) if len(views) == 1 else [views[stream] for stream in streams]
+        return batch | {"image": images[0] if len(images) == 1 else torch.cat(images)}
+
+    def _view(self, image: Tensor, batch: dict[str, Tensor], epoch: int, stream: int) -> Tensor:
         pixels = image[0].numel() if self.noise else 0
-        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels, self.seed)
+        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels, self.seed, stream)
         if self.flip_probability or self.rotation_degrees or self.padding:
             image = random_views(
                 image,
@@ -503,13 +529,11 @@ class Images(LightningDataModule):
         if self.noise:
             image = gaussian_noise(image, draws[:, NUM_DRAWS + 2 :], self.noise)
         image = self._normalized(image)
-        if self.cutout:
-            image = cut_out(image, draws[:, NUM_DRAWS : NUM_DRAWS + 2], self.cutout)
-        return batch | {"image": image}
+        return cut_out(image, draws[:, NUM_DRAWS : NUM_DRAWS + 2], self.cutout) if self.cutout else image
 
     @staticmethod
-    def _draws(epoch: int, batch: dict[str, Tensor], number: int, seed: int) -> Tensor:
-        return torch.from_numpy(uniform_per_sample(seed, epoch, batch["index"].cpu().numpy(), number))
+    def _draws(epoch: int, batch: dict[str, Tensor], number: int, seed: int, stream: int = 0) -> Tensor:
+        return torch.from_numpy(uniform_per_sample(seed, epoch, batch["index"].cpu().numpy(), number, stream))
 
     def _unit(self, batch: dict[str, Tensor]) -> Tensor:
         """Values in [0, 1]; the gathered pixels have their channels last in memory, a batch has them first."""

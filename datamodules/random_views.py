@@ -11,8 +11,10 @@ NUM_DRAWS = 4
 """Random numbers of one view: flip, angle, row and column of the crop."""
 
 
-def uniform_per_sample(seed: int, epoch: int, index: np.ndarray, num: int = NUM_DRAWS) -> np.ndarray:
-    """Uniform numbers in [0, 1) that depend on (seed, epoch, index) alone.
+def uniform_per_sample(
+    seed: int, epoch: int, index: np.ndarray, num: int = NUM_DRAWS, stream: int = 0
+) -> np.ndarray:
+    """Uniform numbers in [0, 1) that depend on (seed, epoch, stream, index) alone.
 
     They are the same whichever batch, process or device a sample falls to, and after a restart; no random state is
     drawn from or kept (SplitMix64 of a counter, Steele, Lea and Flood, OOPSLA 2014).
@@ -22,11 +24,12 @@ def uniform_per_sample(seed: int, epoch: int, index: np.ndarray, num: int = NUM_
         epoch: Every epoch has its own numbers.
         index: ``(batch,)`` integers, the samples.
         num: Numbers per sample.
+        stream: Independent views of a sample within an epoch have different ones.
 
     Returns:
         ``(batch, num)`` float64.
     """
-    key = np.random.SeedSequence((seed, epoch)).generate_state(1, np.uint64)
+    key = np.random.SeedSequence((seed, epoch, stream)).generate_state(1, np.uint64)
     counter = np.asarray(index, dtype=np.uint64)[:, None] * np.uint64(num) + np.arange(num, dtype=np.uint64)
     z = key + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -96,6 +96,7 @@ class SeriesDataModule(WindowedSeries):
         FileNotFoundError: Names the expected path and where the file can be obtained.
     """
 
+    input_files: ClassVar[tuple[str, ...]] = ("file",)  # runner/check.py looks for them
     batch_keys: ClassVar[tuple[str, ...]] = (
         "history",
         "target",

@@ -233,9 +233,10 @@ class XrayImages(LightningDataModule):
     @override
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         trainer = self.trainer
-        if trainer is not None and trainer.training and self.augment:
-            return self.augmented(batch, trainer.current_epoch)
-        return self.normalized(batch)
+        training = trainer is not None and trainer.training and self.augment
+        batch = self.augmented(batch, trainer.current_epoch) if training else self.normalized(batch)
+        # Lightning casts what loaders give, and these are bytes.
+        return batch if trainer is None else batch | {"image": batch["image"].to(trainer.lightning_module.dtype)}
 
     def normalized(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn stored grey values into the input of a network."""
@@ -382,6 +383,12 @@ class XrayDataModule(XrayImages):
 
     # Repeated as a literal: the check of a configuration reads it without importing torch.
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+    input_files: ClassVar[tuple[str, ...]] = (
+        "train_file",
+        "val_file",
+        "test_file",
+        "image_folder",
+    )  # runner/check.py looks for them
 
     def __init__(
         self,

@@ -29,6 +29,11 @@ class LabelledImages(Supervised):
 
     score_names: ClassVar[tuple[str, ...]]
 
+    def logits(self, image: Tensor) -> Tensor:
+        """What the network gives for images, in float32 where the network computes in less."""
+        logits = self(image)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
     def _loss(self, logits: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(logits, label)
 
@@ -43,7 +48,7 @@ class LabelledImages(Supervised):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         label = batch["label"]
-        logits = self(batch["image"]).float()
+        logits = self.logits(batch["image"])
         loss = self._loss(logits, label)
         self._add_to_epoch("loss", loss.detach().double() * len(label), len(label))
         self._add_to_epoch("accuracy", (logits.detach().argmax(1) == label).sum(), len(label))
@@ -56,7 +61,7 @@ class LabelledImages(Supervised):
 
     def _evaluation_step(self, batch: Batch, stage: Stage) -> dict[str, Tensor]:
         label = batch["label"]
-        logits = self(batch["image"]).float()
+        logits = self.logits(batch["image"])
         loss = self._loss(logits, label)
         getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
         self.update_scores(stage, logits, label)
@@ -72,7 +77,7 @@ class LabelledImages(Supervised):
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._outputs(batch, self(batch["image"]).float())
+        return self._outputs(batch, self.logits(batch["image"]))
 
     def _reset(self, stage: Stage) -> None:
         for name in ("loss", *self.score_names):

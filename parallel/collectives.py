@@ -25,21 +25,28 @@ class Transfer:
         work: Of torch.distributed; None: nothing to wait for.
         ready_at: Moment (``time.perf_counter``) before which an emulated network does not deliver.
         ledger: Where blocked time is added.
-        keep: Objects that must live until the end (buffers).
+        keep: Tensors that must live until the end (buffers); the first one tells the device.
     """
 
-    def __init__(self, work: Any, ready_at: float, ledger: Ledger, keep: tuple[Any, ...] = ()) -> None:
+    def __init__(self, work: Any, ready_at: float, ledger: Ledger, keep: tuple[Tensor, ...] = ()) -> None:
         self._work, self._ready_at, self._ledger, self._keep = work, ready_at, ledger, keep
+        self._on_stream = work is not None and bool(keep) and keep[0].is_cuda
         self._begin = time.perf_counter()
+        self._issued = _event() if self._on_stream and not ready_at else None
         self.done = False
 
     def wait(self) -> float:
         """Wait for the end and return the seconds in which this process stood still; again: 0.
 
-        On CUDA this orders streams and returns before the device is done, as ``Work.wait`` does.
+        On CUDA this orders streams and returns before the device is done, as ``Work.wait`` does; how long the stream
+        stood still goes to the ledger later. On an emulated network the process waits there too.
         """
         if self.done:
             return 0.0
+        if self._issued is not None:
+            return self._order_streams()
+        if self._on_stream:  # the process may be ahead of the device, which has not come to this point
+            torch.cuda.current_stream().synchronize()
         before = time.perf_counter()
         if self._work is not None:
             self._work.wait()
@@ -49,6 +56,26 @@ class Transfer:
         self._ledger.blocked_s += now - before
         self._ledger.transfer_s += max(self._ready_at, before) - self._begin if self._ready_at else now - self._begin
         return now - before
+
+    def _order_streams(self) -> float:
+        issued, before = self._issued, _event()
+        self._work.wait()
+        after = _event()
+
+        def times() -> tuple[float, float]:
+            after.synchronize()
+            return 1e-3 * before.elapsed_time(after), 1e-3 * issued.elapsed_time(after)
+
+        self._ledger.pending.append(times)
+        self.done, self._keep = True, ()
+        return 0.0
+
+
+def _event() -> Any:
+    """A moment of the current stream."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 @dataclass
@@ -66,7 +93,12 @@ class Interconnect:
     ledger: Ledger
 
     def book(self, operation: str, group: Group, payload: int, sharing: int = 1) -> float:
-        """Count a collective that somebody else issues; returns when the emulated network delivers (0: at once)."""
+        """Count a collective that somebody else issues; returns when the emulated network delivers (0: at once).
+
+        A transfer on an emulated network begins when the device has computed what is sent, not when it is queued.
+        """
+        if self.network.active and torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
         self.ledger.record(operation, group.ranks, payload)
         return self.network.book(operation, group.ranks, payload, self.local_size, sharing)
 

@@ -45,7 +45,7 @@ class GradientHook:
         gradients.div_(self.group.size)
         sent = gradients if self.wire_dtype is None else gradients.to(self.wire_dtype)
         future = dist.all_reduce(sent, group=self.group.handle, async_op=True).get_future()
-        late = self._book(future, num_bytes(sent))
+        late = self._book(future, num_bytes(sent), sent.device)
 
         def finish(done: torch.futures.Future[Any]) -> Tensor:
             value = done.value()
@@ -54,9 +54,9 @@ class GradientHook:
 
         return late.then(finish)
 
-    def _book(self, future: Any, payload: int) -> Any:
+    def _book(self, future: Any, payload: int, device: torch.device) -> Any:
         ready_at = self.interconnect.book("all_reduce", self.group, payload)
-        return self.delay.until(future, ready_at) if ready_at else future
+        return self.delay.until(future, ready_at, device) if ready_at else future
 
 
 class PowerSGDHook(GradientHook):
@@ -87,4 +87,4 @@ class PowerSGDHook(GradientHook):
         future = powerSGD_hook.powerSGD_hook(self.state, bucket)
         # torch counts numbers once the first compressed step has begun.
         sent = self.state.total_numel_after_compression - before or whole.numel()
-        return self._book(future, sent * whole.element_size())
+        return self._book(future, sent * whole.element_size(), whole.device)

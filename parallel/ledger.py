@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,8 @@ class Ledger:
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     blocked_s: float = 0.0
     transfer_s: float = 0.0
+    # Of transfers whose times only the device knows; each gives (blocked, transfer) in seconds once it has ended.
+    pending: list[Callable[[], tuple[float, float]]] = field(default_factory=list)
     restored: bool = False  # continues the ledger of a checkpoint
     mark: dict[str, float] = field(default_factory=dict)  # `sums` and ``epoch`` when the running epoch began
 
@@ -66,6 +68,14 @@ class Ledger:
             entry.payload_bytes += payload * mine
             entry.wire_bytes += per_edge * edges
 
+    def settle(self) -> None:
+        """Add the times of pending transfers; waits for the device where those have not ended."""
+        pending, self.pending = self.pending, []
+        for times in pending:
+            blocked, transfer = times()
+            self.blocked_s += blocked
+            self.transfer_s += transfer
+
     def totals(self) -> dict[str, float]:
         """``<link>_bytes``, ``<link>_calls``, ``<link>_payload_bytes`` of all operations of this process's groups."""
         found = {f"{link}_{what}": 0.0 for link in LINKS for what in ("bytes", "calls", "payload_bytes")}
@@ -77,10 +87,12 @@ class Ledger:
 
     def sums(self) -> dict[str, float]:
         """`totals`, ``blocked_s`` and ``transfer_s``."""
+        self.settle()
         return self.totals() | {"blocked_s": self.blocked_s, "transfer_s": self.transfer_s}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
+        self.settle()
         entries = {
             f"{operation}/{link}": [entry.calls, entry.payload_bytes, entry.wire_bytes]
             for (operation, link), entry in self.entries.items()

@@ -94,12 +94,12 @@ class Delay:
         self._jobs: queue.SimpleQueue[tuple[Any, Any, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def until(self, future: Any, moment: float) -> Any:
-        """A future with the value of ``future``, not completed before ``moment``."""
+    def until(self, future: Any, moment: float, device: torch.device) -> Any:
+        """A future with the value of ``future``, tensors on ``device``, that is not completed before ``moment``."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="network-model", daemon=True)
             self._thread.start()
-        late = torch.futures.Future()
+        late = torch.futures.Future(devices=[device] if device.type == "cuda" else None)
         self._jobs.put((future, late, moment))
         return late
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from parallel.sample_layout import check_num_samples, check_sample_parallel_size
 from runner.annotations import mismatch
 from runner.launch import num_processes
 from runner.signatures import TargetError, hint, signature
@@ -33,22 +35,26 @@ class ConfigMistakes(Exception):
         self.found = found
 
 
-def check(config: DictConfig, more: list[str] | None = None, typed: list[str] | None = None) -> None:
+def check(
+    config: DictConfig, more: list[str] | None = None, typed: list[str] | None = None, files: bool = False
+) -> None:
     """Raise `ConfigMistakes` with everything that is wrong, or return.
 
     Args:
         config: The composed configuration.
         more: Mistakes that were found on the command line.
         typed: The overrides of the command line.
+        files: Look for the data files too.
 
     Looked at: targets that do not exist, arguments they do not take or that are missing, mandatory values ``???``,
     broken interpolations, batch keys that the module needs and the data lack, devices that this machine lacks,
-    a batch that does not divide by the devices, missing optional packages.
+    a batch that does not divide by the devices, samples of the weights that do not, missing optional packages.
     """
     found = [*(more or []), *_walk(config), *_strangers(config, typed or [])]
     found += _unknown_arguments(config.get("trainer") or {}, "trainer", TRAINER, given=TRAINER_OWN)
     if not found:  # the following read values, which must resolve
         found += [*_groups(config), *_batch_keys(config), *_devices(config)]
+        found += _missing_files(config.data) if files else []
     if found:
         raise ConfigMistakes(found)
 
@@ -144,6 +150,29 @@ def _groups(config: DictConfig) -> Iterator[str]:
             )
 
 
+def _missing_files(data: DictConfig) -> Iterator[str]:
+    """Files below ``data.data_dir`` that a DataModule names in the arguments that its ``input_files`` lists."""
+    folder = data.get("data_dir")
+    if folder is None or "_target_" not in data:
+        return
+    try:
+        arguments = signature(data._target_).literals.get("input_files", ())
+    except TargetError:
+        return
+    for key in arguments:
+        given = data.get(key)
+        for file in [given] if isinstance(given, str) else given or []:
+            path = Path(str(folder)).expanduser() / file
+            # Readers of the original image files take a compressed one for a plain one and the other way round.
+            other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
+            if not path.exists() and not other.exists():
+                source = f" It can be obtained from: {data.source}" if data.get("source") else ""
+                yield (
+                    f"data.{key}={file}: no such file in data.data_dir={folder}; "
+                    f"set data_dir to the folder that holds it.{source}"
+                )
+
+
 def _batch_keys(config: DictConfig) -> Iterator[str]:
     try:
         needs = signature(config.model._target_).literals.get("batch_keys")
@@ -183,23 +212,58 @@ def _devices(config: DictConfig) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    yield from _cluster(config, processes)
-    batch = config.data.get("batch_size")
-    if _data_parallel(config.strategy) and isinstance(batch, int) and batch % processes:
+    if mistakes := list(_cluster(config, processes)):
+        yield from mistakes
+        return
+    size = _same_items(config, processes)
+    try:
+        check_sample_parallel_size(size, processes)
+    except ValueError as error:
+        yield str(error)
+        return
+    if size > 1:
+        yield from _samples(config, size)
+    batch, shares = config.data.get("batch_size"), processes // size
+    if _strategy_says(config, "data_parallel", True) and isinstance(batch, int) and batch % shares:
+        over = f"trainer.devices x trainer.num_nodes = {processes} processes"
+        if size > 1:
+            over = f"{shares} shares of the data ({over}, {size} to a share)"
         yield (
-            f"data.batch_size={batch}: cannot be split over trainer.devices x trainer.num_nodes = {processes} "
-            f"processes (it counts the samples of one step over all of them): use a multiple of {processes}"
+            f"data.batch_size={batch}: cannot be split over {over} (it counts the samples of one step over all of "
+            f"them): use a multiple of {shares}"
         )
 
 
-def _data_parallel(strategy: DictConfig) -> bool:
-    """Whether all ranks share the samples of a step; strategies that do otherwise say ``data_parallel = False``."""
-    if "_target_" not in strategy:
-        return True
+def _strategy_says(config: DictConfig, name: str, otherwise: Any) -> Any:
+    """A class-level constant of the strategy.
+
+    ``data_parallel = False``: the ranks do not share the items of a step. ``same_items_size``: the name of the argument
+    that counts ranks which get the same items and share something else.
+    """
     try:
-        return bool(signature(strategy._target_).literals.get("data_parallel", True))
-    except TargetError:
-        return True
+        return signature(config.strategy._target_).literals.get(name, otherwise)
+    except (TargetError, OmegaConfBaseException, AttributeError):
+        return otherwise
+
+
+def _same_items(config: DictConfig, processes: int) -> int:
+    """Ranks that get the same items; ``auto``: those of a node."""
+    argument = _strategy_says(config, "same_items_size", None)
+    size = 1 if argument is None else config.strategy.get(argument, "auto")
+    if size != "auto":
+        return size
+    return config.strategy.get("local_size") or processes // int(config.trainer.get("num_nodes") or 1)
+
+
+def _samples(config: DictConfig, size: int) -> Iterator[str]:
+    """Samples of the weights that ``size`` ranks share."""
+    for key in ("num_samples", "num_eval_samples"):
+        number = config.model.get(key)
+        if isinstance(number, int):
+            try:
+                check_num_samples(number, size, f"model.{key}", key == "num_samples" and config.model.get("antithetic"))
+            except ValueError as error:
+                yield str(error)
 
 
 def _cluster(config: DictConfig, processes: int) -> Iterator[str]:
@@ -212,8 +276,8 @@ def _cluster(config: DictConfig, processes: int) -> Iterator[str]:
             f"use one of {', '.join(str(n) for n in range(1, processes + 1) if processes % n == 0)}"
         )
     emulated = [key for key in ("rate_mbit", "latency_ms", "compute_ms") if cluster.get(key)]
-    if emulated and "_target_" not in config.strategy:
+    if emulated and processes == 1 and "_target_" not in config.strategy:
         yield (
-            f"cluster.{emulated[0]}={cluster[emulated[0]]}: Lightning's own strategies know nothing of an emulated "
-            "network; choose strategy=ddp, daso, ..."
+            f"cluster.{emulated[0]}={cluster[emulated[0]]}: one process has no network to emulate; "
+            "choose trainer=cluster_2x2 or trainer=multi_cpu trainer.devices=4"
         )

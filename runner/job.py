@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import guard, logs
-from runner.launch import ranks_exist
+from runner.launch import num_processes, ranks_exist
 from runner.resume import find_checkpoint
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             keeps = any(isinstance(callback, pl.callbacks.Checkpoint) for callback in callbacks)
             trainer = pl.Trainer(
                 **config["trainer"] | {"enable_checkpointing": keeps and config["trainer"]["enable_checkpointing"]},
-                strategy=instantiate("strategy", config["strategy"]) if config["strategy"] else "auto",
+                strategy=_strategy(config),
                 callbacks=[record, PlateauStep(), *callbacks],
                 logger=loggers or False,
             )
@@ -142,6 +142,21 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             raise
         finally:
             _finish(loggers, record.record["status"])
+
+
+def _strategy(config: dict[str, Any]) -> Any:
+    """What ``strategy=auto`` stands for: nothing for one process, counted data parallelism for several.
+
+    Lightning would choose its DDP, which sends running statistics around in every step of an evaluation and waits for
+    ever where ranks have unequal shares.
+    """
+    if config["strategy"]:
+        return instantiate("strategy", config["strategy"])
+    if num_processes(config) == 1:
+        return "auto"
+    from strategies.ddp import DDP
+
+    return DDP(**config["cluster"])
 
 
 def _call(callbacks: list[Any], name: str, *args: Any) -> None:

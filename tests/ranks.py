@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import pickle
 import queue
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,11 +20,18 @@ class RankError(AssertionError):
     """A rank raised, or was silent past the timeout; the message holds the traceback of that rank."""
 
 
+def _end_with_parent() -> None:
+    """A test run that is killed leaves no ranks behind."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
 def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # Lightning sees ranks that somebody else launched, and an initialised group: it starts no process of its own.
     env = {
         "LOCAL_RANK": str(rank),

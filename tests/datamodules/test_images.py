@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -33,6 +34,7 @@ class Stage:
     def __init__(self, stage: str, current_epoch: int = 0, layout: dict | None = None) -> None:
         self.training, self.testing, self.predicting = (stage == name for name in ("train", "test", "predict"))
         self.current_epoch, self.distributed_sampler_kwargs = current_epoch, layout
+        self.lightning_module = SimpleNamespace(dtype=torch.float32)
 
 
 def ready(stage: str | None = None, **options) -> Images:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,6 +21,7 @@ class Stage:
     def __init__(self, training: bool, current_epoch: int = 0) -> None:
         self.training, self.current_epoch = training, current_epoch
         self.distributed_sampler_kwargs = None
+        self.lightning_module = SimpleNamespace(dtype=torch.float32)
 
 
 @pytest.fixture

@@ -1,12 +1,13 @@
 """Collectives between real processes: values, counts, emulated time; and the trace that sees everybody's."""
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Interconnect
+from parallel.collectives import Interconnect, Transfer
 from parallel.flat import FlatTensors
 from parallel.groups import destroy, make_cluster_groups
 from parallel.ledger import Ledger
@@ -87,6 +88,49 @@ def test_an_emulated_link_delays_the_end_and_not_the_begin(ranks4):
         assert issued < 0.1
         assert counted == pytest.approx(blocked)
         assert blocked <= taken
+
+
+class FakeStream:
+    """Stands for a CUDA stream and its events: the work that is queued takes time, queueing it takes none."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def event(self, enable_timing):
+        assert enable_timing
+        return FakeEvent(self)
+
+    def run(self, milliseconds):
+        self.now += milliseconds
+
+
+class FakeEvent:
+    def __init__(self, stream):
+        self.stream, self.waited_for = stream, False
+
+    def record(self):
+        self.moment = self.stream.now
+
+    def synchronize(self):
+        self.waited_for = True
+
+    def elapsed_time(self, end):
+        assert end.waited_for, "read before the device had come so far"
+        return end.moment - self.moment
+
+
+def test_on_a_device_the_stream_says_how_long_it_stood_still(monkeypatch):
+    stream, ledger = FakeStream(), Ledger(0, 1)
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    on_device = SimpleNamespace(is_cuda=True)
+    work = SimpleNamespace(wait=lambda: stream.run(30.0))  # the stream waits, the process does not
+    transfer = Transfer(work, 0.0, ledger, (on_device,))
+    stream.run(50.0)  # computes while it travels
+    assert transfer.wait() == 0.0 and transfer.done and transfer.wait() == 0.0
+    assert (ledger.blocked_s, ledger.transfer_s) == (0.0, 0.0)
+    assert ledger.sums()["blocked_s"] == pytest.approx(0.030)
+    assert ledger.state_dict()["transfer_s"] == pytest.approx(0.080)
+    assert not ledger.pending
 
 
 def trace():

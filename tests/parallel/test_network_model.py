@@ -48,8 +48,8 @@ def test_delayed_futures_keep_value_and_error():
     delay = Delay()
     first, second = torch.futures.Future(), torch.futures.Future()
     begin = time.perf_counter()
-    late = delay.until(first, begin + 0.1)
-    broken = delay.until(second, 0.0)
+    late = delay.until(first, begin + 0.1, torch.device("cpu"))
+    broken = delay.until(second, 0.0, torch.device("cpu"))
     first.set_result(torch.ones(2))
     assert torch.equal(late.wait(), torch.ones(2))
     assert time.perf_counter() - begin >= 0.1

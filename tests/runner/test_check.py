@@ -82,6 +82,36 @@ def test_batch_keys_that_the_data_lack(tmp_path, monkeypatch):
     check(composed("experiment=tiny", "data._target_=picture_data.Everything", user=True))
 
 
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (("experiment=recycle/etth1",), ["ETTh1.csv"]),
+        (("experiment=classification/mnist",), ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"]),
+        (("experiment=energy_measurement/xray_paper",), ["train.csv"]),
+    ],
+)
+def test_files_that_are_not_there(tmp_path, options, missing):
+    config = composed(*options, f"data_dir={tmp_path}")
+    check(config)  # where nothing is read, nothing is looked for
+    with pytest.raises(ConfigMistakes) as error:
+        check(config, files=True)
+    for name in missing:
+        (line,) = [line for line in error.value.found if name in line]
+        assert str(tmp_path) in line and "set data_dir" in line
+
+
+def test_files_that_are_there_and_data_that_need_none(tmp_path):
+    (tmp_path / "ETTh1.csv").touch()
+    check(composed("experiment=recycle/etth1", f"data_dir={tmp_path}"), files=True)
+    check(composed("experiment=recycle", "data_dir=/no/such/folder"), files=True)
+    check(composed("experiment=classification", "data_dir=/no/such/folder"), files=True)
+    (tmp_path / "mnist").mkdir()
+    for name in ("train-images", "train-labels", "t10k-images", "t10k-labels"):  # one of them compressed
+        kind = "idx3" if "images" in name else "idx1"
+        (tmp_path / "mnist" / f"{name}-{kind}-ubyte{'.gz' if name == 'train-labels' else ''}").touch()
+    check(composed("experiment=classification/mnist", f"data_dir={tmp_path}"), files=True)
+
+
 def test_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     (line,) = found("trainer=gpu")

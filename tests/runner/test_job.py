@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from runner import job
+from strategies.daso import DASO
+from strategies.ddp import DDP
 from tests.composing import composed, plain, tiny
 
 
@@ -13,6 +16,22 @@ def test_without_callbacks_there_is_a_record_and_no_checkpoint(tmp_path):
     assert result["status"] == "completed"
     assert (tmp_path / "results.json").is_file()
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_auto_is_counted_data_parallelism_where_there_are_several_processes(tmp_path):
+    config = tiny(tmp_path, "trainer=multi_cpu", "cluster.local_size=1", "cluster.rate_mbit=100")
+    strategy = job._strategy(config)
+    assert type(strategy) is DDP and strategy.local_size == 1 and strategy.network.rate_mbit == 100
+    assert job._strategy(tiny(tmp_path)) == "auto"
+    assert type(job._strategy(tiny(tmp_path, "trainer=multi_cpu", "strategy=daso"))) is DASO
+
+
+@pytest.mark.parametrize("experiment", ["classification", "energy_measurement/xray"])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
+def test_images_come_in_the_precision_of_the_network(tmp_path, experiment, precision):
+    options = ("debug=fast", f"trainer.precision={precision}")
+    result = job.run(plain(composed(f"experiment={experiment}", *options, run_dir=tmp_path)))
+    assert result["status"] == "completed", result
 
 
 def test_a_module_without_parameters_is_only_evaluated(tmp_path):
