@@ -3,7 +3,8 @@
 - *Per reading*: CPU time of one reading of all meters of this machine, against one measurement of codecarbon.
 - *Per run*: the same training (1,000 steps of 3 ms in a Lightning Trainer) without anything, with the callback at one
   reading per second, and with the tracker of each peer around it as its documentation says. The network is as wide as
-  makes its step take 3 ms here; a row tells how long it took, and fails if that is off by a tenth. Rounds are
+  makes its step take 3 ms here; a row tells how long it took in the end, and fails if it took a tenth longer (shorter
+  steps, on a machine that has become faster meanwhile, make the callback's share larger). Rounds are
   interleaved; a variant's tracker is started before the clock and stopped behind it, so what counts is what it does
   meanwhile.
 - *Speed in turns within one run*: blocks of 50 steps with the callback and without it take turns, so that a machine
@@ -351,7 +352,7 @@ def run(repeats: int = 2 * REPEATS, steps: int = STEPS, pairs: int = PAIRS) -> R
     rows.append(
         {"what": "CPU time of a training step", "variant": NOTHING, "unit": "ms",
          "value": 1000 * statistics.median(lap.cpu for lap in laps[NOTHING]) / steps,
-         "at_least": STEP_MS * (1 - STEP_TOLERANCE), "at_most": STEP_MS * (1 + STEP_TOLERANCE)}
+         "at_most": STEP_MS * (1 + STEP_TOLERANCE)}
     )  # fmt: skip
     for name in available:
         if name != NOTHING:
