@@ -30,7 +30,7 @@ def test_two_devices_give_the_test_metrics_of_one(ranks2, tmp_path):
     short = "trainer.max_epochs=3"
     one = _trained(str(tmp_path / "one"), short)
     two, _ = ranks2(_trained, str(tmp_path / "two"), short, "trainer=multi_cpu")
-    assert one.keys() == two.keys() and "test/mae" in one
+    assert one.keys() == {name for name in two if not name.startswith("comm/")} and "test/mae" in one
     for name in one:
         assert two[name] == pytest.approx(one[name], rel=1e-9), name
 

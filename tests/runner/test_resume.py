@@ -194,7 +194,7 @@ def test_two_ranks_give_the_metrics_of_one(ranks2, tmp_path):
     uninterrupted(tmp_path / "one", *exact)
     ranks2(_on_ranks, uninterrupted, str(tmp_path / "two"), *exact)
     one, two = (results(tmp_path / name)["metrics"] for name in ("one", "two"))
-    assert one.keys() == two.keys() and "test/loss" in one
+    assert one.keys() == {name for name in two if not name.startswith("comm/")} and "test/loss" in one
     for name in one:
         assert one[name] == pytest.approx(two[name], rel=1e-6), name
 
