@@ -195,7 +195,8 @@ def test_two_devices_give_the_metrics_of_one(ranks2, tmp_path):
     """To single precision, which sixty steps amplify; tests/callbacks/test_oialr.py has the double one."""
     one = short(str(tmp_path / "one"))
     two, _ = ranks2(short, str(tmp_path / "two"), "trainer=multi_cpu")
-    assert one.keys() == two.keys() and one["oialr/rank/net.layers.2"] < 256
+    assert one.keys() == {name for name in two if not name.startswith("comm/")}
+    assert one["oialr/rank/net.layers.2"] < 256
     for name in one:
         if "rank" in name or "fraction" in name:
             assert two[name] == one[name], name
