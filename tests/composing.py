@@ -35,7 +35,9 @@ def options() -> list[tuple[str, str]]:
 
 
 def _options(folder: Path) -> list[str]:
-    return sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    """Without what lies in ``base/``: parts that options have in common and nobody chooses."""
+    names = (str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("base/"))
 
 
 def composed(*overrides: str, run_dir: Path | str = "/nowhere", user: bool = False) -> DictConfig:

@@ -1,0 +1,595 @@
+"""Iterative magnitude pruning with rewinding: all levels of a lottery-ticket search inside one fit."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import re
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from callbacks.energy.callback import EnergyCallback
+from callbacks.low_rank import draw, log_exact
+from callbacks.run_record import RunRecord
+from networks.lottery.cost import multiplications, transplant_cost
+from networks.lottery.pruning import prune, sign_agreement
+from networks.lottery.scores import NEEDS_SIGMA, Posterior, known, rank_correlation, score
+from networks.lottery.tickets import Ticket, find_tickets, load_ticket, save_ticket, ticket_path
+from networks.masks import (
+    MASK,
+    MaskedWeight,
+    PruneChoice,
+    alive,
+    checksum,
+    density,
+    empty_layers,
+    install_masks,
+    jaccard,
+    layer_densities,
+    masked_weights,
+    masks_of,
+)
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["min", "max"]
+# Two runs with other values of these are not the same search.
+_IDENTITY = ("rate", "score", "rewind", "epochs_per_level")
+
+
+class IterativePruning(pl.Callback):
+    """Train, remove the weights with the lowest scores, rewind, train again, in one `fit`.
+
+    Level n trains with the masks that n prunings have left. At the end of a level a ticket is written
+    (``<dirpath>/level_NN.pt``). At the beginning of the next one the lowest ``rate`` of the weights alive go, over all
+    layers together; every parameter and buffer (unpruned layers and statistics of normalisations included) goes back to
+    where ``rewind`` says; optimizers and schedulers get back the state that they had there; `EarlyStopping` and the
+    best values of `ModelCheckpoint` begin anew. `EarlyStopping` ends a level, not the run.
+
+    ``trainer.max_epochs: -1`` stands for what all levels need. A stopped run goes on in its level exactly: checkpoints
+    hold masks, rewind point and level. Masks are computed on every rank from equal weights and compared over ranks.
+
+    Logged after every validation: ``lottery/`` ``level``, ``remaining``, ``cumulative_epochs`` and
+    ``density/<layer>``. To the loggers at the end of every level: ``lottery/`` ``rank_correlation/<score>`` (Spearman,
+    over weights alive, between the score in use and the others), ``overlap/<score>`` (Jaccard index of the masks that
+    both would leave), ``overlap/compared`` (with the ticket of the same level in ``compare``), ``sign_agreement`` (with
+    the initial weights), ``sigma/<layer>`` and ``snr/<layer>`` (means over weights alive), ``best``, ``seconds``,
+    ``multiplications``, ``energy_j``, ``cost_s`` (seconds of all levels up to this one, those that found a ticket
+    included), ``cost_saved`` (part of the search in ``compare`` that a transplanted ticket saves).
+
+    Args:
+        levels: Prunings; levels 0 to ``levels`` are trained. Of a run that begins with a ticket: further prunings.
+        epochs_per_level: E. With ``rewind=epoch_k`` levels after the first have E - k.
+        rate: Part of the weights alive that a pruning removes, between 0 and 1.
+        score: One of `networks.lottery.scores.SCORES`; ``auto``: ``snr`` for Bayesian networks, else ``magnitude``.
+        rewind: ``init``: back to the weights at the start of the fit. ``epoch_k`` (``epoch_2``): to those after k
+            epochs of level 0. ``lr_only``: weights stay, only optimizer and schedule begin anew (learning-rate
+            rewinding).
+        stop_at: Part of the weights: no level begins with less than this; null: all levels.
+        compared_scores: Scores that are logged beside the one in use; those that the network lacks something for are
+            left out.
+        c: Weight of sigma in the score ``mu_plus_sigma``.
+        seed: Of the score ``random``.
+        prunable: Which weights, where the module has not given masks to some already; null: all linear and
+            convolutional layers but the last.
+        dirpath: Folder of the tickets.
+        monitor: Metric by which the best epoch of a level is kept in the ticket; null: none is kept.
+        mode: Whether ``min`` or ``max`` of it is best.
+        compare: A run with tickets (or its folder) whose masks are compared with those of this one; null: none.
+        figures: Functions of `callbacks.figures.lottery` that draw the levels at the end of the fit.
+        figures_dir: Their folder; null: no figures.
+
+    Raises:
+        ValueError: Names the argument, also for a checkpoint of a search with other settings.
+    """
+
+    def __init__(
+        self,
+        levels: int = 15,
+        epochs_per_level: int = 15,
+        rate: float = 0.2,
+        score: str = "auto",
+        rewind: str = "init",
+        stop_at: float | None = None,
+        compared_scores: Sequence[str] = ("snr", "mu", "mu_scaled", "square"),
+        c: float = 1.0,
+        seed: int = 0,
+        prunable: PruneChoice | None = None,
+        dirpath: str = "tickets",
+        monitor: str | None = "val/accuracy",
+        mode: Mode = "max",
+        compare: str | None = None,
+        figures: Sequence[str] = ("metrics_against_remaining", "layer_densities"),
+        figures_dir: str | None = None,
+    ) -> None:
+        key = "callbacks.iterative_pruning"
+        if levels < 0:
+            raise ValueError(f"{key}.levels={levels}: must not be negative; 0 trains once, without pruning")
+        if epochs_per_level < 1:
+            raise ValueError(f"{key}.epochs_per_level={epochs_per_level}: must be at least 1")
+        if not 0 < rate < 1:
+            raise ValueError(f"{key}.rate={rate}: must lie between 0 and 1, the part of the weights that a level loses")
+        for name in (score, *compared_scores):
+            known("magnitude" if name == "auto" else name, f"{key}.score")
+        if stop_at is not None and not 0 < stop_at <= 1:
+            raise ValueError(f"{key}.stop_at={stop_at}: must lie in (0, 1], a part of the weights, or be null")
+        if mode not in ("min", "max"):
+            raise ValueError(f"{key}.mode={mode!r} is unknown; choose min or max")
+        self.rewind_epoch = _rewind_epoch(rewind, epochs_per_level, key)
+        self.levels, self.epochs_per_level, self.rate, self.score = levels, epochs_per_level, rate, score
+        self.rewind, self.stop_at, self.compared_scores = rewind, stop_at, tuple(compared_scores)
+        self.c, self.seed, self.prunable = c, seed, prunable
+        self.dirpath, self.monitor, self.mode = Path(dirpath), monitor, mode
+        self.compare, self.figures, self.figures_dir = compare, tuple(figures), figures_dir
+        self.level, self.level_start = 0, 0  # prunings of this run; epoch in which the level began
+        self.base = 0  # prunings of the ticket that the module began with
+        self.history: list[dict[str, Any]] = []  # a row per finished level
+        self._ended = False  # the level is over, the next one has not begun
+        self._over = False  # all levels are
+        self._point: dict[str, Any] | None = None  # what a level rewinds to
+        self._initial: dict[str, Tensor] = {}  # weights of the running level at its start
+        self._first: dict[str, Tensor] = {}  # theta_0
+        self._best: dict[str, Any] = {"value": None, "state": None, "metrics": {}}
+        self._seconds, self._since = 0.0, time.perf_counter()
+        self._compared: dict[int, Path] = {}
+
+    # ------------------------------------------------------------------------------------------------------ beginning
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not masked_weights(pl_module):
+            install_masks(pl_module, self.prunable)
+        ticket = getattr(pl_module, "ticket", None)
+        self.base = 0 if ticket is None else ticket.level
+        if str(getattr(stage, "value", stage)) != "fit":
+            return
+        if sum(isinstance(callback, IterativePruning) for callback in trainer.callbacks) > 1:
+            raise ValueError("callbacks: two IterativePruning callbacks would prune by turns; keep one")
+        order = [isinstance(c, EarlyStopping) for c in trainer.callbacks[trainer.callbacks.index(self) :]]
+        if any(order):
+            raise ValueError(
+                "callbacks.iterative_pruning: must stand behind callbacks.early_stopping, whose levels end"
+            )
+        if trainer.max_epochs in (None, -1) and trainer.max_steps in (None, -1):
+            trainer.fit_loop.max_epochs = self.num_epochs
+        if self.compare is not None:
+            self._compared = find_tickets(self.compare)
+
+    @property
+    def number(self) -> int:
+        """Number of the running level: prunings in all, those of a ticket that the run began with included."""
+        return self.base + self.level
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs of all levels together."""
+        return self.epochs_per_level + self.levels * (self.epochs_per_level - self.rewind_epoch)
+
+    @property
+    def level_length(self) -> int:
+        """Epochs of the running level."""
+        return self.epochs_per_level - (self.rewind_epoch if self.level else 0)
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        chosen = self._score_name(masked_weights(pl_module))
+        if chosen in NEEDS_SIGMA and any(w.log_sigma is None for w in masked_weights(pl_module)):
+            raise ValueError(
+                f"callbacks.iterative_pruning.score={chosen!r} needs standard deviations, but the network is "
+                "deterministic; choose score=magnitude, or model.bayesian=true"
+            )
+        if any(c._check_on_train_epoch_end for c in trainer.callbacks if isinstance(c, EarlyStopping)):
+            raise ValueError(
+                "callbacks.early_stopping.check_on_train_epoch_end: must be false beside callbacks.iterative_pruning, "
+                "which ends the level in the validation that stops it"
+            )
+        if self._point is None:
+            self._take_point(trainer, pl_module)
+            self._first = self._initial = dict(self._point["weights"])
+            self._point["epoch"] = 0
+        if 0 < trainer.fit_loop.max_epochs < self.num_epochs and not trainer.fast_dev_run:
+            log.info(
+                "trainer.max_epochs=%d ends before level %d of callbacks.iterative_pruning (%d epochs)",
+                trainer.fit_loop.max_epochs,
+                self.levels,
+                self.num_epochs,
+            )
+
+    def _score_name(self, weights: Sequence[MaskedWeight]) -> str:
+        if self.score != "auto":
+            return self.score
+        return "snr" if all(w.bayesian for w in weights) else "magnitude"
+
+    def _take_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember where levels go back to: weights, optimizers, schedules."""
+        self._synchronize(trainer)
+        self._point = {
+            "weights": weights_of(pl_module),
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
+            "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
+            "epoch": trainer.current_epoch,
+        }
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._since = time.perf_counter()
+        if self._over:
+            trainer.should_stop = True
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._ended and not self._over:
+            self._next_level(trainer, pl_module)
+        elif self.level == 0 and self.rewind_epoch and trainer.current_epoch == self.rewind_epoch:
+            self._take_point(trainer, pl_module)
+
+    # --------------------------------------------------------------------------------------------------- within a level
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        masks = masks_of(masked_weights(pl_module))
+        log_exact(pl_module, "lottery/level", float(self.number))
+        log_exact(pl_module, "lottery/remaining", density(masks))
+        log_exact(pl_module, "lottery/cumulative_epochs", float(trainer.current_epoch + 1))
+        for name, value in layer_densities(masks).items():
+            log_exact(pl_module, f"lottery/density/{_label(name)}", value)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # Checkpoint callbacks come after this one: what they save knows that the level is over.
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        self._keep_best(trainer, pl_module)
+        if trainer.is_last_batch:
+            self._end_of_epoch(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._end_of_epoch(trainer, pl_module)  # without a validation, or stopped after it
+
+    def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        if value is None or not math.isfinite(float(value)):
+            return
+        value, best = float(value), self._best["value"]
+        if best is None or (value > best if self.mode == "max" else value < best):
+            self._best = {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
+
+    def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._ended:
+            return
+        stopped = trainer.should_stop and any(isinstance(c, EarlyStopping) for c in trainer.callbacks)
+        if trainer.current_epoch + 1 - self.level_start < self.level_length and not stopped:
+            return
+        self._ended = True
+        self._seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+        self._finish(trainer, pl_module)
+        self._over = self.level == self.levels or self._too_sparse(pl_module)
+        trainer.should_stop = self._over
+
+    def _too_sparse(self, pl_module: pl.LightningModule) -> bool:
+        """Whether the next level would begin with less than is asked for."""
+        masks = masks_of(masked_weights(pl_module))
+        return self.stop_at is not None and density(masks) * (1 - self.rate) < self.stop_at
+
+    # --------------------------------------------------------------------------------------------------- end of a level
+
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the ticket of the level and log what it tells."""
+        weights = masked_weights(pl_module)
+        masks = masks_of(weights)
+        row: dict[str, Any] = {
+            "level": self.number,
+            "remaining": density(masks),
+            "alive": alive(masks),
+            "epochs": trainer.current_epoch + 1 - self.level_start,
+            "cumulative_epochs": trainer.current_epoch + 1,
+            "seconds": self._seconds,
+            "densities": {_label(name): value for name, value in layer_densities(masks).items()},
+            "metrics": _metrics(trainer),
+            "best_metrics": self._best["metrics"],
+            "score": self._score_name(weights),
+            **self._insights(trainer, pl_module, weights, masks),
+            **self._cost(pl_module),
+        }
+        self.history.append(row)
+        if trainer.is_global_zero and not trainer.fast_dev_run:
+            about = {
+                **row,
+                "rate": self.rate,
+                "rewind": self.rewind,
+                "epochs_per_level": self.epochs_per_level,
+                "bayesian": all(w.bayesian for w in weights),
+                "seconds_by_level": [r["seconds"] for r in self.history],
+                "config": next((c.config for c in trainer.callbacks if isinstance(c, RunRecord)), None),
+                "versions": {name: version(name) for name in ("torch", "lightning")},
+            }
+            trained, best = _within_net(weights_of(pl_module)), self._best["state"]
+            ticket = Ticket(
+                _within_net(masks),
+                _within_net(self._initial),
+                trained,
+                None if best is None else _within_net(best),
+                about,
+            )
+            save_ticket(ticket_path(self.dirpath, self.number), ticket)
+        values = {f"lottery/{name}": value for name, value in _flat(row) if name.partition("/")[0] not in _NOT_LOGGED}
+        if (best := self._best["value"]) is not None:
+            values["lottery/best"] = best
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        log.info("level %d: %.1f %% of the weights left, %s", self.number, 100 * row["remaining"], _short(row))
+
+    def _insights(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        weights: Sequence[MaskedWeight],
+        masks: Mapping[str, Tensor],
+    ) -> dict[str, Any]:
+        """Correlations, overlaps, signs, spreads."""
+        found: dict[str, Any] = {}
+        own = self._score_name(weights)
+        scores = {own: self._scores(trainer, weights, own)}
+        mine = prune(masks, scores[own], self.rate)
+        places = torch.cat([mask.flatten() for mask in masks.values()])
+        flat = {own: torch.cat([scores[own][name].flatten() for name in masks])[places]}
+        for other in self.compared_scores:
+            if other == own or (other in NEEDS_SIGMA and not all(w.bayesian for w in weights)):
+                continue
+            theirs = self._scores(trainer, weights, other)
+            flat[other] = torch.cat([theirs[name].flatten() for name in masks])[places]
+            found[f"rank_correlation/{other}"] = rank_correlation(flat[own], flat[other])
+            found[f"overlap/{other}"] = jaccard(mine, prune(masks, theirs, self.rate))
+        if (path := self._compared.get(self.number)) is not None:
+            found["overlap/compared"] = jaccard(_within_net(masks), load_ticket(path).masks)
+        initial = [self._first[_parameter(w)] for w in weights]
+        found["sign_agreement"] = sign_agreement([w.mu.detach().cpu() for w in weights], initial, list(masks.values()))
+        for weight in weights:
+            if weight.log_sigma is not None and bool(weight.mask.any()):
+                logs = weight.log_sigma.detach().double()[weight.mask]
+                found[f"sigma/{weight.label}"] = float(logs.exp().mean())
+                found[f"snr/{weight.label}"] = float(
+                    (weight.mu.detach().double()[weight.mask].abs() / logs.exp()).mean()
+                )
+        shape = getattr(getattr(trainer, "datamodule", None), "input_shape", None)
+        if shape is not None and hasattr(pl_module, "net"):
+            example = torch.zeros((1, *shape), dtype=pl_module.dtype, device=pl_module.device)
+            found["multiplications"] = multiplications(pl_module.net, example)[1]
+        return found
+
+    def _cost(self, pl_module: pl.LightningModule) -> dict[str, float]:
+        """Seconds of the search that found the ticket and of this training; what that saves against ``compare``."""
+        ticket = getattr(pl_module, "ticket", None)
+        if ticket is None or not (searched := ticket.about.get("seconds_by_level")):
+            return {"cost_s": sum(row["seconds"] for row in self.history) + self._seconds}
+        trained = getattr(pl_module, "source", "initial") != "initial"
+        found = {"cost_s": sum(searched[: ticket.level + int(trained)]) + self._seconds}
+        if self.level == 0 and (path := self._compared.get(self.number)) is not None:
+            full = load_ticket(path).about["seconds_by_level"]
+            if len(full) > self.number:
+                cost = transplant_cost(ticket.level, searched, full, trained, once=self._seconds)
+                found["cost_saved"] = cost.saving
+        return found
+
+    def _scores(self, trainer: pl.Trainer, weights: Sequence[MaskedWeight], name: str) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.seed * 1000 + self.number)
+        posteriors = [
+            Posterior(
+                w.mu.cpu(),
+                None if w.log_sigma is None else w.log_sigma.cpu(),
+                w.fan_in,
+                _gradient_sq(trainer, w),
+                c=self.c,
+                generator=generator,
+            )
+            for w in weights
+        ]
+        values = score(name, posteriors, [w.label for w in weights])
+        return {w.name: value for w, value in zip(weights, values, strict=True)}
+
+    # -------------------------------------------------------------------------------------------- from level to level
+
+    def _next_level(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune, rewind, restart."""
+        self._log_energy(trainer)
+        self._synchronize(trainer)
+        weights = masked_weights(pl_module)
+        masks = prune(masks_of(weights), self._scores(trainer, weights, self._score_name(weights)), self.rate)
+        self._compare_ranks(trainer, masks)
+        for name in empty_layers(masks):
+            rank_zero_warn(
+                f"callbacks.iterative_pruning: layer {_label(name)} is empty from level {self.number + 1} on"
+            )
+        if alive(masks) < len(masks):
+            rank_zero_warn(f"callbacks.iterative_pruning: level {self.number + 1} has fewer weights than layers")
+        if self.rewind != "lr_only":
+            set_weights(pl_module, self._point["weights"])
+        for weight in weights:
+            weight.set_mask(masks[weight.name])
+        self._initial = weights_of(pl_module)
+        for optimizer, state in zip(trainer.optimizers, self._point["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(state))
+        for config, state in zip(trainer.lr_scheduler_configs, self._point["schedulers"], strict=True):
+            config.scheduler.load_state_dict(copy.deepcopy(state))
+        for callback in trainer.callbacks:
+            _begin_anew(callback)
+        if forget := getattr(trainer.strategy, "parameters_changed", None):
+            forget()
+        self.level, self.level_start, self._ended = self.level + 1, trainer.current_epoch, False
+        self._best = {"value": None, "state": None, "metrics": {}}
+        self._seconds, self._since = 0.0, time.perf_counter()
+
+    @staticmethod
+    def _synchronize(trainer: pl.Trainer) -> None:
+        """Make replicas equal where the strategy lets them differ between its synchronisations."""
+        if synchronize := getattr(trainer.strategy, "synchronize", None):
+            synchronize()
+
+    def _compare_ranks(self, trainer: pl.Trainer, masks: Mapping[str, Tensor]) -> None:
+        if trainer.world_size == 1 or not dist.is_initialized():
+            return
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, checksum(masks))
+        if other := [rank for rank, value in enumerate(found) if value != found[0]]:
+            raise RuntimeError(
+                f"level {self.number + 1}: the masks of rank {other[0]} differ from those of rank 0, so their weights "
+                "differ; strategy.assert_replicas_equal_every_n_steps (sampling_parallel) finds the step"
+            )
+
+    def _log_energy(self, trainer: pl.Trainer) -> None:
+        """Energy of the level that is over: only the loggers get it, equal runs differ in it."""
+        energy = next((c for c in trainer.callbacks if isinstance(c, EnergyCallback)), None)
+        epochs = range(self.level_start, trainer.current_epoch)
+        kwh = sum(row["it_kwh"] for row in (energy.epochs if energy else ()) if row["epoch"] in epochs)
+        if kwh:
+            self.history[-1]["energy_j"] = 3.6e6 * kwh
+            for logger in trainer.loggers:
+                logger.log_metrics({"lottery/energy_j": 3.6e6 * kwh}, step=trainer.global_step)
+
+    # ---------------------------------------------------------------------------------------------------------- the end
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero or trainer.fast_dev_run:
+            return
+        if self.figures and self.figures_dir and self.history:
+            from callbacks.figures import lottery
+
+            plots = {name: lambda name=name: getattr(lottery, name)(self.history) for name in self.figures}
+            draw(trainer, plots, self.figures_dir, "callbacks.iterative_pruning.figures")
+
+    # ----------------------------------------------------------------------------------------------------------- state
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        now = time.perf_counter()
+        seconds = self._seconds if self._ended else self._seconds + now - self._since
+        return {
+            "settings": {name: getattr(self, name) for name in _IDENTITY},
+            "level": self.level,
+            "level_start": self.level_start,
+            "ended": self._ended,
+            "over": self._over,
+            "point": self._point,
+            "initial": self._initial,
+            "first": self._first,
+            "best": self._best,
+            "history": self.history,
+            "seconds": seconds,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, stored in state_dict["settings"].items():
+            if stored != getattr(self, name):
+                raise ValueError(
+                    f"callbacks.iterative_pruning.{name}={getattr(self, name)}: the checkpoint is of a search with "
+                    f"{name}={stored}; go on with that, or begin a new run"
+                )
+        self.level, self.level_start = state_dict["level"], state_dict["level_start"]
+        self._ended = state_dict["ended"]
+        self._over = state_dict["over"] and self.level >= self.levels
+        self._point, self._initial, self._first = (state_dict[key] for key in ("point", "initial", "first"))
+        self._best, self.history, self._seconds = (state_dict[key] for key in ("best", "history", "seconds"))
+
+
+_NOT_LOGGED = ("metrics", "best_metrics", "densities", "score", "level", "cumulative_epochs", "remaining")
+
+
+def _rewind_epoch(rewind: str, epochs_per_level: int, key: str) -> int:
+    """K of ``epoch_k``, 0 for the others."""
+    if rewind in ("init", "lr_only"):
+        return 0
+    match = re.fullmatch(r"epoch_(\d+)", str(rewind))
+    if match is None or int(match[1]) < 1:
+        raise ValueError(f"{key}.rewind={rewind!r} is unknown; choose init, lr_only or epoch_k (epoch_1, epoch_2, ...)")
+    if int(match[1]) >= epochs_per_level:
+        raise ValueError(
+            f"{key}.rewind={rewind}: level 0 has {epochs_per_level} epochs (epochs_per_level), so the latest is "
+            f"epoch_{epochs_per_level - 1}"
+        )
+    return int(match[1])
+
+
+def weights_of(pl_module: pl.LightningModule) -> dict[str, Tensor]:
+    """Copies of all parameters and buffers but the masks, on the CPU."""
+    state = pl_module.state_dict()
+    return {name: t.detach().cpu().clone() for name, t in state.items() if name.rpartition(".")[2] != MASK}
+
+
+def set_weights(pl_module: pl.LightningModule, state: Mapping[str, Tensor]) -> None:
+    """Copy parameters and buffers back, in place."""
+    own = pl_module.state_dict()
+    with torch.no_grad():
+        for name, value in state.items():
+            own[name].copy_(value)
+
+
+def _within_net(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names inside of the attribute ``net`` that modules of this program keep their network in."""
+    return {name.removeprefix("net."): value for name, value in state.items()}
+
+
+def _parameter(weight: MaskedWeight) -> str:
+    return f"{weight.name}_mu" if weight.bayesian else weight.name
+
+
+def _label(name: str) -> str:
+    return name.removesuffix(".weight").removeprefix("net.")
+
+
+def _metrics(trainer: pl.Trainer) -> dict[str, float]:
+    """What validation has measured."""
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "paper/"))}
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}{name}", float(value)))
+    return found
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    metrics = row["metrics"]
+    shown = [f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", "val/loss") if name in metrics]
+    return ", ".join(shown) or "no validation"
+
+
+def _gradient_sq(trainer: pl.Trainer, weight: MaskedWeight) -> Tensor | None:
+    """The running mean of squared gradients that Adam keeps of a weight."""
+    for optimizer in trainer.optimizers:
+        state = optimizer.state.get(weight.mu)
+        if state and "exp_avg_sq" in state:
+            return state["exp_avg_sq"].cpu()
+    return None
+
+
+def _begin_anew(callback: pl.Callback) -> None:
+    """Forget the best value of the level before."""
+    if isinstance(callback, EarlyStopping):
+        callback.wait_count, callback.stopped_epoch = 0, 0
+        callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+    elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
+        callback.current_score = callback.best_model_score = None
+        callback.best_k_models, callback.kth_best_model_path = {}, ""
+        callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)

@@ -1,0 +1,123 @@
+"""Controls and transplants side by side: the end of ``experiment=bayesian_lottery/control`` and ``/transplant``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS = ("accuracy", "nll", "brier", "ece", "mace")
+
+
+def read_jobs(folder: Path) -> list[dict[str, Any]]:
+    """The finished jobs of a sweep, and the tickets that they began with where their run was tested.
+
+    Args:
+        folder: Of the sweep, with its ``table.csv``.
+
+    Returns:
+        For every ticket ``series``, ``seed``, ``level``, ``remaining``, ``cost_s`` where it is known, and the test
+        metrics by their short names, means over the evaluation seeds.
+    """
+    with (folder / "table.csv").open(newline="") as file:
+        runs = [Path(row["run_dir"]) for row in csv.DictReader(file) if row["status"] == "completed"]
+    found, sources = [], {}
+    for run in runs:
+        model = _record(run)["config"]["model"]
+        found += _levels(run, _series(run))
+        if model.get("ticket"):
+            source = Path(model["ticket"])
+            source = source.parent if source.is_file() else source
+            sources[source.parent if source.name == "tickets" else source] = None
+    for source in sources:
+        if (source / "results.json").is_file():
+            found += _levels(source, f"ticket ({_search(source)})")
+    return found
+
+
+def _record(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text())
+
+
+def _series(run: Path) -> str:
+    """What was done to the ticket."""
+    config = _record(run)["config"]
+    model, pruning = config["model"], config["callbacks"].get("iterative_pruning", {})
+    if not model.get("ticket"):
+        return _search(run)
+    kind = "" if model["bayesian"] else " (ordinary network)"
+    if model["control"] != "none":
+        return model["control"] + kind
+    again = f", {pruning['score']}" if pruning.get("levels") else ""
+    return f"weights: {model['source']}{again}{kind}"
+
+
+def _search(run: Path) -> str:
+    config = _record(run)["config"]
+    pruning = config["callbacks"].get("iterative_pruning", {})
+    score = pruning.get("score", "auto")
+    if score == "auto":
+        score = "snr" if config["model"].get("bayesian") else "ordinary network"
+    return score if pruning.get("rewind", "init") == "init" else f"{score}, {pruning['rewind']}"
+
+
+def _levels(run: Path, series: str) -> list[dict[str, Any]]:
+    """The tickets of one run that were tested."""
+    record = _record(run)
+    metrics, rows = record["metrics"], []
+    levels = sorted({name.split("/")[1] for name in metrics if name.startswith("test/level_")})
+    for level in levels:
+        row = {"series": series, "seed": record["config"]["seed"], "level": int(level.removeprefix("level_"))}
+        row["remaining"] = metrics[f"test/{level}/remaining"]
+        row |= {name: metrics[key] for name in METRICS if (key := f"test/{level}/{name}") in metrics}
+        if (cost := _cost(run / "tickets" / f"{level}.pt")) is not None:
+            row["cost_s"] = cost
+        rows.append(row)
+    return rows
+
+
+def _cost(path: Path) -> float | None:
+    from networks.lottery.tickets import load_ticket
+
+    return load_ticket(path).about.get("cost_s") if path.is_file() else None
+
+
+def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
+    """Means over seeds, a line per level and a column per series, as Markdown."""
+    rows = list(rows)
+    series = list(dict.fromkeys(row["series"] for row in rows))
+    lines = [f"| level (left), test {metric} | {' | '.join(series)} |", "|---" * (len(series) + 1) + "|"]
+    for level in sorted({row["level"] for row in rows}):
+        own = [row for row in rows if row["level"] == level and metric in row]
+        cells = []
+        for name in series:
+            values = [row[metric] for row in own if row["series"] == name]
+            cells.append(f"{np.mean(values):.3f}" if values else "")
+        left = np.mean([row["remaining"] for row in own]) if own else float("nan")
+        lines.append(f"| {level} ({left:.3f}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_sweep(folder: Path) -> str:
+    """Draw the tickets of a sweep into ``<folder>/figures``; what to print below the sweep's table."""
+    from callbacks.figures import lottery
+
+    rows = read_jobs(Path(folder))
+    if not rows:
+        return "no job has tested a ticket"
+    shown = [name for name in ("accuracy", "nll", "ece") if any(name in row for row in rows)]
+    figures = {"tickets": lottery.compared(rows, shown)}
+    costs = [row for row in rows if "cost_s" in row]
+    figures["cost"] = lottery.against_cost(costs, cost="cost_s") if costs else None
+    printed = [table(rows), *([table(rows, "nll")] if "nll" in shown else [])]
+    for name, figure in figures.items():
+        if figure is not None:
+            path = Path(folder) / "figures" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=150)
+            printed.append(f"figure {path}")
+    return "\n\n".join(printed)

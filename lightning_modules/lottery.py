@@ -1,0 +1,263 @@
+"""Lottery: the classifier of lottery tickets, ordinary or Bayesian, from a dense network or from a ticket file."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_modules.bayes import BayesClassifier
+from networks.bayes.noise import mix64
+from networks.lottery.controls import CONTROLS, DRAWS, Control, draw_weights, shuffled
+from networks.lottery.tickets import (
+    Ticket,
+    Which,
+    apply_masks,
+    apply_weights,
+    find_tickets,
+    load_ticket,
+    require_fit,
+    select_ticket,
+)
+from networks.masks import PruneChoice, empty_layers, install_masks, masked_weights, masks_of
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Tensor]
+Start = Literal["uniform", "normal", "keep"]
+Source = Literal["init", "trained"]
+Report = Literal["validation", "paper"]
+_SPREAD = ("accuracy", "nll")  # whose spread over evaluation seeds is logged
+
+
+class Lottery(BayesClassifier):
+    """A `BayesClassifier` whose weights may be pruned; with ``bayesian=false`` the ordinary network, all else equal.
+
+    Both kinds draw the same initial weights from one seed. Training begins with the dense network, or with a ticket:
+    its mask (exchanged by a ``control``) and its weights. A ticket of the other kind is transplanted: a Bayesian
+    network takes the weights as means and keeps its initial standard deviations, an ordinary one takes the means.
+
+    Masks are full until `callbacks.iterative_pruning` prunes. A test evaluates the checkpoint at hand (``test/...``)
+    and every ticket in ``tickets`` (``test/level_NN/...``: means over ``evaluation_seeds`` passes with other weight
+    samples, and ``_std`` of accuracy and NLL).
+
+    Args:
+        net: Maps (batch, channel, height, width) to logits (batch, class).
+        optimizer: Partial that takes the parameters. None: the module can only be evaluated.
+        scheduler: Partial that takes the optimizer. None: constant learning rate.
+        bayesian: Whether weights are Gaussians. If not, one sample is evaluated, whatever the numbers of samples are.
+        start: Initial weights of linear and convolutional layers: ``uniform``, U(-1/sqrt(fan_in), 1/sqrt(fan_in));
+            ``normal``, N(0, 2/fan_in); ``keep``, those of the network. Bayesian layers need ``init.mu=keep``.
+        prunable: Which weights; None: all linear and convolutional layers but the last.
+        ticket: A run with tickets, its folder ``tickets`` or one file to begin with; None: the dense network.
+        level: Of the ticket; None: the highest there is. 0 without a ticket is the dense network.
+        control: What is exchanged: ``none``, ``reinit`` (other initial weights), ``shuffle_global``, ``shuffle_even``
+            or ``shuffle_layerwise`` (other masks, see `networks.lottery.controls`).
+        control_seed: Of the exchange.
+        source: Weights to begin with: those that the level began with (``init``) or its ``trained`` ones.
+        tickets: Where a test looks for tickets: a run or a folder; None, or nothing there: the checkpoint alone.
+        test_levels: Levels that are tested; None: all.
+        evaluate: Weights of tickets that are tested: ``trained`` (of the last epoch) or ``best`` (in validation).
+        evaluation_seeds: Passes over the test images.
+        report: ``paper``: accuracy and NLL on the test images are logged after every validation as ``paper/...``,
+            as published numbers are maxima over epochs of these. ``validation``: the test images are for the end.
+        **options: Arguments of `BayesClassifier`.
+
+    Raises:
+        ValueError: Names the argument and the remedy, also where a ticket does not fit.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        bayesian: bool = True,
+        start: Start = "uniform",
+        prunable: PruneChoice | None = None,
+        ticket: str | None = None,
+        level: int | None = None,
+        control: Control = "none",
+        control_seed: int = 0,
+        source: Source = "init",
+        tickets: str | None = None,
+        test_levels: Sequence[int] | None = None,
+        evaluate: Literal["trained", "best"] = "trained",
+        evaluation_seeds: int = 5,
+        report: Report = "validation",
+        **options: Any,
+    ) -> None:
+        choices = {"start": (start, (*DRAWS, "keep")), "control": (control, CONTROLS)}
+        choices |= {"source": (source, get_args(Source)), "evaluate": (evaluate, ("trained", "best"))}
+        choices |= {"report": (report, get_args(Report))}
+        for key, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"model.{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
+        if level is not None and level < 0:
+            raise ValueError(f"model.level={level}: must not be negative")
+        if ticket is None and level:
+            raise ValueError(
+                f"model.level={level}: needs model.ticket, a run that pruned (experiment=bayesian_lottery) or one of "
+                "its files tickets/level_NN.pt; level 0 is the dense network"
+            )
+        if evaluation_seeds < 1:
+            raise ValueError(f"model.evaluation_seeds={evaluation_seeds}: must be at least 1")
+        mu = getattr(options.get("init"), "mu", "init")
+        if bayesian and mu != "keep":
+            raise ValueError(
+                f"model.init.mu={mu}: must be keep, so that model.start decides and both kinds of networks begin alike"
+            )
+        self.bayesian, self.start, self.prunable = bayesian, start, prunable
+        self.ticket_path, self.level, self.control, self.control_seed = ticket, level, control, control_seed
+        self.source, self.evaluate, self.report = source, evaluate, report
+        self.tickets_path, self.test_levels = tickets, None if test_levels is None else list(test_levels)
+        self.evaluation_seeds = evaluation_seeds if bayesian else 1
+        self.ticket: Ticket | None = None  # that training began with
+        if not bayesian:
+            options |= {"num_samples": 1, "num_eval_samples": 1, "antithetic": False, "sample_chunk": None}
+        super().__init__(net, optimizer, scheduler, **options)
+        self._tested: dict[int, Ticket] = {}
+
+    @override
+    def _make_bayesian(self, net: nn.Module) -> nn.Module:
+        if self.start != "keep":
+            draw_weights(net, self.start)
+        net = super()._make_bayesian(net) if self.bayesian else net
+        install_masks(net, self.prunable)
+        return net
+
+    # ------------------------------------------------------------------------------------------------ the beginning
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit" and self.ticket_path is not None and self.ticket is None:
+            self._begin_with(load_ticket(select_ticket(self.ticket_path, self.level)))
+        if stage == "test":
+            self._find_tickets()
+
+    def _begin_with(self, ticket: Ticket) -> None:
+        """Mask and weights of a ticket, or what the control makes of them."""
+        try:
+            require_fit(ticket, self.net)
+        except ValueError as error:
+            raise ValueError(f"model.ticket={self.ticket_path}: {error}") from None
+        generator = torch.Generator().manual_seed(mix64(self.control_seed, ticket.level))
+        masks = shuffled(ticket.masks, self.control, generator)
+        for name in empty_layers(masks):
+            rank_zero_warn(
+                f"model.control={self.control}: nothing is left of {name}; the network is disconnected there"
+            )
+        apply_masks(self.net, masks)
+        apply_weights(self.net, ticket.state("initial" if self.source == "init" else "trained"))
+        if self.control == "reinit":
+            draw_weights(self.net, "uniform" if self.start == "keep" else self.start, generator)
+        self.ticket = ticket
+        kinds = [("ordinary", "Bayesian")[kind] for kind in (ticket.bayesian, self.bayesian)]
+        log.info("a ticket of level %d (%s) for a network that is %s", ticket.level, *kinds)
+
+    # ----------------------------------------------------------------------------------------------- tickets in a test
+
+    def _find_tickets(self) -> None:
+        """Read the tickets to test, and make metrics for each of them and each evaluation seed."""
+        found = {}
+        if self.tickets_path is not None:
+            try:
+                found = find_tickets(self.tickets_path)
+            except FileNotFoundError:
+                if self.test_levels is not None:
+                    raise
+        for level in self.test_levels or ():
+            if level not in found:
+                raise ValueError(f"model.test_levels: {level} is not in {self.tickets_path}; there are {list(found)}")
+        chosen = found if self.test_levels is None else self.test_levels
+        self._tested = {level: load_ticket(found[level]) for level in chosen}
+        for level, ticket in self._tested.items():
+            require_fit(ticket, self.net)
+            for seed in range(self.evaluation_seeds):
+                for name in ("loss", *self.score_names):
+                    metric = copy.deepcopy(getattr(self, f"test_{name}"))
+                    metric.reset()
+                    setattr(self, f"{_stage(level, seed)}_{name}", metric)
+
+    def _stages(self) -> list[tuple[int, int]]:
+        return [(level, seed) for level in self._tested for seed in range(self.evaluation_seeds)]
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        super().on_test_epoch_start()
+        for level, seed in self._stages():
+            self._reset(_stage(level, seed))
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        outputs = super().test_step(batch, batch_idx, dataloader_idx)
+        if not self._tested or dataloader_idx:  # images that the network cannot know have no scores by level
+            return outputs
+        own = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+        which: Which = self.evaluate
+        try:
+            for level, ticket in self._tested.items():
+                apply_masks(self.net, ticket.masks)
+                apply_weights(self.net, ticket.state(which))
+                for seed in range(self.evaluation_seeds):
+                    self._evaluate(batch, _stage(level, seed), seed)
+        finally:
+            self.net.load_state_dict(own)
+        return outputs
+
+    def _evaluate(self, batch: Batch, stage: str, seed: int) -> None:
+        """Add a batch to the metrics of one ticket and one evaluation seed."""
+        self.evaluation_seed, before = seed, self.evaluation_seed
+        try:
+            self._evaluation_step(batch, stage)
+        finally:
+            self.evaluation_seed = before
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        super().on_test_epoch_end()
+        for level, ticket in self._tested.items():
+            every = [self.scores(_stage(level, seed)) for seed in range(self.evaluation_seeds)]
+            where = f"test/level_{level:02d}"
+            values = {f"{where}/remaining": torch.tensor(ticket.about.get("remaining", 1.0), dtype=torch.float64)}
+            for name in every[0]:
+                one = [float(scores[name]) for scores in every]
+                values[f"{where}/{name}"] = torch.tensor(statistics.fmean(one), dtype=torch.float64)
+                if name in _SPREAD and len(one) > 1:
+                    values[f"{where}/{name}_std"] = torch.tensor(statistics.stdev(one), dtype=torch.float64)
+            self._log_exact(values)
+        masks = masks_of(masked_weights(self.net))
+        alive, total = sum(int(m.sum()) for m in masks.values()), sum(m.numel() for m in masks.values())
+        self._log_exact({"test/remaining": torch.tensor(alive / total, dtype=torch.float64)})
+
+    # ---------------------------------------------------------------------------------------- as published: test images
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        if self.report == "paper" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._report_test()
+
+    def _report_test(self) -> None:
+        """Accuracy and NLL on the test images, in the middle of a training."""
+        self._reset("test")
+        with torch.no_grad():
+            for batch in self.trainer.datamodule.test_dataloader():
+                self._evaluation_step(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0), "test")
+        scores = self.scores("test")
+        self._log_exact({f"paper/{name}": scores[name] for name in _SPREAD})
+
+
+def _stage(level: int, seed: int) -> str:
+    """Prefix of the attributes that hold the metrics of a ticket and an evaluation seed."""
+    return f"ticket_{level:02d}_{seed}"

@@ -1,0 +1,1 @@
+"""Lottery tickets: scores, pruning, controls, ticket files, cost, sparse execution."""

@@ -1,0 +1,127 @@
+"""Figures of lottery tickets and the comparison of the jobs of a sweep, on made-up rows."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from callbacks.figures import lottery
+from callbacks.ticket_comparison import draw_sweep, read_jobs, table
+from networks.lottery.tickets import Ticket, save_ticket, ticket_path
+
+
+def rows(levels: int = 4) -> list[dict[str, Any]]:
+    return [
+        {
+            "level": level,
+            "remaining": 0.8**level,
+            "densities": {"layers.0": 0.9**level, "layers.1": 0.5**level},
+            "metrics": {"val/accuracy": 0.9 - 0.01 * level, "val/nll": 0.1 + 0.1 * level},
+        }
+        for level in range(levels)
+    ]
+
+
+def test_metrics_show_what_was_measured():
+    figure = lottery.metrics_against_remaining(rows())
+    assert [axes.get_title() for axes in figure.axes] == ["accuracy", "NLL"]
+    line, dense = figure.axes[0].lines
+    assert list(line.get_xdata()) == pytest.approx([100, 80, 64, 51.2])
+    assert list(line.get_ydata()) == pytest.approx([0.9, 0.89, 0.88, 0.87]) and dense.get_ydata()[0] == 0.9
+    left, right = figure.axes[0].get_xlim()
+    assert left > 100 and right < 51.2, "dense is at the left"
+
+
+def test_densities_of_levels():
+    figure = lottery.layer_densities(rows(16))
+    lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
+    assert len(lines) == 5
+    assert list(lines[-1].get_ydata()) == pytest.approx([100 * 0.9**15, 100 * 0.5**15])
+
+
+def test_nothing_to_show_is_none():
+    assert lottery.metrics_against_remaining([{"level": 0, "remaining": 1.0, "metrics": {}}]) is None
+    assert lottery.layer_densities(rows(1)) is None
+    assert lottery.compared([]) is None and lottery.against_cost([]) is None and lottery.mask_overlaps({}) is None
+    masks = {"w": torch.zeros(2, dtype=torch.bool)}
+    assert lottery.frontier({"w": torch.ones(2)}, {"w": torch.ones(2)}, masks, masks) is None
+
+
+def test_overlaps_and_frontier():
+    masks = {
+        name: {"w": torch.rand(40, generator=torch.Generator().manual_seed(i)) < 0.5} for i, name in enumerate("ab")
+    }
+    texts = [text.get_text() for text in lottery.mask_overlaps(masks).axes[0].texts]
+    both = (masks["a"]["w"] & masks["b"]["w"]).sum() / (masks["a"]["w"] | masks["b"]["w"]).sum()
+    assert texts[0] == "1.00" and texts[1].startswith(f"{float(both):.2f}")
+    mu, sigma = {"w": torch.randn(40)}, {"w": torch.rand(40) + 0.1}
+    kept = {"w": masks["a"]["w"] & (mu["w"].abs() > 0.2)}
+    figure = lottery.frontier(mu, sigma, masks["a"], kept)
+    stays, goes = figure.axes[0].collections
+    assert len(stays.get_offsets()) == int(kept["w"].sum())
+    assert len(goes.get_offsets()) == int((masks["a"]["w"] & ~kept["w"]).sum())
+
+
+# --------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def finished(folder: Path, levels: dict[int, float], seed: int = 0, cost: float | None = None, **model: Any) -> Path:
+    """A run that tested tickets."""
+    folder.mkdir(parents=True)
+    model = {"bayesian": True, "ticket": None, "control": "none", "source": "init"} | model
+    pruning = {"score": "auto", "levels": 0 if model["ticket"] else 3, "rewind": "init"}
+    metrics = {}
+    for level, accuracy in levels.items():
+        where = f"test/level_{level:02d}"
+        metrics |= {f"{where}/remaining": 0.8**level, f"{where}/accuracy": accuracy, f"{where}/nll": 1 - accuracy}
+        if cost is not None:
+            masks = {"w": torch.ones(3, dtype=torch.bool)}
+            about = {"level": level, "cost_s": cost * (level + 1)}
+            save_ticket(ticket_path(folder / "tickets", level), Ticket(masks, {}, about=about))
+    config = {"seed": seed, "model": model, "callbacks": {"iterative_pruning": pruning}}
+    (folder / "results.json").write_text(json.dumps({"metrics": metrics, "config": config}))
+    return folder
+
+
+def sweep(tmp_path: Path) -> Path:
+    source = finished(tmp_path / "search", {0: 0.97, 3: 0.96}, cost=10.0)
+    folder = tmp_path / "sweep"
+    jobs = [
+        finished(folder / "0", {3: 0.90}, ticket=str(source), control="reinit"),
+        finished(folder / "1", {3: 0.92}, seed=1, ticket=str(source / "tickets"), control="reinit"),
+        finished(folder / "2", {3: 0.95}, ticket=str(source / "tickets" / "level_03.pt"), source="trained", cost=1.0),
+    ]
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["job", "status", "run_dir"])
+        writer.writerows([[i, "completed", job] for i, job in enumerate(jobs)])
+        writer.writerow([9, "failed", folder / "9"])
+    return folder
+
+
+def test_jobs_beside_the_tickets_that_they_began_with(tmp_path):
+    found = read_jobs(sweep(tmp_path))
+    series = [(row["series"], row["level"], row["accuracy"]) for row in found]
+    assert series == [
+        ("reinit", 3, 0.90),
+        ("reinit", 3, 0.92),
+        ("weights: trained", 3, 0.95),
+        ("ticket (snr)", 0, 0.97),
+        ("ticket (snr)", 3, 0.96),
+    ]
+    assert [row.get("cost_s") for row in found] == [None, None, 4.0, 10.0, 40.0]
+    lines = table(found).splitlines()
+    assert lines[0] == "| level (left), test accuracy | reinit | weights: trained | ticket (snr) |"
+    assert lines[2:] == ["| 0 (1.000) |  |  | 0.970 |", "| 3 (0.512) | 0.910 | 0.950 | 0.960 |"]
+
+
+def test_a_sweep_ends_with_tables_and_figures(tmp_path):
+    folder = sweep(tmp_path)
+    printed = draw_sweep(folder)
+    assert "test accuracy" in printed and "test nll" in printed
+    assert {path.name for path in (folder / "figures").iterdir()} == {"tickets.png", "cost.png"}
