@@ -13,13 +13,21 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.image_set import ImageBatches, ImageSet, block_means, moments, stratified, whole_batch
 from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS, gaussian_noise, num_draws, shift_images
 from datamodules.loading import make_loader
-from datamodules.random_views import NUM_DRAWS, cut_out, random_views, uniform_per_sample
+from datamodules.random_views import (
+    NUM_DRAWS,
+    SIZE_DRAWS,
+    cut_out,
+    random_views,
+    resized_views,
+    uniform_per_sample,
+)
 from datamodules.readers.digits import read_digits
 from datamodules.readers.idx import read_idx_pair
 from datamodules.readers.image_folder import read_image_folder
@@ -101,10 +109,16 @@ class Images(LightningDataModule):
         flip_probability: Of a horizontal flip.
         rotation_degrees: Largest angle of a rotation.
         padding: Black pixels added at every side, of which a square of ``image_size`` is cut out.
+        crop_scale: Least and largest part of the area that is cut out and resized to ``image_size``, as usual for
+            ImageNet ([0.08, 1.0]), in place of ``padding``; null: no such cuts.
+        crop_ratio: Least and largest width over height of these cuts.
         cutout: Height and width of a square that is set to the mean; 0: none.
         noise: Standard deviation of Gaussian noise, on values in [0, 1]; 0: none.
         shift: Name of a shift of the test images (`datamodules.image_shifts`); null: none.
         severity: Its strength, 1 to 5.
+        ood: Images that the network cannot know, of other classes or another source: a test evaluates their test part
+            as a second loader, resized to the size of these images and with their statistics. Labels of that loader
+            mean nothing here. Null: none.
         predict_part: Part that prediction goes through: ``train``, ``val`` or ``test``.
         batch_size: Images per training step over all devices.
         eval_batch_size: Images per evaluation step over all devices.
@@ -150,10 +164,13 @@ class Images(LightningDataModule):
         flip_probability: float = 0.5,
         rotation_degrees: float = 0.0,
         padding: int = 4,
+        crop_scale: Sequence[float] | None = None,
+        crop_ratio: Sequence[float] = (3 / 4, 4 / 3),
         cutout: int = 0,
         noise: float = 0.0,
         shift: str | None = None,
         severity: int = 3,
+        ood: Images | None = None,
         predict_part: Part = "test",
         batch_size: int = 64,
         eval_batch_size: int = 256,
@@ -177,7 +194,9 @@ class Images(LightningDataModule):
         self.normalize, self._given = normalize, {"mean": mean, "std": std}
         self.augment, self.flip_probability, self.rotation_degrees = augment, flip_probability, rotation_degrees
         self.padding, self.cutout, self.noise = padding, cutout, noise
-        self.shift, self.severity = shift, severity
+        self.crop_scale = None if crop_scale is None else tuple(crop_scale)
+        self.crop_ratio = tuple(crop_ratio)
+        self.shift, self.severity, self.ood = shift, severity, ood
         self.predict_part = predict_part
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
@@ -205,6 +224,9 @@ class Images(LightningDataModule):
         for key in ("padding", "cutout", "noise", "num_workers", "rotation_degrees"):
             if getattr(self, key) < 0:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must not be negative")
+        self._check_crops()
+        if self.ood is not None and self.ood.ood is not None:
+            raise ValueError("data.ood.ood: unknown images have no unknown images of their own; set it to null")
         if not 0 <= self.flip_probability <= 1:
             raise ValueError(f"data.flip_probability={self.flip_probability}: must be between 0 and 1")
         if not 0 <= self.val_fraction < 1:
@@ -223,6 +245,18 @@ class Images(LightningDataModule):
             if missing := [f"data.{key}" for key in keys if needed[key] is None]:
                 raise ValueError(f"data.reader=synthetic needs {', '.join(missing)}: how many images of what kind")
 
+    def _check_crops(self) -> None:
+        for key, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+            values = getattr(self, key)
+            if values is not None and not (len(values) == 2 and 0 < values[0] <= values[1] <= most):
+                limit = " and at most 1: parts of the area" if key == "crop_scale" else ": width over height"
+                raise ValueError(f"data.{key}={list(values)}: give the least and the largest, both positive{limit}")
+        if self.crop_scale is not None and self.padding:
+            raise ValueError(
+                f"data.padding={self.padding} and data.crop_scale={list(self.crop_scale)} are two ways to cut: set "
+                "data.padding=0, or data.crop_scale=null"
+            )
+
     # -------------------------------------------------------------------------------------------------------- parts
 
     @override
@@ -231,6 +265,8 @@ class Images(LightningDataModule):
         self._missing_files()
         if self.reader == "image_folder":
             self._open()
+        if self.ood is not None:
+            self.ood.prepare_data()
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -238,6 +274,17 @@ class Images(LightningDataModule):
             self._sets = self._open()
             if self.normalize != "none":
                 self._statistics = self._statistics or self._compute_statistics()
+            if self.ood is not None:
+                self._open_unknown()
+
+    def _open_unknown(self) -> None:
+        self.ood.setup()
+        here, there = self._shape[0], self.ood._shape[0]
+        if here != there:
+            raise ValueError(
+                f"data.ood: {self.ood.name} has {there} channels, {self.name} has {here}: set "
+                f"data.ood.num_channels={here}"
+            )
 
     def _path(self, file: str) -> Path:
         """The file, compressed or not, whichever there is."""
@@ -437,9 +484,9 @@ class Images(LightningDataModule):
             raise RuntimeError("call setup() first")
         return self._sets[part]
 
-    def _loader(self, part: Part, batch_size: int, **options: Any) -> DataLoader:
+    def _loader(self, part: Part | ImageSet, batch_size: int, **options: Any) -> DataLoader:
         return make_loader(
-            ImageBatches(self._set(part)),
+            ImageBatches(part if isinstance(part, ImageSet) else self._set(part)),
             batch_size,
             seed=self.seed,
             layout=None if self.trainer is None else self.trainer.distributed_sampler_kwargs,
@@ -459,8 +506,10 @@ class Images(LightningDataModule):
         return self._loader("val", self.eval_batch_size) if len(self._set("val").rows) else []
 
     @override
-    def test_dataloader(self) -> DataLoader:
-        return self._loader("test", self.eval_batch_size)
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        """Give the test images; with ``ood`` a list of theirs and those of the unknown images."""
+        known = self._loader("test", self.eval_batch_size)
+        return known if self.ood is None else [known, self._loader(self.ood.images("test"), self.eval_batch_size)]
 
     @override
     def predict_dataloader(self) -> DataLoader:
@@ -474,7 +523,7 @@ class Images(LightningDataModule):
         trainer = self.trainer
         if trainer is None:
             return self.normalized(batch)
-        batch = self._prepared(batch)
+        batch = self.unknown(batch) if trainer.testing and dataloader_idx else self._prepared(batch)
         # Lightning casts what loaders give, and these are bytes.
         return batch | {"image": batch["image"].to(trainer.lightning_module.dtype)}
 
@@ -500,6 +549,13 @@ class Images(LightningDataModule):
             image = shift_images(image, draws, self.shift, self.severity)
         return batch | {"image": self._normalized(image)}
 
+    def unknown(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Turn images of ``ood`` into what a network takes for images of this data set."""
+        image = self.ood._unit(batch)
+        if image.shape[-1] != self._shape[-1]:
+            image = F.interpolate(image, self._shape[1:], mode="bilinear", align_corners=False, antialias=True)
+        return batch | {"image": self._normalized(image)}
+
     def augmented(self, batch: dict[str, Tensor], epoch: int, streams: Sequence[int] = (0,)) -> dict[str, Tensor]:
         """Turn stored values into random views of an epoch, normalised.
 
@@ -516,18 +572,17 @@ class Images(LightningDataModule):
 
     def _view(self, image: Tensor, batch: dict[str, Tensor], epoch: int, stream: int) -> Tensor:
         pixels = image[0].numel() if self.noise else 0
-        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels, self.seed, stream)
-        if self.flip_probability or self.rotation_degrees or self.padding:
-            image = random_views(
-                image,
-                draws[:, :NUM_DRAWS],
-                size=image.shape[-1],
-                flip_probability=self.flip_probability,
-                rotation_degrees=self.rotation_degrees,
-                padding=self.padding,
-            )
+        sizes = 0 if self.crop_scale is None else SIZE_DRAWS
+        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels + sizes, self.seed, stream)
+        how = {"flip_probability": self.flip_probability, "rotation_degrees": self.rotation_degrees}
+        size = image.shape[-1]
+        if self.crop_scale is not None:
+            of_view = torch.cat([draws[:, :NUM_DRAWS], draws[:, -SIZE_DRAWS:]], 1)
+            image = resized_views(image, of_view, size=size, scale=self.crop_scale, ratio=self.crop_ratio, **how)
+        elif self.padding or any(how.values()):
+            image = random_views(image, draws[:, :NUM_DRAWS], size=size, padding=self.padding, **how)
         if self.noise:
-            image = gaussian_noise(image, draws[:, NUM_DRAWS + 2 :], self.noise)
+            image = gaussian_noise(image, draws[:, NUM_DRAWS + 2 : NUM_DRAWS + 2 + pixels], self.noise)
         image = self._normalized(image)
         return cut_out(image, draws[:, NUM_DRAWS : NUM_DRAWS + 2], self.cutout) if self.cutout else image
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 NUM_DRAWS = 4
-"""Random numbers of one view: flip, angle, row and column of the crop."""
+"""Random numbers of one view: flip, angle, row and column of the cut."""
+
+SIZE_DRAWS = 2
+"""Further ones of a cut of random size: area and shape."""
 
 
-def uniform_per_sample(
-    seed: int, epoch: int, index: np.ndarray, num: int = NUM_DRAWS, stream: int = 0
-) -> np.ndarray:
+def uniform_per_sample(seed: int, epoch: int, index: np.ndarray, num: int = NUM_DRAWS, stream: int = 0) -> np.ndarray:
     """Uniform numbers in [0, 1) that depend on (seed, epoch, stream, index) alone.
 
     They are the same whichever batch, process or device a sample falls to, and after a restart; no random state is
@@ -65,17 +68,65 @@ def random_views(
     stored = images.shape[-1]
     draws = draws.to(images)
     flip, angle, row, column = draws.unbind(1)
-    angle = torch.deg2rad((2 * angle - 1) * rotation_degrees)
-    mirror = torch.where(flip < flip_probability, -1.0, 1.0)
+    turn = _orientation(flip, angle, flip_probability, rotation_degrees)
     # Offset of the cut in whole pixels, then the distance of its middle from that of the image.
     places = stored + 2 * padding - size + 1
     middle = torch.stack([(column * places).floor(), (row * places).floor()], 1) + (size - stored) / 2 - padding
-    turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(-1, 2, 2)
-    turn = turn * torch.stack([mirror, torch.ones_like(mirror)], 1).unsqueeze(2)
     # `affine_grid` counts in halves of the images, the view's on the right and the stored image's on the left.
     map_ = torch.cat([turn * (size / stored), turn @ middle.unsqueeze(2) * (2 / stored)], 2)
     grid = F.affine_grid(map_, [len(images), images.shape[1], size, size], align_corners=False)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def resized_views(
+    images: Tensor,
+    draws: Tensor,
+    *,
+    size: int,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip_probability: float = 0.5,
+    rotation_degrees: float = 0.0,
+) -> Tensor:
+    """Flip, rotate about the middle, cut out a rectangle of random size and shape and resize it to a square.
+
+    The part of the area is uniform in ``scale`` and the logarithm of width over height uniform in that of ``ratio``
+    (Szegedy et al., CVPR 2015). A side that would be longer than the image is as long as the image; others draw again
+    then. Places are uniform and not bound to whole pixels. The steps are one affine map, so that every pixel is
+    interpolated (bilinearly) once; the cuts should have no more pixels than the views, which are not smoothed.
+
+    Args:
+        images: ``(batch, channel, stored, stored)`` float.
+        draws: ``(batch, 6)`` in [0, 1), see `uniform_per_sample`: flip, angle, row, column, area, shape.
+        size: Height and width of the views.
+        scale: Least and largest part of the area.
+        ratio: Least and largest width over height.
+        flip_probability: Of a horizontal flip.
+        rotation_degrees: Angles are uniform between minus and plus this; what lies beyond the image is zero.
+
+    Returns:
+        ``(batch, channel, size, size)``.
+    """
+    flip, angle, row, column, area, shape = draws.to(images).unbind(1)
+    turn = _orientation(flip, angle, flip_probability, rotation_degrees)
+    area = scale[0] + (scale[1] - scale[0]) * area
+    shape = math.log(ratio[0]) + (math.log(ratio[1]) - math.log(ratio[0])) * shape
+    # Width and height as parts of the image, then the middle, in halves of the image from its own.
+    extent = torch.stack([(area * shape.exp()).sqrt(), (area * (-shape).exp()).sqrt()], 1).clamp(max=1)
+    middle = (2 * torch.stack([column, row], 1) - 1) * (1 - extent)
+    map_ = torch.cat([turn * extent.unsqueeze(1), turn @ middle.unsqueeze(2)], 2)
+    grid = F.affine_grid(map_, [len(images), images.shape[1], size, size], align_corners=False)
+    # An enlarged cut at the edge looks half a pixel beyond the outermost ones.
+    beyond = "zeros" if rotation_degrees else "border"
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode=beyond, align_corners=False)
+
+
+def _orientation(flip: Tensor, angle: Tensor, flip_probability: float, rotation_degrees: float) -> Tensor:
+    """``(batch, 2, 2)``: from directions in a view to those in the image, both x before y."""
+    angle = torch.deg2rad((2 * angle - 1) * rotation_degrees)
+    mirror = torch.where(flip < flip_probability, -1.0, 1.0)
+    turn = torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()], 1).view(-1, 2, 2)
+    return turn * torch.stack([mirror, torch.ones_like(mirror)], 1).unsqueeze(2)
 
 
 def cut_out(images: Tensor, draws: Tensor, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lightning_modules.metrics.classification import ClassificationScores
+from lightning_modules.metrics.classification import ClassificationScores, Separation
 from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.supervised import Supervised
 
@@ -25,9 +25,14 @@ class LabelledImages(Supervised):
 
     Subclasses give their metrics of evaluation in ``update_scores`` and ``scores``, and name them in ``score_names``:
     attributes ``<stage>_<name>`` that are reset before an evaluation, beside ``<stage>_loss``.
+
+    Where the data have a second test loader, of images that the network cannot know (``data.ood``), a test logs
+    ``test/ood_auroc_<name>`` for every measure of ``uncertainties``: how well it tells the two apart.
     """
 
     score_names: ClassVar[tuple[str, ...]]
+    uncertainty_names: ClassVar[tuple[str, ...]] = ("entropy",)
+    _separation: dict[str, Separation] | None = None  # during a test with unknown images
 
     def logits(self, image: Tensor) -> Tensor:
         """What the network gives for images, in float32 where the network computes in less."""
@@ -40,6 +45,15 @@ class LabelledImages(Supervised):
     def _probability(self, logits: Tensor) -> Tensor:
         """What is delivered of the probabilities, (batch, class) or less."""
         return logits.softmax(1)
+
+    def uncertainties(self, logits: Tensor) -> dict[str, Tensor]:
+        """Measures of not knowing by ``uncertainty_names``, each (batch,): the entropy of the prediction, in nats."""
+        log_probability = logits.double().log_softmax(1)
+        return {"entropy": -(log_probability.exp() * log_probability).sum(1)}
+
+    def _separate(self, logits: Tensor, unknown: bool) -> None:
+        for name, value in self.uncertainties(logits).items():
+            self._separation[name].update(value, unknown)
 
     def update_scores(self, stage: Stage, logits: Tensor, label: Tensor) -> None:
         """Add a batch to the metrics of a stage: logits (batch, class), labels (batch,)."""
@@ -65,6 +79,8 @@ class LabelledImages(Supervised):
         loss = self._loss(logits, label)
         getattr(self, f"{stage}_loss").update(loss.double() * len(label), len(label))
         self.update_scores(stage, logits, label)
+        if stage == "test" and self._separation is not None:
+            self._separate(logits, unknown=False)
         return {"loss": loss} | self._outputs(batch, logits)
 
     @override
@@ -72,8 +88,12 @@ class LabelledImages(Supervised):
         return self._evaluation_step(batch, "val")
 
     @override
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return self._evaluation_step(batch, "test")
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        if dataloader_idx == 0:
+            return self._evaluation_step(batch, "test")
+        logits = self.logits(batch["image"])
+        self._separate(logits, unknown=True)
+        return {name: value for name, value in self._outputs(batch, logits).items() if name != "target"}
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -90,6 +110,9 @@ class LabelledImages(Supervised):
     @override
     def on_test_epoch_start(self) -> None:
         self._reset("test")
+        unknown = getattr(getattr(self.trainer, "datamodule", None), "ood", None) is not None
+        # On all ranks, also where one sees no image.
+        self._separation = {n: Separation().to(self.device) for n in self.uncertainty_names} if unknown else None
 
     def scores(self, stage: Stage) -> dict[str, Tensor]:
         """Values of a stage by name, ``loss`` and ``accuracy`` among them."""
@@ -107,6 +130,8 @@ class LabelledImages(Supervised):
     @override
     def on_test_epoch_end(self) -> None:
         self._log_scores("test")
+        found, self._separation = self._separation or {}, None
+        self._log_exact({f"test/ood_auroc_{name}": metric.compute() for name, metric in found.items()})
 
 
 class Classifier(LabelledImages):
@@ -164,7 +189,7 @@ class Classifier(LabelledImages):
             raise ValueError(f"model.num_bins={num_bins}: must be at least 1")
         net = net.to(memory_format=torch.channels_last) if channels_last else net
         super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
-        self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
+        self.save_hyperparameters(ignore=list(self.objects))
         self.num_classes, self.label_smoothing, self.channels_last = num_classes, label_smoothing, channels_last
         for stage in ("val", "test"):
             setattr(self, f"{stage}_loss", SumRatio())

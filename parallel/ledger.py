@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,10 +51,11 @@ class Ledger:
     pending: list[Callable[[], tuple[float, float]]] = field(default_factory=list)
     restored: bool = False  # continues the ledger of a checkpoint
     mark: dict[str, float] = field(default_factory=dict)  # `sums` and ``epoch`` when the running epoch began
+    _paused: bool = False
 
     def record(self, operation: str, ranks: Sequence[int], payload: int) -> None:
         """Count one collective of the group ``ranks`` with ``payload`` bytes (`parallel.layout.ring_bytes`)."""
-        if len(ranks) < 2 or ranks[0] != self.rank:
+        if len(ranks) < 2 or ranks[0] != self.rank or self._paused:
             return
         slow = crossings(ranks, self.local_size)
         fast = len(ranks) - slow
@@ -67,6 +69,15 @@ class Ledger:
             entry.calls += mine
             entry.payload_bytes += payload * mine
             entry.wire_bytes += per_edge * edges
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no collectives within the block: what a checkpoint asks for is not training."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
 
     def settle(self) -> None:
         """Add the times of pending transfers; waits for the device where those have not ended."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch.distributed as dist
 from typing_extensions import override
 
 from parallel.gradient_hooks import GradientHook, PowerSGDHook
@@ -62,13 +62,28 @@ class DDP(ClusterStrategy):
             )
         return GradientHook(self.interconnect, self.gradient_group, self._delay, _WIRE_TYPES[self.compression])
 
+    def _named(self) -> dict[str, torch.Tensor]:
+        return {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """With what every rank has not sent yet: as many numbers as the network has, times the number of ranks."""
+        state = super().state_dict()
+        if isinstance(self.__dict__.get("_hook"), PowerSGDHook):
+            mine = self._hook.state_dict({id(p): name for name, p in self._named().items()})
+            ranks = [None] * self.groups.world.size if self.global_rank == 0 else None
+            dist.gather_object(mine, ranks, dst=0)
+            state["powersgd"] = ranks
+        return state
+
     @override
     def load_state(self, state: Mapping[str, Any]) -> None:
         super().load_state(state)
-        if self.compression == "powersgd":
-            # They lie in the order of DDP's buckets, which a fresh DDP arranges anew after its first step.
-            rank_zero_warn(
-                "PowerSGD's errors and factors are not part of checkpoints: they start from zero, and "
-                f"{self.powersgd_start} steps with whole gradients come first; this run is not exactly the one that "
-                "stopped"
-            )
+        ranks = state.get("powersgd")
+        if ranks and isinstance(self.__dict__.get("_hook"), PowerSGDHook):
+            if len(ranks) == self.groups.world.size:
+                mine = ranks[self.global_rank]
+            else:  # the mean of what nobody has seen yet stays what it was
+                errors = {name: sum(one["errors"][name] for one in ranks) / len(ranks) for name in ranks[0]["errors"]}
+                mine = ranks[0] | {"errors": errors}
+            self._hook.load_state_dict(mine, self._named())

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from callbacks.figures.axes import MAX_LABELS, cell_edges, heat_map, make_figure, map_height
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRIC, TRAINABLE, STORED, MIXING = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7"
-_MAX_LABELS = 30
 
 
 def stability(history: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -28,9 +29,11 @@ def stability(history: Sequence[Mapping[str, Any]]) -> Figure | None:
         np.array([[row[kind].get(label, np.nan) for row in history] for label in labels])
         for kind in ("stability", "r_similarity")
     )
-    figure, (above, below) = _figure(7.0, 2.6 + _map_height(len(labels)), rows=2, heights=(_map_height(len(labels)), 2))
+    figure, (above, below) = make_figure(
+        7.0, 2.6 + map_height(len(labels)), rows=2, heights=(map_height(len(labels)), 2)
+    )
     lowest = float(np.nanmin(turned)) if np.isfinite(turned).any() else 0.0
-    image = _map(above, turned, epochs, labels, vmin=min(lowest, 0.9), vmax=1.0)
+    image = heat_map(above, turned, epochs, labels, vmin=min(lowest, 0.9), vmax=1.0)
     figure.colorbar(image, ax=[above, below], label="stability of the basis", pad=0.01)
     with np.errstate(invalid="ignore"):
         below.plot(epochs, np.nanmean(turned, axis=0), color=METRIC, marker="o", markersize=3, label="basis, mean")
@@ -50,9 +53,9 @@ def ranks(history: Mapping[str, Any]) -> Figure | None:
     labels = list(rows[-1]["ranks"])
     sides = history["sides"]
     shares = np.array([[row["ranks"].get(label, np.nan) / sides[label][1] for row in rows] for label in labels])
-    figure, (axes,) = _figure(7.0, 1.1 + _map_height(len(labels)))
-    image = _map(axes, shares, [row["epoch"] for row in rows], labels, vmin=0.0, vmax=1.0)
-    if len(labels) <= _MAX_LABELS:
+    figure, (axes,) = make_figure(7.0, 1.1 + map_height(len(labels)))
+    image = heat_map(axes, shares, [row["epoch"] for row in rows], labels, vmin=0.0, vmax=1.0)
+    if len(labels) <= MAX_LABELS:
         last = [f"{rows[-1]['ranks'][label]} of {sides[label][1]}" for label in labels]
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(len(labels)), last, fontsize="small")
@@ -68,7 +71,7 @@ def metric_and_parameters(history: Mapping[str, Any]) -> Figure | None:
     if not rows:
         return None
     epochs = [row["epoch"] for row in rows]
-    figure, (left,) = _figure(7.0, 3.6)
+    figure, (left,) = make_figure(7.0, 3.6)
     right = left.twinx()
     right.spines[["top", "left"]].set_visible(False)
     left.grid(visible=False)  # it would lie above the lines of the other axis
@@ -98,7 +101,7 @@ def spectra(history: Mapping[str, Any]) -> Figure | None:
     shown = list(found.items())[:12]
     columns = min(4, len(shown))
     lines = -(-len(shown) // columns)
-    figure, axes = _figure(2.6 * columns + 0.6, 2.1 * lines + 0.6, rows=lines, columns=columns)
+    figure, axes = make_figure(2.6 * columns + 0.6, 2.1 * lines + 0.6, rows=lines, columns=columns)
     for panel, (label, pair) in zip(axes, shown, strict=False):
         for name, color in (("before", STORED), ("after", TRAINABLE)):
             values = np.array(pair.get(name, []))
@@ -129,7 +132,7 @@ def accuracy_against_stored(
     points = [row for row in rows if row.get(metric) not in (None, "") and row.get("test/stored_fraction")]
     if not points:
         return None
-    figure, (axes,) = _figure(5.6, 3.8)
+    figure, (axes,) = make_figure(5.6, 3.8)
     methods = list(dict.fromkeys(row[by] for row in points))
     colors = (METRIC, TRAINABLE, "#009E73", MIXING, "#E69F00", "#56B4E9", STORED)
     for i, method in enumerate(methods):
@@ -145,46 +148,7 @@ def accuracy_against_stored(
 # ------------------------------------------------------------------------------------------------------------ parts
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, heights: Sequence[float] | None = None
-) -> tuple[Figure, list[Any]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
-    for axes in grid.flat:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="#E5E5E5", linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, list(grid.flat)
-
-
-def _map_height(count: int) -> float:
-    return min(max(0.3 * count, 0.9), 6.0)
-
-
-def _map(axes: Any, values: np.ndarray, epochs: Sequence[int], labels: Sequence[str], **limits: float) -> Any:
-    """A heat map with layers downwards and epochs, which may be unevenly spaced, to the right."""
-    axes.grid(visible=False)
-    edges = np.arange(len(labels) + 1) - 0.5
-    image = axes.pcolormesh(_edges(epochs), edges, values, cmap="viridis", rasterized=True, **limits)
-    axes.invert_yaxis()
-    if len(labels) <= _MAX_LABELS:
-        axes.set_yticks(range(len(labels)), labels, fontsize="small")
-    else:
-        axes.set_ylabel("layer")
-    return image
-
-
-def _edges(epochs: Sequence[int]) -> np.ndarray:
-    centres = np.asarray(epochs, dtype=float)
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    middle = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
-
-
 def _share_epochs(above: Any, below: Any, epochs: Sequence[int]) -> None:
-    edges = _edges(epochs)
+    edges = cell_edges(epochs)
     for axes in (above, below):
         axes.set_xlim(edges[0], edges[-1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
 
@@ -96,3 +97,55 @@ class ClassificationScores(Metric):
             "ece": (self.bin_correct - self.bin_confidence).abs().sum() / number,
             "f1_macro": f1.mean(),
         }
+
+
+class Separation(Metric):
+    """How well a score tells two sets apart: the area under the ROC curve of ``score > threshold``.
+
+    `compute` returns the probability that a score of the second set is larger than one of the first, where equal ones
+    count a half (the statistic of Mann and Whitney): 0.5 for scores that say nothing, 1 where all of the second are
+    larger. It is exact: all scores are kept. NaN while one of the sets is empty.
+
+    Args:
+        kwargs: Arguments of `torchmetrics.Metric`.
+    """
+
+    full_state_update = False
+    first: list[Tensor]
+    second: list[Tensor]
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("first", "second"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self._begin()
+
+    def _begin(self) -> None:
+        # torchmetrics gathers nothing from a rank whose list is empty, and the others would wait for it.
+        for scores in (self.first, self.second):
+            scores.append(torch.zeros(0, dtype=torch.float64, device=self.device))
+
+    @override
+    def reset(self) -> None:
+        super().reset()
+        self._begin()
+
+    @override
+    def update(self, score: Tensor, second: bool) -> None:
+        """Add a batch.
+
+        Args:
+            score: ``(batch,)``.
+            second: Which set they are of.
+        """
+        (self.second if second else self.first).append(score.detach().double())
+
+    @override
+    def compute(self) -> Tensor:
+        """The area, float64."""
+        first, second = (dim_zero_cat(scores) for scores in (self.first, self.second))
+        if not len(first) or not len(second):
+            return torch.full((), torch.nan, dtype=torch.float64, device=first.device)
+        first = first.sort().values
+        below = torch.searchsorted(first, second, right=False) + torch.searchsorted(first, second, right=True)
+        return below.double().mean() / (2 * len(first))

@@ -527,6 +527,11 @@ class ABTrainingStrategy(ClusterStrategy):
         )
         return (sum(whole.values()) + others) / (small + others)
 
+    @property
+    def full_ranks(self) -> dict[str, int]:
+        """Of the weights that are factorised; callbacks look for this."""
+        return {layer.path: _full_rank(layer) for layer in self._layers}
+
     def _ranks_in_words(self) -> str:
         ranks = [f"{layer.path} {self.ranks[layer.path]} of {_full_rank(layer)}" for layer in self._layers]
         return f"ranks {', '.join(ranks)}; {self.compression():.2f} times smaller"

@@ -262,6 +262,27 @@ def test_training_sees_other_views_every_epoch_and_the_same_after_a_restart(tmp_
     assert not torch.equal(other.on_after_batch_transfer(batch, 0)["image"], views(0))
 
 
+def test_samples_of_the_weights_may_see_views_of_their_own(tmp_path):
+    data = ready(**write_npz(tmp_path, channels=3), augment=True, padding=2, noise=0.1, batch_size=16)
+    batch = next(iter(data.train_dataloader()))
+    streams = [data.augmented(batch, 2, [stream])["image"] for stream in range(3)]
+    assert torch.equal(streams[0], data.augmented(batch, 2)["image"])  # as without samples
+    assert not torch.equal(streams[0], streams[1]) and not torch.equal(streams[1], streams[2])
+    found = data.augmented(batch, 2, [0, 2, 2, 1])
+    assert torch.equal(found["image"], torch.cat([streams[s] for s in (0, 2, 2, 1)]))  # sample after sample
+    assert torch.equal(found["label"], batch["label"])
+    assert torch.equal(data.augmented(batch, 2, [1, 1])["image"], streams[1])  # one view for all of them
+
+    data.trainer = Stage("train", 2)
+    data.trainer.lightning_module.view_streams = lambda: [2, 0]
+    asked = data.on_after_batch_transfer(batch, 0)["image"]
+    assert torch.equal(asked, torch.cat([streams[2], streams[0]]))
+    for stage in ("validate", "test"):  # the module is asked in training alone
+        data.trainer = Stage(stage)
+        data.trainer.lightning_module.view_streams = None
+        assert len(data.on_after_batch_transfer(batch, 0)["image"]) == 16
+
+
 def test_views_are_cuts_of_the_padded_image_or_of_its_mirror_image(tmp_path):
     data = ready("train", **write_npz(tmp_path), augment=True, padding=2, normalize="none", drop_last=False)
     batch = every(data.train_dataloader())
@@ -278,6 +299,48 @@ def test_views_are_cuts_of_the_padded_image_or_of_its_mirror_image(tmp_path):
         assert len(found) == 1
         seen |= found
     assert {flip for flip, _, _ in seen} == {0, 1} and len(seen) > 15
+
+
+def test_cuts_of_random_size(tmp_path):
+    options = write_npz(tmp_path, size=16) | {
+        "augment": True,
+        "padding": 0,
+        "crop_scale": [0.2, 0.9],
+        "noise": 0.1,
+        "batch_size": 32,
+    }
+    data, again = ready("train", **options), ready("train", **options)
+    batch = next(iter(data.train_dataloader()))
+    views = data.on_after_batch_transfer(batch, 0)["image"]
+    assert views.shape == (32, 1, 16, 16)
+    few = {key: value[3:7] for key, value in batch.items()}  # whatever batch an image is in
+    assert torch.equal(again.on_after_batch_transfer(few, 0)["image"], views[3:7])
+    again.trainer = Stage("train", 1)
+    assert not torch.equal(again.on_after_batch_transfer(batch, 0)["image"], views)
+    # Neither places nor noise share numbers with the sizes.
+    quiet = ready("train", **options | {"noise": 0.0, "normalize": "none"})
+    noisy = ready("train", **options | {"normalize": "none"})
+    noise = noisy.on_after_batch_transfer(batch, 0)["image"] - quiet.on_after_batch_transfer(batch, 0)["image"]
+    assert noise.std() > 0.05 and abs(noise.mean()) < 0.02
+    whole = ready("train", **options | {"crop_scale": [1.0, 1.0], "crop_ratio": [1, 1], "noise": 0.0})
+    whole.flip_probability = 0.0
+    seen = whole.on_after_batch_transfer(batch, 0)["image"]
+    torch.testing.assert_close(seen, whole.normalized(batch)["image"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"crop_scale": [0.0, 1.0]}, r"data\.crop_scale=\[0\.0, 1\.0\]: .* at most 1"),
+        ({"crop_scale": [0.5, 0.2]}, r"data\.crop_scale=\[0\.5, 0\.2\]"),
+        ({"crop_scale": [0.5, 1.5]}, r"data\.crop_scale=\[0\.5, 1\.5\]"),
+        ({"crop_ratio": [2.0]}, r"data\.crop_ratio=\[2\.0\]: .* width over height"),
+        ({"crop_scale": [0.5, 1.0], "padding": 2}, r"data\.padding=2 and data\.crop_scale=\[0\.5, 1\.0\]"),
+    ],
+)
+def test_impossible_cuts_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        Images(**{"padding": 0} | options)
 
 
 def test_cutout_sets_a_square_to_the_mean(tmp_path):

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics.functional.classification import (
+    binary_auroc,
     multiclass_accuracy,
     multiclass_calibration_error,
     multiclass_f1_score,
@@ -21,7 +22,7 @@ from torchmetrics.functional.classification import (
 from callbacks.predictions import PredictionWriter
 from datamodules.images import Images
 from lightning_modules.classification import Classifier
-from lightning_modules.metrics.classification import ClassificationScores
+from lightning_modules.metrics.classification import ClassificationScores, Separation
 from lightning_modules.schedules import WarmupCosine
 from networks.cnn import CNN
 from networks.mlp import MLP
@@ -198,6 +199,100 @@ def test_digits_are_learnt_in_seconds():
     found = run(module, Images(**DIGITS), "fit", "test", max_epochs=15)
     assert found["test/accuracy"] >= 0.95 and found["test/top5_accuracy"] >= 0.99
     assert found["test/ece"] < 0.05 and found["train/accuracy"] > 0.99
+
+
+# --- images that the network cannot know ------------------------------------------------------------------------------
+
+
+def test_the_area_under_the_curve_is_that_of_other_code():
+    metric, rng = Separation(), np.random.default_rng(0)
+    first = torch.from_numpy(rng.normal(0, 1, 500).round(1))  # with ties
+    second = torch.from_numpy(rng.normal(0.7, 1, 300).round(1))
+    for part in first.split(70):
+        metric.update(part, second=False)
+    for part in second.split(130):
+        metric.update(part, second=True)
+    truth = torch.cat([torch.zeros(500), torch.ones(300)]).int()
+    scores = torch.cat([first, second])
+    expected = binary_auroc((scores - scores.min()) / (scores.max() - scores.min()), truth)
+    assert float(metric.compute()) == pytest.approx(float(expected), abs=1e-6)
+    pairs = (second[:, None] > first).double() + 0.5 * (second[:, None] == first).double()
+    assert float(metric.compute()) == pytest.approx(float(pairs.mean()), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "area"),
+    [([1.0, 2.0], [3.0, 4.0], 1.0), ([3.0], [1.0, 2.0], 0.0), ([1.0, 1.0], [1.0], 0.5), ([], [1.0], float("nan"))],
+)
+def test_areas_that_are_known(first, second, area):
+    metric = Separation()
+    metric.update(torch.tensor(first), second=False)
+    metric.update(torch.tensor(second), second=True)
+    assert float(metric.compute()) == pytest.approx(area, nan_ok=True)
+
+
+def few_digits(**options):
+    return Images(**FEW | {"max_train": None, "classes": [0, 1, 2, 3, 4], "test_size": 151} | options)
+
+
+def unknown_digits(**options):
+    return Images(**FEW | {"max_train": None, "classes": [5, 6, 7, 8, 9], "test_size": 97} | options)
+
+
+def test_entropy_tells_unknown_digits_from_known_ones():
+    data = few_digits(ood=unknown_digits())
+    module = Classifier(MLP(5, hidden=[64]), SGD, num_classes=5, top_k=None)
+    values = run(module, data, "fit", "test", max_epochs=10)
+    with torch.no_grad():
+        known, other = (
+            torch.cat([module.net(convert(batch)["image"]) for batch in loader])
+            for loader, convert in zip(data.test_dataloader(), (data.normalized, data.unknown), strict=True)
+        )
+    assert (len(known), len(other)) == (151, 97)
+    entropy = [-(p * p.log()).sum(1) for p in (logits.double().softmax(1) for logits in (known, other))]
+    area = (entropy[1][:, None] > entropy[0]).double().mean()
+    assert values["test/ood_auroc_entropy"] == pytest.approx(float(area), abs=1e-9)
+    assert area > 0.85
+    # The other scores are those of a test without unknown images.
+    without = run(module, few_digits(), "test")
+    assert without == {name: value for name, value in values.items() if name in without} and len(without) == 6
+
+
+def separated(devices):
+    pl.seed_everything(0, verbose=False)
+    data = few_digits(ood=unknown_digits(test_size=3))  # one batch: a rank has two images, the other one
+    module = Classifier(MLP(5, hidden=[8]), SGD, num_classes=5, top_k=None)
+    options = {"devices": devices, "strategy": DDPStrategy() if devices == 2 else "auto"}
+    return run(module, data, "test", **options)
+
+
+def test_two_ranks_separate_as_one_process_does(ranks2):
+    alone = separated(1)
+    for values in ranks2(separated, 2):
+        assert values == pytest.approx(alone, abs=1e-6) and 0 < values["test/ood_auroc_entropy"] < 1
+
+
+def test_unknown_images_are_brought_to_the_size_and_scale_of_the_known_ones(tmp_path):
+    rng = np.random.default_rng(0)
+    arrays = {f"x_{part}": rng.integers(0, 256, (20, 16, 16, 1)).astype(np.uint8) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.arange(20) % 2 for part in ("train", "test")}
+    np.savez(tmp_path / "a.npz", **arrays)
+    other = Images("npz", "a.npz", str(tmp_path))
+    data = few_digits(ood=other, normalize="dataset")
+    data.setup("test")
+    seen = data.unknown(next(iter(data.test_dataloader()[1])))["image"]
+    assert seen.shape == (20, 1, 8, 8)
+    pixels = torch.from_numpy(arrays["x_test"]).permute(0, 3, 1, 2) / 255
+    smooth = F.interpolate(pixels, (8, 8), mode="bilinear", antialias=True, align_corners=False)
+    torch.testing.assert_close(seen, (smooth - data.mean[0]) / data.std[0])
+
+
+def test_unknown_images_that_do_not_fit_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"data\.ood\.ood: unknown images have no unknown images"):
+        few_digits(ood=unknown_digits(ood=unknown_digits()))
+    color = Images("synthetic", max_train=20, max_test=8, num_classes=2, num_channels=3, image_size=8)
+    with pytest.raises(ValueError, match=r"data\.ood: synthetic images has 3 channels, the embedded digits has 1: set"):
+        few_digits(ood=color).setup("test")
 
 
 def test_shifted_images_are_harder():

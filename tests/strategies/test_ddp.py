@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-import warnings
 
 import pytest
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook
 
 from callbacks.communication import Communication
+from parallel.gradient_hooks import PowerSGDHook
 from strategies.daso import DASO
 from strategies.ddp import DDP
 from strategies.diloco import DiLoCo
@@ -47,32 +48,107 @@ def test_bytes_and_accuracy_of_compressed_gradients(ranks4, tmp_path, kwargs, sh
     assert inter == sum(totals["intra_node_bytes"] for _, totals in found)
 
 
-def powersgd(folder):
+def powersgd(folder, at, norm=False):
+    """Weights and numbers of a whole run and of one that was stopped after so many steps."""
+
     def strategy():
         return DDP(compression="powersgd", powersgd_rank=1, powersgd_start=4, local_size=2)
 
     def module():
-        return nets.Regression(nets.network(torch.float32))
+        return nets.Regression(nets.network(torch.float32, norm))
 
-    path = f"{folder}/p.ckpt"
-    whole = strategy()
-    a, _ = nets.fit(whole, folder, module=module(), callbacks=(SaveAt(13, path),))
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        b, _ = nets.fit(strategy(), folder, module=module(), ckpt_path=path)
-    warned = any("PowerSGD's errors and factors are not part of checkpoints" in str(w.message) for w in said)
-    return nets.error(a), nets.error(b), whole.ledger.totals(), warned
+    path = f"{folder}/p{at}.ckpt"
+    whole, resumed = strategy(), strategy()
+    a, _ = nets.fit(whole, folder, module=module(), callbacks=(SaveAt(at, path),))
+    b, _ = nets.fit(resumed, folder, module=module(), ckpt_path=path)
+    errors = torch.load(path, weights_only=True)["strategy"]["powersgd"]
+    return {"weights": (nets.weights(a), nets.weights(b)), "error": nets.error(a), "saved": errors,
+            "bytes": (whole.ledger.totals(), resumed.ledger.totals())}  # fmt: skip
 
 
-def test_powersgd_learns_with_fewer_bytes_and_says_what_a_restart_loses(ranks4, tmp_path):
-    found = ranks4(powersgd, str(tmp_path))
-    begin = nets.error(nets.Regression())
-    for whole, resumed, _, _ in found:
-        assert whole < 0.95 * begin and resumed < 0.95 * begin
-    assert [warned for *_, warned in found] == [True, False, False, False]
-    inter = sum(totals["inter_node_bytes"] for *_, totals, _ in found)
+def test_powersgd_learns_with_fewer_bytes(ranks4, tmp_path):
+    found = ranks4(powersgd, str(tmp_path), 13)
     whole, factors = 74, (8 + 6) + 16 + 10  # one weight as rank-one factors; the other is too small; biases
-    assert inter == 3 * 4 * (4 * whole + 20 * factors)
+    for part in (0, 1):  # also of a run that stopped
+        inter = sum(rank["bytes"][part]["inter_node_bytes"] for rank in found)
+        assert inter == 3 * 4 * (4 * whole + 20 * factors)
+    for rank in found:
+        assert rank["error"] < 0.95 * nets.error(nets.Regression())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("at", [2, 4, 5, 13])
+def test_powersgd_goes_on_with_the_errors_and_factors_of_every_rank(ranks2, tmp_path, at, norm):
+    """Before, at and after the first compressed step: bit for bit."""
+    found = ranks2(powersgd, str(tmp_path), at, norm)
+    for rank in found:
+        whole, resumed = rank["weights"]
+        assert torch.equal(whole, resumed) and torch.equal(whole, found[0]["weights"][0])
+    one, other = found[0]["saved"]
+    if at > 4:
+        assert one["factors"].keys() == {"net.0.weight"} and one["steps"] == at
+        assert torch.equal(one["factors"]["net.0.weight"], other["factors"]["net.0.weight"])
+        assert not torch.equal(one["errors"]["net.0.weight"], other["errors"]["net.0.weight"])
+        mean = {name: (error + other["errors"][name]) / 2 for name, error in one["errors"].items()}
+        assert mean["net.0.weight"].norm() > 1e-3
+        assert mean["net.0.bias"].norm() < 1e-6  # was sent whole: ranks differ from their mean, which everybody has
+    else:
+        assert one["errors"] == {} == one["factors"]
+
+
+def fewer_ranks(folder, path):
+    strategy = DDP(compression="powersgd", powersgd_rank=1, powersgd_start=4, local_size=1)
+    saved = []
+
+    class Look(nets.pl.Callback):
+        def on_train_start(self, trainer, module):
+            saved.append(strategy.state_dict())
+
+    nets.fit(strategy, folder, module=nets.Regression(nets.network(torch.float32)), ckpt_path=path, callbacks=(Look(),))
+    return saved[0].get("powersgd")
+
+
+def test_fewer_ranks_share_what_had_not_been_sent(ranks4, ranks2, tmp_path):
+    """The mean over ranks of the errors, which the next step adds to the gradients, is the same."""
+    before = ranks4(powersgd, str(tmp_path), 13)[0]["saved"]
+    after = ranks2(fewer_ranks, str(tmp_path), f"{tmp_path}/p13.ckpt")[0]
+    assert len(before) == 4 and len(after) == 2
+    for name in ("net.0.weight", "net.2.weight"):
+        mean = torch.stack([one["errors"][name] for one in before]).mean(0)
+        for one in after:
+            torch.testing.assert_close(one["errors"][name], mean)
+
+
+def test_errors_and_factors_follow_their_parameters_from_bucket_to_bucket():
+    hook = PowerSGDHook.__new__(PowerSGDHook)
+    hook.state = powerSGD_hook.PowerSGDState(None, 2, 2)
+    hook._buckets, hook._apart = {}, {}
+    shapes = [(20, 9), (5,), (30, 10), (20, 9), (2, 2)]
+    parameters = [torch.zeros(shape) for shape in shapes]
+    errors = {id(p): torch.randn(p.numel()) for p in parameters}
+    factors = {id(p): torch.randn(2 * p.shape[1]) for p, s in zip(parameters, shapes, strict=True) if s[0] >= 20}
+    names = {id(p): f"p{i}" for i, p in enumerate(parameters)}
+    hook._apart = {key: (errors[key], factors.get(key)) for key in errors}
+    a, b, c, d, e = parameters
+    for arrangement in ([[a, b, c, d, e]], [[e, d, c], [b, a]], [[c], [d, e, a, b]], [[b, a], [e, d, c]]):
+        for index, members in enumerate(arrangement):
+            hook._arrange(index, members, torch.zeros(()))
+        for index, members in enumerate(arrangement):
+            assert torch.equal(hook.state.error_dict[index], torch.cat([errors[id(p)] for p in members]))
+        assert hook.state.p_memory_dict[0].numel() + sum(
+            hook.state.p_memory_dict[i].numel() for i in range(1, len(arrangement))
+        ) == 2 * (20 + 30 + 20)
+        kept = hook.state_dict(names)
+        assert {name: v.tolist() for name, v in kept["errors"].items()} == {
+            names[key]: v.tolist() for key, v in errors.items()
+        }
+        assert {name: v.tolist() for name, v in kept["factors"].items()} == {
+            names[key]: v.tolist() for key, v in factors.items()
+        }
+    # Weights of one shape stand together in torch's memory: c is not between a and d.
+    hook._arrange(0, [a, c, d], torch.zeros(()))
+    expected = torch.cat([factors[id(p)] for p in (a, d, c)])
+    assert torch.equal(hook.state.q_memory_dict[0], expected)
 
 
 @pytest.mark.parametrize(

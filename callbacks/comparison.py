@@ -1,0 +1,61 @@
+"""The jobs of a sweep side by side, as figures: the end of ``experiment=daso/compare`` and ``ab_training/compare``."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+METRIC = "test/accuracy"
+
+
+def read_sweep(folder: Path, metric: str = METRIC) -> list[dict[str, Any]]:
+    """The finished jobs of a sweep that have a training history (`callbacks.training_history`).
+
+    Args:
+        folder: Of the sweep, with its ``table.csv``.
+        metric: Column of the table that figures show.
+
+    Returns:
+        For every job ``label`` (what distinguishes it from the others, seeds aside), ``epochs`` of its history,
+        ``metric`` and ``metric_name``, and ``inter_node_bytes`` of all ranks.
+    """
+    with (folder / "table.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "completed"]
+    chosen = list(rows[0])[: list(rows[0]).index("parameters")] if rows else []
+    differing = [c for c in chosen if c not in ("job", "seed") and len({row[c] for row in rows}) > 1]
+    found = []
+    for row in rows:
+        run_dir = Path(row["run_dir"])
+        path = run_dir / "history.json"
+        if not path.is_file():
+            continue
+        sent = json.loads((run_dir / "results.json").read_text()).get("communication", {}).get("inter_node_bytes")
+        values = [row[c] if len(differing) == 1 else f"{c}={row[c]}" for c in differing]
+        found.append(
+            {
+                "label": " ".join(values) or "all",
+                "epochs": json.loads(path.read_text())["epochs"],
+                "metric": float(row[metric]) if row.get(metric) else None,
+                "metric_name": metric,
+                "inter_node_bytes": sent,
+            }
+        )
+    return found
+
+
+def draw_sweep(folder: Path) -> str:
+    """Draw the jobs of a sweep together into ``<folder>/figures``; what to print below the sweep's table."""
+    from callbacks.figures import strategies
+
+    runs = read_sweep(folder)
+    paths = []
+    for name in strategies.FIGURES:
+        figure = getattr(strategies, name)(runs)
+        if figure is not None:
+            path = folder / "figures" / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            figure.savefig(path, dpi=150)
+            paths.append(path)
+    return "\n".join(f"figure {path}" for path in paths) or "no job has left a history to draw"
