@@ -17,6 +17,15 @@ def gather_to_rank_zero(part: Any) -> list[Any] | None:
     return parts
 
 
+def repeats_items(trainer: Any) -> bool:
+    """Whether an evaluation on this rank gives what another rank gives already.
+
+    So it is where ranks share something else than the items, as the ranks of a sample group do.
+    """
+    share = getattr(trainer.strategy, "sample_share", None)
+    return share is not None and share.index > 0
+
+
 def concatenate(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Join step outputs along the batch, sorted by ``origin`` if they have one, whatever ranks they came from.
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.gathering import gather_to_rank_zero
+from callbacks.gathering import gather_to_rank_zero, repeats_items
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +70,7 @@ class PredictionWriter(pl.Callback):
         # Here, and not in on_predict_end: a rank without a window (one origin, two ranks) skips the hooks of the loop,
         # and the others would wait for it forever.
         if stage == "predict":
-            parts = gather_to_rank_zero(self._tables)
+            parts = gather_to_rank_zero([] if repeats_items(trainer) else self._tables)
             if parts is not None and any(parts):
                 self._write(_merge([table for part in parts for table in part], trainer.datamodule.channel_names))
         self._tables = []

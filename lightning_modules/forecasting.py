@@ -158,7 +158,7 @@ class Forecaster(Supervised):
         if calibrate != "none" and quantiles is None:
             raise ValueError(f"model.calibrate={calibrate!r} needs intervals; set model.quantiles, e.g. to 9.")
         super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
-        self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
+        self.save_hyperparameters(ignore=list(self.objects))
         self.loss, self.sort_quantiles = loss, sort_quantiles
         self.log_steps, self.log_channels = log_steps, log_channels
         self.levels = None if quantiles is None else quantile_levels(quantiles, quantile_set)

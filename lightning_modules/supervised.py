@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,9 @@ class Supervised(pl.LightningModule):
         ValueError: For an unknown interval.
     """
 
+    # Arguments that checkpoints do not store as hyper-parameters: they are no plain data.
+    objects: ClassVar[tuple[str, ...]] = ("net", "optimizer", "scheduler")
+
     def __init__(
         self,
         net: nn.Module,
@@ -48,11 +51,15 @@ class Supervised(pl.LightningModule):
         self._train_sums: dict[str, tuple[Tensor | float, Tensor | float]] = {}
         self._epoch_of_sums: int | None = None  # where they come from a checkpoint
 
+    def parameter_groups(self) -> list[Any]:
+        """What the optimizer gets: parameters, or groups of them with settings of their own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
     @override
     def configure_optimizers(self) -> Any:
         if self.make_optimizer is None:
             return None
-        optimizer = self.make_optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.make_optimizer(self.parameter_groups())
         if self.make_scheduler is None:
             return optimizer
         if self.scheduler_interval == "step":
@@ -105,7 +112,12 @@ class Supervised(pl.LightningModule):
         every = [mine] * self.trainer.world_size
         if len(every) > 1:  # this hook runs on every rank
             dist.all_gather_object(every, mine)
-        checkpoint["train_sums"] = {"epoch": self.trainer.current_epoch, "ranks": every}
+        checkpoint["train_sums"] = {"epoch": self.trainer.current_epoch, "ranks": every, "copies": self._copies()}
+
+    def _copies(self) -> int:
+        """Ranks that see the same items."""
+        layout = self.trainer.distributed_sampler_kwargs or {}
+        return self.trainer.world_size // layout.get("num_replicas", self.trainer.world_size)
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -113,11 +125,12 @@ class Supervised(pl.LightningModule):
             return
         saved = checkpoint.get("train_sums", {"epoch": None, "ranks": []})
         self._epoch_of_sums, every = saved["epoch"], saved["ranks"]
-        if len(every) == self.trainer.world_size:
+        copies = self._copies() / saved.get("copies", 1)  # an item counts once for each
+        if len(every) == self.trainer.world_size and copies == 1:
             self._train_sums = {name: tuple(sums) for name, sums in every[self.trainer.global_rank].items()}
         else:  # other ranks than before: nobody's share is anybody's now, but the sums over all of them are the same
             names = {name for one in every for name in one}
-            share = float(self.trainer.global_rank == 0)
+            share = copies * (self.trainer.global_rank == 0)
             self._train_sums = {
                 name: tuple(share * sum(one.get(name, (0.0, 0.0))[i] for one in every) for i in (0, 1))
                 for name in sorted(names)

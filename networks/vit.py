@@ -28,11 +28,11 @@ class Attention(nn.Module):
         dropout: On the attention and on the output.
     """
 
-    def __init__(self, width: int, heads: int, qkv_bias: bool, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, qkv_bias: bool, dropout: float, proj_bias: bool = True) -> None:
         super().__init__()
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
-        self.proj = nn.Linear(width, width)
+        self.proj = nn.Linear(width, width, bias=proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, token, width)`` to the same shape."""
@@ -60,10 +60,20 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention and feed-forward layer, each behind a layer normalisation and beside a shortcut."""
 
-    def __init__(self, width: int, heads: int, hidden: int, qkv_bias: bool, dropout: float, drop_path: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        qkv_bias: bool,
+        dropout: float,
+        drop_path: float,
+        proj_bias: bool = True,
+        eps: float = _EPS,
+    ) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=_EPS), nn.LayerNorm(width, eps=_EPS)
-        self.attn = Attention(width, heads, qkv_bias, dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.attn = Attention(width, heads, qkv_bias, dropout, proj_bias)
         self.mlp = FeedForward(width, hidden, dropout)
         self.drop_path = DropPath(drop_path)
 
@@ -157,7 +167,8 @@ class ViT(nn.Module):
             raise ValueError(
                 f"images of {image.shape[-2]} x {image.shape[-1]} pixels, but model.net.image_size={self.image_size}"
             )
-        tokens = torch.cat([self.cls_token.expand(len(image), -1, -1), self.patch_embed(image)], 1)
+        patches = self.patch_embed(image)  # of every weight sample, where there are several
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
         x = self.dropout(tokens + self.pos_embed)
         for block in self.blocks:
             x = block(x)

@@ -64,7 +64,7 @@ class DiLoCo(ReplicaStrategy):
     def parameters_changed(self) -> None:
         assert self._flat is not None
         self._exchange = Exchange(self.groups, self.interconnect, self._flat.numel, "rotate")
-        self._anchor = self._flat.pack()
+        self._anchor = self.packed_alike()
         self._velocity = torch.zeros_like(self._anchor)
 
     @override

@@ -90,6 +90,17 @@ class ReplicaStrategy(ClusterStrategy):
     def parameters_changed(self) -> None:
         """Forget what belonged to the parameters before."""
 
+    def packed_alike(self) -> Tensor:
+        """The parameters of rank 0 as one vector, on all ranks; they call this together.
+
+        For what nodes must have in common when the vector is built anew, where they may have stepped since they were
+        equal (a layer that stopped to learn).
+        """
+        vector = self._flat.pack()
+        if self.groups.num_nodes > 1:
+            dist.broadcast(vector, 0)
+        return vector
+
     def _buffers(self) -> FlatTensors:
         return FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
 

@@ -156,6 +156,7 @@ class EnergyCallback(pl.Callback):
         self._tracker: Any = None
         self._begun = self._ended = False
         self._world_size = 1
+        self._data_shares = 1  # ranks with different samples
         self._global_zero = True
         self._logged_until = 0.0
         self._label = ""  # of every process, recording or not
@@ -300,6 +301,8 @@ class EnergyCallback(pl.Callback):
         trainer.callbacks = [*others, StageEnd(self)]
         self._gathered = None
         self._world_size, self._global_zero = trainer.world_size, trainer.is_global_zero
+        layout = getattr(trainer.strategy, "distributed_sampler_kwargs", None) or {}
+        self._data_shares = layout.get("num_replicas", self._world_size)
         self._cuda = self.synchronize and trainer.strategy.root_device.type == "cuda"
         self._loggers = trainer.loggers
         self.record = next((c for c in trainer.callbacks if isinstance(c, RunRecord)), None)
@@ -438,6 +441,9 @@ class EnergyCallback(pl.Callback):
         counts = Counts()
         for rank, (_, theirs, _) in enumerate(parts):
             counts.add(theirs, updates=rank == 0)
+        if self._data_shares < self._world_size:  # ranks that share something else count the same samples
+            factor = self._world_size // self._data_shares
+            counts.samples = {label: number // factor for label, number in counts.samples.items()}
         self._gathered = [host for host, _, _ in parts[1:] if host is not None], counts
         self._add_epochs([epochs for host, _, epochs in parts[1:] if host is not None])
 
@@ -461,7 +467,7 @@ class EnergyCallback(pl.Callback):
         if self._gathered is not None:
             others, counts = self._gathered
             return hosts + others, counts, True
-        shares = Counts({label: n * self._world_size for label, n in self.counts.samples.items()}, self.counts.updates)
+        shares = Counts({label: n * self._data_shares for label, n in self.counts.samples.items()}, self.counts.updates)
         if not self._ended:  # the others are at work; what they use is gathered at the end of the stage
             return hosts, shares, False
         # Ranks that died cannot be asked: their machines' files can, and ranks do equal shares of the work.
@@ -523,7 +529,7 @@ class EnergyCallback(pl.Callback):
         for tally in used.values():
             whole.add(tally)
         # Of this machine's ranks, which do equal shares of the work.
-        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._world_size / self._num_nodes
+        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._data_shares / self._num_nodes
         epoch = {
             "epoch": number,
             "it_kwh": whole.total_j / J_PER_KWH,

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.gathering import concatenate, gather_to_rank_zero
+from callbacks.gathering import concatenate, gather_to_rank_zero, repeats_items
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ class FiguresCallback(pl.Callback):
     def _draw(self, trainer: pl.Trainer, stage: str) -> None:
         if stage != self.stage or trainer.sanity_checking:
             return
-        parts = gather_to_rank_zero(self._outputs)
+        parts = gather_to_rank_zero([] if repeats_items(trainer) else self._outputs)
         self._outputs = []
         if parts is None or not any(parts):
             return
@@ -112,7 +112,8 @@ class FiguresCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._collect("test", outputs, batch_idx)
+        if dataloader_idx == 0:  # another one has other data (``data.ood``)
+            self._collect("test", outputs, batch_idx)
 
     @override
     def on_validation_batch_end(

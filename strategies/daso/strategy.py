@@ -172,7 +172,7 @@ class DASO(ReplicaStrategy):
             )
         self._exchange = Exchange(self.groups, self.interconnect, flat.numel, self.exchange_variant)
         narrow = {self.wire_dtype, self.cycling_wire_dtype} - {"fp32"}
-        self._anchor = flat.pack() if narrow and self.wire_encoding == "delta" else None
+        self._anchor = self.packed_alike() if narrow and self.wire_encoding == "delta" else None
 
     # ----------------------------------------------------------------------------------------------------- training
 
@@ -304,6 +304,11 @@ class DASO(ReplicaStrategy):
         if self._anchor is not None:
             self._anchor = self.flat.pack()
 
+    @property
+    def phase(self) -> str:
+        """``warmup``, ``cycling`` or ``cooldown``; callbacks look for this."""
+        return "warmup" if self.steps < self.warmup_steps else self.schedule.phase
+
     @override
     def report(self) -> dict[str, float]:
         values = self.schedule.values
@@ -350,8 +355,9 @@ class DASO(ReplicaStrategy):
         flight = self._flight
         if flight is not None:
             flight.land()
-            whole = [self._exchange.distribute(part, flight.turn, self.flat.empty()).cpu()
-                     for part in (flight.sent, flight.received)]  # fmt: skip
+            with self.ledger.paused():
+                whole = [self._exchange.distribute(part, flight.turn, self.flat.empty()).cpu()
+                         for part in (flight.sent, flight.received)]  # fmt: skip
             state["flight"] = {
                 "step": flight.step, "wait": flight.wait, "turn": flight.turn, "sent": whole[0], "received": whole[1],
             }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_modules.supervised import Supervised
+from strategies.sampling_parallel import SamplingParallel
 from tests.strategies import nets
 
 
@@ -65,6 +66,25 @@ def test_other_ranks_go_on_with_the_sums_of_all(ranks2, tmp_path):
     _, whole = nets.fit("auto", str(tmp_path), module=Mean(), epochs=2, devices=1)
     for name in ("train/loss", "train/bias"):
         torch.testing.assert_close(again.callback_metrics[name], whole.callback_metrics[name], atol=1e-9, rtol=0)
+
+
+def saved_by_copies(folder):
+    nets.fit(SamplingParallel(2), folder, module=Mean(), epochs=2, callbacks=(Save(11, f"{folder}/c.ckpt"),))
+
+
+def other_mesh(folder):
+    _, again = nets.fit(SamplingParallel(1), folder, module=Mean(), epochs=2, ckpt_path=f"{folder}/c.ckpt")
+    return {name: float(again.callback_metrics[name]) for name in ("train/loss", "train/bias")}
+
+
+def test_ranks_that_saw_the_same_items_do_not_count_them_twice_afterwards(ranks2, tmp_path):
+    ranks2(saved_by_copies, str(tmp_path))
+    _, whole = nets.fit("auto", str(tmp_path), module=Mean(), epochs=2, devices=1)
+    _, again = nets.fit("auto", str(tmp_path), module=Mean(), epochs=2, ckpt_path=f"{tmp_path}/c.ckpt", devices=1)
+    alone = {name: float(again.callback_metrics[name]) for name in ("train/loss", "train/bias")}
+    for found in [alone, *ranks2(other_mesh, str(tmp_path))]:
+        for name, value in found.items():
+            assert value == pytest.approx(float(whole.callback_metrics[name]), abs=1e-9)
 
 
 def test_an_unknown_interval_is_refused():

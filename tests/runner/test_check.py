@@ -83,6 +83,47 @@ def test_batch_keys_that_the_data_lack(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("strategy.sample_parallel_size=2",), None),
+        (("strategy.sample_parallel_size=4", "data.batch_size=7"), None),  # all processes see the same items
+        (("data.batch_size=7",), None),  # auto: the processes of the machine
+        (
+            ("strategy.sample_parallel_size=3",),
+            "strategy.sample_parallel_size=3 does not divide trainer.devices x trainer.num_nodes = 4 processes; use",
+        ),
+        (
+            ("strategy.sample_parallel_size=2", "data.batch_size=7"),
+            "data.batch_size=7: cannot be split over 2 shares of the data (trainer.devices x trainer.num_nodes = 4 pro",
+        ),
+        (("cluster.local_size=2", "data.batch_size=7"), "cannot be split over 2 shares of the data"),
+        (("cluster.local_size=3",), "cluster.local_size=3: does not divide"),
+        (("model.num_samples=3",), "model.num_samples=3 leaves 1 of strategy.sample_parallel_size=4 ranks without"),
+        (("model.num_eval_samples=2",), "model.num_eval_samples=2 leaves 2 of strategy.sample_parallel_size=4 ranks"),
+        (("model.antithetic=true", "model.num_samples=12"), "model.num_samples=12: an antithetic pair would be split"),
+        (("model.antithetic=true", "model.num_eval_samples=7"), None),  # pairs are for training
+        (("strategy.sync_bn=off",), "strategy.sync_bn=off: strategies.sampling_parallel.SamplingParallel expects 'sam"),
+    ],
+)
+def test_samples_that_processes_share(tmp_path, monkeypatch, options, message):
+    (tmp_path / "sampled_model.py").write_text(
+        "from tiny_model import TinyModule\n"
+        "class Sampled(TinyModule):\n"
+        "    def __init__(self, num_samples: int = 8, num_eval_samples: int = 8, antithetic: bool = False, **rest):\n"
+        "        super().__init__(**rest)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    given = {"num_samples": 8, "num_eval_samples": 8, "antithetic": False}
+    common = ["strategy=sampling_parallel", "trainer=multi_cpu", "trainer.devices=4"]
+    common += ["model._target_=sampled_model.Sampled", *(f"++model.{key}={value}" for key, value in given.items())]
+    if message is None:
+        check(composed("experiment=tiny", *common, *options, user=True))
+    else:
+        (line,) = found(*common, *options)
+        assert message in line
+
+
+@pytest.mark.parametrize(
     ("options", "missing"),
     [
         (("experiment=recycle/etth1",), ["ETTh1.csv"]),

@@ -81,6 +81,5 @@ def test_strategy(ranks4, tmp_path, option):
         assert torch.equal(state, found[0]["whole"][0])
         assert rank["again"][2] == 20 and rank["saved"] == 9
         assert torch.equal(rank["again"][0], found[0]["again"][0])
-        if option != "ddp_powersgd":  # which says that its errors are not saved
-            torch.testing.assert_close(rank["again"][0], state, atol=ROUNDING.get(option, 1e-6), rtol=0)
+        torch.testing.assert_close(rank["again"][0], state, atol=ROUNDING.get(option, 1e-6), rtol=0)
         assert rank["threads"] == [] and rank["groups"] == 0

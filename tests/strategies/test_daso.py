@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import time
 import warnings
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 
 from datamodules.loading import RankSampler
 from strategies.daso import DASO
 from strategies.daso.schedule import Plateau, Schedule
 from strategies.ddp import DDP
+from strategies.diloco import DiLoCo
 from tests.strategies import nets
 
 # --------------------------------------------------------------------------------------------------- the schedule
@@ -114,6 +119,99 @@ def too_many_phases(folder):
 
 def test_sizes_are_checked_on_every_rank_before_training(ranks4, tmp_path):
     assert ranks4(too_many_phases, str(tmp_path), timeout=30) == [True] * 4
+
+
+class ByHand(nets.Regression):
+    """Steps by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        raise AssertionError("training must not begin")
+
+
+class WithEmbedding(nets.Regression):
+    """A network whose table of words has sparse gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(4, nets.IN, sparse=True, dtype=torch.float64)
+
+
+def sharded_optimizer(parameters):
+    return ZeroRedundancyOptimizer(parameters, torch.optim.SGD, lr=0.05)
+
+
+REFUSED = {
+    "manual optimisation": (ByHand, r"strategy=DASO acts after the optimizer steps of the Trainer.*use strategy=ddp"),
+    "sparse gradients": (WithEmbedding, r"model: words has sparse gradients.*set sparse=False"),
+    "sharded optimizer": (
+        lambda: nets.Regression(optimizer=sharded_optimizer),
+        r"model\.optimizer: DASO keeps an optimizer per node, it cannot be sharded",
+    ),
+}
+
+
+def refusal(folder, kind):
+    """Type and text of the error on this rank, and the seconds until it."""
+    build, begin = REFUSED[kind][0], time.perf_counter()
+    try:
+        nets.fit(DASO(local_size=2, warmup_epochs=1, cooldown_epochs=1, timeout_s=20), folder, module=build())
+    except (ValueError, MisconfigurationException) as error:
+        found = str(error), time.perf_counter() - begin
+    torch.distributed.barrier()  # nobody waits in a collective for a rank that has gone
+    return found
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_modules_that_daso_cannot_train_are_refused_on_every_rank(ranks4, tmp_path, kind):
+    """daso.md, acceptance 13."""
+    for text, seconds in ranks4(refusal, str(tmp_path), kind, timeout=20):
+        assert re.search(REFUSED[kind][1], text) and seconds < 5
+
+
+class Freeze(nets.pl.Callback):
+    """The first layer stops to learn after an epoch."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            module.net[0].requires_grad_(False)
+
+
+def frozen_in_between(folder):
+    common = {"local_size": 2, "find_unused_parameters": True, "timeout_s": 20}
+    found = []
+    for strategy in (DASO(0, 0, skip=3, wait=1, schedule="fixed", **common), DiLoCo(period=3, **common)):
+        module, _ = nets.fit(strategy, folder, epochs=3, callbacks=(Freeze(),))
+        found.append((nets.weights(module), strategy._exchange.numel))
+    return found
+
+
+def test_layers_may_stop_to_learn(ranks4, tmp_path):
+    """The vector of what is exchanged is built anew, after a step in which the nodes have parted."""
+    found = ranks4(frozen_in_between, str(tmp_path), timeout=30)
+    for rank in found:
+        for (weights, exchanged), (expected, _) in zip(rank, found[0], strict=True):
+            assert torch.equal(weights, expected)
+            assert exchanged == nets.HIDDEN * nets.OUT + nets.OUT
+
+
+def lonely(folder):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        module, _ = nets.fit(DASO(local_size=2, warmup_epochs=1, cooldown_epochs=1, timeout_s=20), folder)
+    plain, _ = nets.fit(DDP(local_size=2), folder)
+    text = "strategy=DASO on one node of 2 processes is plain data parallelism; cluster.local_size makes smaller nodes"
+    return any(text in str(w.message) for w in said), nets.weights(module), nets.weights(plain)
+
+
+def test_a_single_node_is_data_parallelism_and_is_told_so(ranks2, tmp_path):
+    found = ranks2(lonely, str(tmp_path), timeout=30)
+    assert [said for said, *_ in found] == [True, False]  # once
+    for _, weights, plain in found:
+        assert torch.equal(weights, plain)
 
 
 # ------------------------------------------------------------------------------------------------------ closed form
