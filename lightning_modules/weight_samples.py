@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,13 @@ from networks.bayes import (
     in_chunks,
     kl_divergence,
     to_bayesian,
+    to_ensemble,
     to_mc_dropout,
 )
 from networks.bayes.objectives import Objective, Sync, check_objective
 from parallel.sample_layout import SampleShare, check_num_samples
+
+Posterior = Literal["gaussian", "dropout", "ensemble"]
 
 
 class WeightSamples(Supervised):
@@ -44,7 +47,9 @@ class WeightSamples(Supervised):
             divergence from the prior is theirs. None: the module can only be evaluated.
         scheduler: Partial that takes the optimizer. None: constant learning rate.
         posterior: What is random: ``gaussian`` weights, or the masks of ``dropout`` (without a divergence: that is
-            what the weight decay of the optimizer stands for).
+            what the weight decay of the optimizer stands for). ``ensemble``: nothing, sample s is network s of
+            ``num_samples`` networks with linear and convolutional layers of their own, each trained as if alone
+            (``objective=elbo``); the baseline that Bayesian networks are measured by.
         include: Patterns of layers with random weights; None: every linear and convolutional layer.
         exclude: Patterns of layers that stay deterministic.
         init: Initial means and deviations; None: `networks.bayes.Init`'s defaults.
@@ -84,7 +89,7 @@ class WeightSamples(Supervised):
         net: nn.Module,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
-        posterior: Literal["gaussian", "dropout"] = "gaussian",
+        posterior: Posterior = "gaussian",
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         init: Init | None = None,
@@ -107,8 +112,14 @@ class WeightSamples(Supervised):
         evaluation_seed: int = 0,
         **others: Any,
     ) -> None:
-        if posterior not in ("gaussian", "dropout"):
-            raise ValueError(f"model.posterior={posterior!r} is unknown; choose gaussian or dropout")
+        if posterior not in get_args(Posterior):
+            raise ValueError(f"model.posterior={posterior!r} is unknown; choose gaussian, dropout or ensemble")
+        if posterior == "ensemble" and (objective != "elbo" or num_eval_samples != num_samples):
+            raise ValueError(
+                f"model.posterior=ensemble trains model.num_samples={num_samples} networks one by one and evaluates "
+                f"all: set model.objective=elbo (now {objective}) and model.num_eval_samples={num_samples} (now "
+                f"{num_eval_samples})"
+            )
         check_objective(objective, sync, self.more_objectives)
         check_num_samples(num_samples, 1, "model.num_samples", antithetic)
         check_num_samples(num_eval_samples, 1, "model.num_eval_samples")
@@ -143,6 +154,8 @@ class WeightSamples(Supervised):
         """Make the weights of the network random, or its dropout a matter of samples."""
         if self.posterior == "dropout":
             return to_mc_dropout(net, self.dropout_per_item)
+        if self.posterior == "ensemble":
+            return to_ensemble(net, self.num_samples)
         return to_bayesian(net, self.include, self.exclude, self.init, self.prior)
 
     @override
@@ -248,7 +261,8 @@ class WeightSamples(Supervised):
             self._add_to_epoch(name, value.detach().double() * items, items)
         if self._is_checked(loss, batch_idx) and not torch.isfinite(loss):
             raise FloatingPointError(self._what_diverged(float(loss)))
-        return loss
+        # The sum of the losses of networks that have nothing in common is, to each, its own.
+        return loss * self.num_samples if self.posterior == "ensemble" else loss
 
     def _is_checked(self, loss: Tensor, batch_idx: int) -> bool:
         """Whether to look at the loss: on accelerators that waits for all work so far."""

@@ -14,6 +14,7 @@ from networks.bayes.layers import (
     MCDropout,
     RandomTensor,
 )
+from networks.bayes.members import Members, to_ensemble
 from networks.bayes.noise import Stream, counter_normal, mix64, sample_seed
 from networks.bayes.objectives import (
     data_term,
@@ -34,6 +35,7 @@ __all__ = [
     "Estimator",
     "Init",
     "MCDropout",
+    "Members",
     "NoiseMode",
     "Prior",
     "RandomTensor",
@@ -54,5 +56,6 @@ __all__ = [
     "sample_seed",
     "to_bayesian",
     "to_deterministic",
+    "to_ensemble",
     "to_mc_dropout",
 ]
