@@ -140,16 +140,21 @@ class SparseBayesLinear(BayesianLayer):
     @override
     def sample(self, context: SampleContext) -> tuple[Tensor, Tensor | None]:
         """Values ``(S, nnz)`` and biases ``(S, out)``."""
-        shape = (self.pattern.nnz,) if self.noise == "alive" else self.pattern.dense_shape
-        eps = context.noise(shape, self.weight_mu)
-        if self.noise == "dense":
-            eps = eps.flatten(1)[:, self.pattern.flat]
+        eps, bias_eps = self._noise(context)
         values = torch.addcmul(self.weight_mu, self.weight_log_sigma.exp(), eps)
         if self.bias_mu is None:
             return values, None
-        eps = context.noise(shape[:1] if self.noise == "dense" else self.bias_mu.shape, self.bias_mu)
-        eps = eps[:, self.pattern.rows] if self.noise == "dense" else eps
-        return values, torch.addcmul(self.bias_mu, self.bias_log_sigma.exp(), eps)
+        return values, torch.addcmul(self.bias_mu, self.bias_log_sigma.exp(), bias_eps)
+
+    @override
+    def _noise(self, context: SampleContext) -> tuple[Tensor, Tensor]:
+        """Of the values ``(S, nnz)`` and the bias ``(S, out)``."""
+        if self.noise == "alive":
+            return super()._noise(context)
+        out, into = self.pattern.dense_shape
+        drawn = context.noise((out * into + (0 if self.bias_mu is None else out),), self.weight_mu)
+        places = self.pattern.flat % into * out + self.pattern.flat // into  # BayesLinear draws inputs first
+        return drawn[:, places], drawn[:, out * into + self.pattern.rows] if self.bias_mu is not None else drawn[:, :0]
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from networks.lottery.tickets import find_tickets, load_ticket
 from runner import job
 from tests import cli
 from tests.composing import ROOT, composed, plain
+from tests.ranks import Ranks
 
 LEAN = ("logger=none", "~callbacks.energy", "~callbacks.communication", "num_threads=1")
 # The small setting of the acceptance list: all 1,347 images are trained on.
@@ -176,7 +177,8 @@ def test_a_dense_mask_reproduces_the_bayesian_classifier(tmp_path):
     """Bit by bit, after two epochs: the same loss, noise and divergence."""
     small = (*LEAN, "experiment=bayesian_lottery", "model.net.hidden=[32]", "callbacks.iterative_pruning.levels=0")
     short = ("trainer.max_epochs=2", "trainer.limit_train_batches=6", "callbacks=default", "+callbacks.rng_state=null")
-    config = plain(composed(*small[:-1], *short[:2], "callbacks=default", run_dir=tmp_path / "lottery"))
+    start = ("callbacks=default", "model.start=keep")  # the other begins with the weights of the network
+    config = plain(composed(*small[:-1], *short[:2], *start, run_dir=tmp_path / "lottery"))
     for name in ("checkpoint", "last_checkpoint"):
         config["callbacks"][name]["monitor"] = None
     config["callbacks"] = {"last_checkpoint": config["callbacks"]["last_checkpoint"]}
@@ -276,7 +278,11 @@ def test_two_sample_ranks_agree_with_one(ranks2, tmp_path):
 
 
 def _alone(folder: Path) -> dict[str, Any]:
-    return _lottery_on_ranks(str(folder), 1)
+    pool = Ranks(1)
+    try:
+        return pool(_lottery_on_ranks, str(folder), 1)[0]
+    finally:
+        pool.close()
 
 
 # --- 13: sparse execution --------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def test_only_weights_alive_draw_noise():
     context.noise = lambda shape, like: drawn.append(tuple(shape)) or original(shape, like)
     with context, torch.no_grad():
         layer(torch.randn(7, 64))
-    assert drawn == [(int(net.layers[0].weight_mask.sum()),), (40,)]
+    assert drawn == [(int(net.layers[0].weight_mask.sum()) + 40,)]  # and the biases
 
 
 def test_samples_have_the_right_moments():
