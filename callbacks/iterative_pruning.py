@@ -235,6 +235,18 @@ class IterativePruning(pl.Callback):
         elif self.level == 0 and self.rewind_epoch and trainer.current_epoch == self.rewind_epoch:
             self._take_point(trainer, pl_module)
 
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        # A checkpoint of the last batch of a level (every_n_train_steps) comes before the validation, and Lightning
+        # goes on from it in the next epoch without the hooks of either: the level ends here, without their metrics.
+        if not self._ended and trainer.current_epoch - self.level_start >= self.level_length:
+            rank_zero_warn(
+                f"level {self.number}: its last validation was lost with the process; its ticket has no metrics"
+            )
+            self._end_of_epoch(trainer, pl_module, epochs=trainer.current_epoch)
+            if not self._over:
+                self._next_level(trainer, pl_module)
+
     # --------------------------------------------------------------------------------------------------- within a level
 
     @override
@@ -269,16 +281,18 @@ class IterativePruning(pl.Callback):
         if best is None or (value > best if self.mode == "max" else value < best):
             self._best = {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
 
-    def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> None:
+        """End the level if it has had its epochs: ``epochs`` of the fit are over, by default the running one too."""
+        epochs = trainer.current_epoch + 1 if epochs is None else epochs
         if self._ended:
             return
         stopped = trainer.should_stop and any(isinstance(c, EarlyStopping) for c in trainer.callbacks)
-        if trainer.current_epoch + 1 - self.level_start < self.level_length and not stopped:
+        if epochs - self.level_start < self.level_length and not stopped:
             return
         self._ended = True
         self._seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
-        self._finish(trainer, pl_module)
+        self._finish(trainer, pl_module, epochs)
         self._over = self.level == self.levels or self._too_sparse(pl_module)
         trainer.should_stop = self._over
 
@@ -289,7 +303,7 @@ class IterativePruning(pl.Callback):
 
     # --------------------------------------------------------------------------------------------------- end of a level
 
-    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> None:
         """Write the ticket of the level and log what it tells."""
         weights = masked_weights(pl_module)
         masks = masks_of(weights)
@@ -297,8 +311,8 @@ class IterativePruning(pl.Callback):
             "level": self.number,
             "remaining": density(masks),
             "alive": alive(masks),
-            "epochs": trainer.current_epoch + 1 - self.level_start,
-            "cumulative_epochs": trainer.current_epoch + 1,
+            "epochs": epochs - self.level_start,
+            "cumulative_epochs": epochs,
             "seconds": self._seconds,
             "densities": {_label(name): value for name, value in layer_densities(masks).items()},
             "metrics": _metrics(trainer),
