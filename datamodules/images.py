@@ -657,11 +657,13 @@ class Images(LightningDataModule):
 
         Args:
             outputs: Outputs of a predict step, or a list of them: ``prediction`` (batch,) class, ``probability``
-                (batch, class), ``index`` (batch,), and where known ``target`` (batch,).
+                (batch, class), ``index`` (batch,), and where known ``target``, ``entropy`` and ``mutual_information``,
+                (batch,) each.
 
         Returns:
-            Columns image (its name), prediction (name of the class), probability (of that class), label where it is
-            known, and origin, the number of the image in its part, by which the rows are sorted.
+            Columns image (its name), prediction (name of the class), probability (of that class), entropy and
+            mutual_information (nats) where the module delivers them, label where it is known, and origin, the number of
+            the image in its part, by which the rows are sorted.
         """
         import pandas as pd
 
@@ -679,6 +681,9 @@ class Images(LightningDataModule):
             "prediction": [self.class_names[c] for c in prediction.tolist()],
             "probability": probability.double().numpy().round(6),
         }
+        for name in ("entropy", "mutual_information"):
+            if outputs.get(name) is not None:
+                columns[name] = outputs[name].cpu().double().numpy().round(6)
         if outputs.get("target") is not None:
             columns["label"] = [self.class_names[c] for c in outputs["target"].tolist()]
         return pd.DataFrame(columns | {"origin": index})

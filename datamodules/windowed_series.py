@@ -422,11 +422,13 @@ class WindowedSeries(LightningDataModule):
         Args:
             outputs: Outputs of a test or predict step in the data's units, or a list of them: ``prediction``
                 (batch, time, channel[, quantile]), ``profile`` (batch, time, channel), ``origin`` (batch,), and where
-                present ``target``, ``valid`` and ``quantiles``.
+                present ``target``, ``valid``, ``quantiles``, and ``std``, ``lower_<percent>`` and ``upper_<percent>``
+                (batch, time, channel) of forecasts that are samples.
 
         Returns:
-            Columns series, origin, timestamp, forecast, rhp, one per quantile (q10, q50, ...), and actual when the
-            target is known (NaN where the series has a gap in that window).
+            Columns series, origin, timestamp, forecast, rhp, one per quantile (q10, q50, ...), std, lower_50, upper_50,
+            ... where the module delivers them, and actual when the target is known (NaN where the series has a gap in
+            that window).
         """
         frames = [self._table_of_batch(batch) for batch in ([outputs] if isinstance(outputs, Mapping) else outputs)]
         return pd.concat(frames, ignore_index=True)
@@ -449,6 +451,9 @@ class WindowedSeries(LightningDataModule):
             columns["forecast"] = prediction[..., len(levels) - 1 - int(distance.flip(0).argmin())]
             for i, level in enumerate(levels.tolist()):
                 columns[f"q{round(100 * level, 4):g}"] = prediction[..., i]
+        for name in outputs:
+            if name == "std" or name.startswith(("lower_", "upper_")):
+                columns[name] = outputs[name].detach().cpu().double()
         if outputs.get("target") is not None:
             actual = outputs["target"].detach().cpu().double()
             valid = outputs.get("valid")

@@ -16,7 +16,7 @@ from lightning_modules.forecasting import Forecaster, repeat_last
 from lightning_modules.metrics.uncertainty import SampleScores, UncertaintyScores, entropy, sample_quantile
 from lightning_modules.weight_samples import WeightSamples
 from networks.bayes import counter_normal, data_term, gaussian_log_density, moment_term
-from parallel.sample_collectives import gather_samples, log_mean_exp, mean_over_samples
+from parallel.sample_collectives import gather_samples, log_mean_exp, mean_over_samples, sample_mean
 from parallel.sample_layout import view_streams
 
 Observation = Literal["learned", "fixed", "predicted"]
@@ -192,7 +192,8 @@ class BayesClassifier(WeightSamples, Classifier):
         logits = self.logits(batch["image"])
         out = self._outputs(batch, logits)
         if self.predict_samples:
-            out["sample_probability"] = gather_samples(logits.samples.exp(), self.num_eval_samples, self.share).mT_()
+            samples = gather_samples(logits.samples.exp(), self.num_eval_samples, self.share)
+            out["sample_probability"] = samples.transpose(0, 1)
         return out
 
 
@@ -264,6 +265,12 @@ class BayesRegressor(WeightSamples, Forecaster):
             raise ValueError(f"model.observation={observation!r} is unknown; choose learned, fixed or predicted")
         if observation_sigma <= 0:
             raise ValueError(f"model.observation_sigma={observation_sigma}: must be above 0")
+        for key in ("loss", "quantiles", "calibrate"):
+            if key in sampling:
+                raise ValueError(
+                    f"model.{key}={sampling[key]!r}: the likelihood of BayesRegressor is a Gaussian, and its intervals "
+                    f"come from samples; remove model.{key}, or use lightning_modules.forecasting.Forecaster"
+                )
         sampling["expand_input"] = True  # batches have entries beside the history, which meet its samples
         super().__init__(
             net,
@@ -316,7 +323,8 @@ class BayesRegressor(WeightSamples, Forecaster):
             return self.net(repeated)
 
         out = self.sampled(items, num_samples, run)
-        out = out.to(history.dtype)
+        half = history.dtype in (torch.float16, torch.bfloat16)  # too short for sums over a window
+        out = out.to(torch.float32 if half else history.dtype)
         sizes = (items, batch["forecast_profile"].shape[1], channels) + (2,) * (self.observation == "predicted")
         if out.shape[1:] != sizes:
             raise ValueError(
@@ -337,7 +345,11 @@ class BayesRegressor(WeightSamples, Forecaster):
         """Data term of the objective per value, of the training samples."""
         valid, horizon = batch["valid"], batch["target"].shape[1]
         if self.objective == "moments":
-            noise = log_variance.exp().mean(0)
+            noise = log_variance.exp()
+            if self.observation == "predicted" and self.sync == "exact":
+                noise = sample_mean(noise, self.num_samples, self.share)
+            else:  # of all samples the same, or of this rank's alone
+                noise = noise.mean(0)
             values = moment_term(mean, batch["target"], noise, self.num_samples, self.share, self.sync)
             # Divided by all windows, not by the valid ones: see Forecaster.training_step.
             return torch.where(valid.unsqueeze(1), values, values.new_zeros(())).mean()
@@ -352,7 +364,8 @@ class BayesRegressor(WeightSamples, Forecaster):
         term = self._data_term(batch, mean, log_variance)
         sigma = (0.5 * log_variance.detach().double()).exp()
         self._add_to_epoch("sigma_y", sigma.mean() * len(target), len(target))
-        return {"loss": self._objective(term, batch_idx, len(target), target[0].numel())}
+        loss = self._objective(term, batch_idx, len(target), target[0].numel())
+        return {"loss": loss + self.net.penalty() if hasattr(self.net, "penalty") else loss}
 
     # -------------------------------------------------------------------------------------------------- evaluation
 

@@ -223,7 +223,15 @@ class WeightSamples(Supervised):
         def some(part: slice) -> Tensor:
             chosen = ids[part]
             with self._context(chosen, num_samples, items):
-                out = run(part, len(chosen))
+                try:
+                    out = run(part, len(chosen))
+                except RuntimeError as error:
+                    if self.expand_input or "must match the size of tensor" not in str(error):
+                        raise
+                    raise ValueError(
+                        f"model.net: the first random layer is in a branch, whose {len(chosen)} samples of {items} "
+                        f"items meet {items} rows elsewhere ({error}); set model.expand_input=true"
+                    ) from error
             if len(out) != len(chosen) * items:
                 raise ValueError(
                     f"model.net returned {len(out)} rows for {len(chosen)} samples of {items} items: no layer of it "

@@ -23,7 +23,7 @@ class SimpleViT(nn.Module):
         num_channels: Channels of an image.
         image_size: Height and width of an image.
         patch_size: Height and width of a patch; must divide ``image_size``.
-        width: Of a token; a multiple of 4 (sine and cosine of two coordinates).
+        width: Of a token; a multiple of 4 (sine and cosine of two coordinates), at least 8.
         depth: Number of blocks.
         heads: Number of heads; must divide ``width``.
         mlp_ratio: Hidden units of the feed-forward layers over ``width``.
@@ -47,8 +47,10 @@ class SimpleViT(nn.Module):
         super().__init__()
         if patch_size < 1 or image_size % patch_size:
             raise ValueError(f"model.net.patch_size={patch_size} does not divide model.net.image_size={image_size}")
-        if heads < 1 or width % heads or width % 4:
-            raise ValueError(f"model.net.width={width}: must be a multiple of 4 and of model.net.heads={heads}")
+        if heads < 1 or width < 8 or width % heads or width % 4:
+            raise ValueError(
+                f"model.net.width={width}: must be a multiple of 4 and of model.net.heads={heads}, and at least 8"
+            )
         self.num_classes, self.num_channels, self.image_size = num_classes, num_channels, image_size
         self.patch_size = patch_size
         pixels = num_channels * patch_size**2

@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width, bias=proj_bias)
+        self.proj_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(batch, token, width)`` to the same shape."""
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         mixed = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
         out = self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
-        return F.dropout(out, self.dropout, self.training)
+        return self.proj_dropout(out)
 
 
 class FeedForward(nn.Module):

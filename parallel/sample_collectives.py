@@ -42,6 +42,20 @@ def log_mean_exp(values: Tensor, num_samples: int, share: SampleShare) -> Tensor
     return _LogSumExp.apply(values, share) - math.log(num_samples)
 
 
+def sample_mean(values: Tensor, num_samples: int, share: SampleShare) -> Tensor:
+    """Mean over the samples of all ranks of the group, with K times its gradient.
+
+    Args:
+        values: ``(S_j, ...)``, the samples of this rank.
+        num_samples: S, samples of all ranks.
+        share: Which of them are this rank's.
+
+    Returns:
+        ``(...)``, the same on all ranks of the group.
+    """
+    return _sum(_checked(values, num_samples, share).sum(0), share) / num_samples
+
+
 def moments(values: Tensor, num_samples: int, share: SampleShare) -> tuple[Tensor, Tensor]:
     """Mean and unbiased variance over the samples of all ranks of the group, in two steps (mean first).
 
@@ -59,7 +73,7 @@ def moments(values: Tensor, num_samples: int, share: SampleShare) -> tuple[Tenso
     if num_samples < 2:
         raise ValueError(f"model.num_samples={num_samples}: a variance over samples needs 2 or more")
     values = _checked(values, num_samples, share)
-    mean = _sum(values.sum(0), share) / num_samples
+    mean = sample_mean(values, num_samples, share)
     # Through the mean the sum of squares has no gradient: its derivative is the sum of the deviations, which is zero
     # over all ranks though not over one.
     squares = (values - mean.detach()).square().sum(0)
@@ -78,7 +92,7 @@ def mean_over_samples(values: Tensor, num_samples: int, share: SampleShare) -> T
     Returns:
         ``(...)``, the same on all ranks of the group.
     """
-    return _sum(_checked(values, num_samples, share).sum(0), share) / num_samples
+    return sample_mean(values, num_samples, share)
 
 
 @torch.no_grad()

@@ -53,21 +53,24 @@ def to_bayesian(
         ValueError: For a pattern that fits no layer, and where nothing is left to replace.
     """
     init, prior = init or Init(), prior or Prior()
-    names = [name for name, module in net.named_modules() if _can_be_replaced(module)]
+    layers = {n: m for n, m in net.named_modules(remove_duplicate=False) if _can_be_replaced(m)}
+    names = list(layers)
     for key, patterns in (("include", include or ()), ("exclude", exclude)):
         for pattern in patterns:
             if not any(fnmatch(name, pattern) for name in names):
                 raise ValueError(f"model.{key}: {pattern!r} fits none of the layers {', '.join(names) or '(none)'}")
-    chosen = {name for name in names if include is None or any(fnmatch(name, p) for p in include)}
-    chosen -= {name for name in names if any(fnmatch(name, p) for p in exclude)}
+    chosen = {id(layers[name]) for name in names if include is None or any(fnmatch(name, p) for p in include)}
+    chosen -= {id(layers[name]) for name in names if any(fnmatch(name, p) for p in exclude)}
     if not chosen and not any(isinstance(module, BayesianLayer) for module in net.modules()):
         raise ValueError("model.net: no linear or convolutional layer is left to be Bayesian (model.include, exclude)")
     left_out = sorted({type(m).__name__ for m in net.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase)})
     if left_out:
         warnings.warn(f"{', '.join(left_out)} keep their weights in tensors of their own: deterministic", stacklevel=2)
-    replaced = {
-        id(net.get_submodule(name)): _bayesian(net.get_submodule(name), init, prior) for name in names if name in chosen
-    }
+    replaced: dict[int, BayesianLayer] = {}
+    for layer in layers.values():
+        if id(layer) in chosen and id(layer) not in replaced:
+            replaced[id(layer)] = _bayesian(layer, init, prior)
+    _leave_fast_path(net)
     return _replace(net, lambda module: replaced.get(id(module), module))
 
 
@@ -79,7 +82,8 @@ def to_deterministic(net: nn.Module) -> nn.Module:
 def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
     """Replace the dropout layers of a network by `MCDropout`, in place.
 
-    Functional dropout inside of a layer is not found; in this program that is the one on attention weights.
+    Functional dropout inside of a layer is not found; in this program that is the one on attention weights. It is off
+    in evaluation, and in training it belongs to no sample.
 
     Args:
         net: The network.
@@ -91,9 +95,16 @@ def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
     if not any(isinstance(m, MCDropout) or (type(m) in _DROPOUTS and m.p > 0) for m in net.modules()):
         raise ValueError("model.posterior=dropout: the network has no dropout; set model.net.dropout above 0")
 
+    inside = sorted(
+        {type(m).__name__ for m in net.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase) and m.dropout > 0}
+    )
+    if inside:
+        warnings.warn(f"{', '.join(inside)} have dropout of their own, which belongs to no sample", stacklevel=2)
+    _leave_fast_path(net)
+
     def replacement(module: nn.Module) -> nn.Module:
         dimensions = _DROPOUTS.get(type(module))
-        return module if dimensions is None else MCDropout(module.p, dimensions, per_item)
+        return module if dimensions is None else MCDropout(module.p, dimensions, per_item).train(module.training)
 
     return _replace(net, replacement)
 
@@ -107,12 +118,23 @@ def _replace(net: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> n
     """Put ``replacement(module)`` in the place of every module, under every name that it has."""
     done: dict[int, nn.Module] = {}
     for module in list(net.modules()):
-        for name, child in list(module.named_children()):
+        for name, child in list(module._modules.items()):  # named_children gives a child one name alone
+            if child is None:
+                continue
             if id(child) not in done:
                 done[id(child)] = replacement(child)
             if done[id(child)] is not child:
                 setattr(module, name, done[id(child)])
     return replacement(net)
+
+
+def _leave_fast_path(net: nn.Module) -> None:
+    """Keep torch's Transformers to their modules: in evaluation a fused kernel reads the weights and skips dropout."""
+    for module in net.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _bayesian(layer: nn.Module, init: Init, prior: Prior) -> BayesianLayer:

@@ -71,6 +71,8 @@ class Init:
 def gaussian_kl(mu: Tensor, log_sigma: Tensor, mean: float, std: float, mask: Tensor | None = None) -> Tensor:
     """KL(N(mu, sigma^2) || N(mean, std^2)) = ln(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2, summed.
 
+    Parameters of 16 bits are summed, and the sum returned, as float32.
+
     Args:
         mu: Means.
         log_sigma: Logarithms of the deviations.
@@ -86,6 +88,9 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, mean: float, std: float, mask: Tensor | None) -> Tensor:
+        ctx.kind = mu.dtype
+        if mu.dtype in (torch.float16, torch.bfloat16):  # sums of millions need more than 8 bits
+            mu, log_sigma = mu.float(), log_sigma.float()
         variance = (2 * log_sigma).exp()
         deviation = mu - mean
         ctx.save_for_backward(deviation, variance, mask)
@@ -104,4 +109,4 @@ class _KL(torch.autograd.Function):
         of_log_sigma = (variance * ctx.precision).sub_(1.0).mul_(gradient)
         if mask is not None:
             of_mu, of_log_sigma = (g.masked_fill_(~mask, 0.0) for g in (of_mu, of_log_sigma))
-        return of_mu, of_log_sigma, None, None, None
+        return of_mu.to(ctx.kind), of_log_sigma.to(ctx.kind), None, None, None

@@ -99,16 +99,16 @@ class BayesianLayer(nn.Module):
         mean, std = (prior or self.prior).of_layer(self.fan_in)
         return sum(gaussian_kl(t.mu, t.log_sigma, mean, std, t.mask) for t in self.random_tensors())
 
-    def _alive(self, weight: Tensor) -> Tensor:
-        return weight if self.weight_mask is None else torch.where(self.weight_mask, weight, 0.0)
-
     def mean_weight(self) -> Tensor:
         """Mean of the weight, zero where it is pruned."""
-        return self._alive(self.weight_mu)
+        return self.weight_mu if self.weight_mask is None else torch.where(self.weight_mask, self.weight_mu, 0.0)
 
     def weight_sigma(self) -> Tensor:
         """Deviation of the weight, zero where it is pruned."""
-        return self._alive(self.weight_log_sigma.exp())
+        log_sigma = self.weight_log_sigma
+        if self.weight_mask is not None:  # before the exponential, the slope of which may be infinite
+            log_sigma = torch.where(self.weight_mask, log_sigma, -torch.inf)
+        return log_sigma.exp()
 
     def sample(self, context: SampleContext) -> tuple[Tensor, Tensor | None]:
         """Weights ``(S, out, ...)`` and biases ``(S, out)`` of the context's samples."""
@@ -161,13 +161,19 @@ class BayesianLayer(nn.Module):
                 "random outputs would be independent though the weights are not; use model.estimator=weight or "
                 "flipout, or accept the approximation with model.allow_shared_lrt=true"
             )
-        bias_variance = None if self.bias_mu is None else (2 * self.bias_log_sigma).exp()
-        variance = self._map(x.square(), self.weight_sigma().square(), bias_variance)
-        std = variance.clamp_min(_SMALLEST).sqrt()
+        std = self._output_variance(x).clamp_min(_SMALLEST).sqrt().to(mean.dtype)
         noise = context.item_noise(mean.shape[1:], mean, per_sample)
         if folded:
             mean, std = context.by_sample(mean), context.by_sample(std)
         return torch.addcmul(mean, std, noise).flatten(0, 1)
+
+    def _output_variance(self, x: Tensor) -> Tensor:
+        """Variance of the outputs over the weights; float32 at least, 16 bits make squares of small deviations zero."""
+        sigma, log_sigma = self.weight_sigma(), self.bias_log_sigma
+        kind = torch.float32 if sigma.dtype in (torch.float16, torch.bfloat16) else sigma.dtype
+        with torch.autocast(x.device.type, enabled=False):
+            bias_variance = None if log_sigma is None else (2 * log_sigma.to(kind)).exp()
+            return self._map(x.to(kind).square(), sigma.to(kind).square(), bias_variance)
 
     def _by_flips(self, x: Tensor, context: SampleContext, folded: bool) -> Tensor:
         mean = self._map(x, self.mean_weight(), self.bias_mu)
@@ -180,7 +186,7 @@ class BayesianLayer(nn.Module):
         out = out * context.item_signs(self._sign_shape(mean), out, per_sample)
         if self.bias_mu is not None:
             bias = self.bias_log_sigma.exp() * bias_noise
-            out = out + bias.view(context.samples, 1, *self._sign_shape(mean))
+            out = out + bias.to(out.dtype).view(context.samples, 1, *self._sign_shape(mean))
         return ((context.by_sample(mean) if folded else mean) + out).flatten(0, 1)
 
     # ----------------------------------------------------------------------------------------------------- linear maps

@@ -83,7 +83,7 @@ def counter_normal(key: Sequence[int], samples: Sequence[int], items: Tensor, sh
     entries = torch.arange(math.prod(shape), device=items.device)
     seeds = torch.tensor([_signed(mix64(*key, s)) for s in samples], device=items.device)
     words = _finalized(_finalized(seeds[:, None] ^ items[None])[..., None] ^ entries)
-    uniform = ((words >> 11) & ((1 << 53) - 1)).double().add_(0.5).mul_(2.0**-53)
+    uniform = ((words >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)  # exact: neither 0 nor 1
     normal = torch.special.ndtri(uniform)
     return normal.view(len(seeds), len(items), *shape)
 
