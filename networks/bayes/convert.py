@@ -70,13 +70,12 @@ def to_bayesian(
     for layer in layers.values():
         if id(layer) in chosen and id(layer) not in replaced:
             replaced[id(layer)] = _bayesian(layer, init, prior)
-    _leave_fast_path(net)
-    return _replace(net, lambda module: replaced.get(id(module), module))
+    return replace_modules(net, lambda module: replaced.get(id(module), module))
 
 
 def to_deterministic(net: nn.Module) -> nn.Module:
     """Replace Bayesian layers by ordinary ones that hold the means (zero where pruned), and MC dropout by dropout."""
-    return _replace(net, _plain)
+    return replace_modules(net, _plain)
 
 
 def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
@@ -100,13 +99,12 @@ def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
     )
     if inside:
         warnings.warn(f"{', '.join(inside)} have dropout of their own, which belongs to no sample", stacklevel=2)
-    _leave_fast_path(net)
 
     def replacement(module: nn.Module) -> nn.Module:
         dimensions = _DROPOUTS.get(type(module))
         return module if dimensions is None else MCDropout(module.p, dimensions, per_item).train(module.training)
 
-    return _replace(net, replacement)
+    return replace_modules(net, replacement)
 
 
 def _can_be_replaced(module: nn.Module) -> bool:
@@ -114,8 +112,17 @@ def _can_be_replaced(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module) in _CONVOLUTIONS
 
 
-def _replace(net: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Put ``replacement(module)`` in the place of every module, under every name that it has."""
+def replace_modules(net: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Put ``replacement(module)`` in the place of every module, under every name that it has.
+
+    Torch's Transformers keep to their modules from now on: in evaluation a fused kernel would read the weights of the
+    layers that were there, and skip dropout.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
     done: dict[int, nn.Module] = {}
     for module in list(net.modules()):
         for name, child in list(module._modules.items()):  # named_children gives a child one name alone
@@ -126,15 +133,6 @@ def _replace(net: nn.Module, replacement: Callable[[nn.Module], nn.Module]) -> n
             if done[id(child)] is not child:
                 setattr(module, name, done[id(child)])
     return replacement(net)
-
-
-def _leave_fast_path(net: nn.Module) -> None:
-    """Keep torch's Transformers to their modules: in evaluation a fused kernel reads the weights and skips dropout."""
-    for module in net.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            module.activation_relu_or_gelu = 0
-        elif isinstance(module, nn.TransformerEncoder):
-            module.use_nested_tensor = False
 
 
 def _bayesian(layer: nn.Module, init: Init, prior: Prior) -> BayesianLayer:

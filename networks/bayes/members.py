@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from networks.bayes.context import SampleContext, current
+from networks.bayes.convert import replace_modules
 
 
 class Members(nn.Module):
@@ -91,8 +92,4 @@ def to_ensemble(net: nn.Module, members: int) -> nn.Module:
     found: dict[int, Members] = {id(m): Members(m, members) for m in net.modules() if type(m) in kinds}
     if not found:
         raise ValueError("model.net: no linear or convolutional layer is left for model.posterior=ensemble")
-    for module in list(net.modules()):
-        for name, child in list(module.named_children()):
-            if id(child) in found:
-                setattr(module, name, found[id(child)])
-    return found.get(id(net), net)
+    return replace_modules(net, lambda module: found.get(id(module), module))

@@ -49,12 +49,7 @@ def test_positions_are_sines_and_cosines_of_both_coordinates():
         y, x = divmod(place, 3)
         for i in range(4):
             frequency = 10_000 ** -(i / 3)
-            expected = [
-                math.sin(x * frequency),
-                math.cos(x * frequency),
-                math.sin(y * frequency),
-                math.cos(y * frequency),
-            ]
+            expected = [f(z * frequency) for z in (x, y) for f in (math.sin, math.cos)]
             assert code[place, i::4].tolist() == pytest.approx(expected, abs=1e-6)
     distances = torch.cdist(code, code) + 9 * torch.eye(9)
     assert distances.min() > 0.1  # no two places look alike

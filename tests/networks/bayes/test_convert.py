@@ -14,11 +14,13 @@ from networks.bayes import (
     BayesLinear,
     Init,
     MCDropout,
+    Members,
     Prior,
     SampleContext,
     bayesian_layers,
     to_bayesian,
     to_deterministic,
+    to_ensemble,
     to_mc_dropout,
 )
 from networks.cnn import CNN
@@ -144,6 +146,8 @@ def test_a_layer_under_several_names_stays_one_layer():
     assert isinstance(sequence[0], BayesLinear) and sequence[2] is sequence[0]
     to_deterministic(net)
     assert type(net.encoder) is nn.Linear and net.encoder is net.decoder is net.nested["copy"]
+    to_ensemble(net, 2)
+    assert isinstance(net.decoder, Members) and net.encoder is net.decoder is net.nested["copy"]
     dropout = nn.Dropout(0.5)
     masks = to_mc_dropout(nn.Sequential(dropout, nn.ReLU(), dropout))
     assert isinstance(masks[0], MCDropout) and masks[2] is masks[0]
@@ -188,14 +192,17 @@ def encoder(dropout=0.3):
 
 
 @pytest.mark.filterwarnings("ignore:MultiheadAttention")
-@pytest.mark.parametrize("posterior", ["gaussian", "dropout"])
+@pytest.mark.parametrize("posterior", ["gaussian", "dropout", "ensemble"])
 def test_transformers_of_torch_are_random_in_evaluation_too(posterior):
     """Their fused kernel reads plain weights and skips dropout."""
     x = torch.randn(3, 5, 8)
     expected = encoder()(x)
-    net = to_bayesian(encoder(), init=KEEP) if posterior == "gaussian" else to_mc_dropout(encoder())
-    with torch.no_grad():
-        torch.testing.assert_close(net(x), expected)
+    if posterior == "ensemble":
+        net = to_ensemble(encoder(), 4)
+    else:
+        net = to_bayesian(encoder(), init=KEEP) if posterior == "gaussian" else to_mc_dropout(encoder())
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), expected)
     with torch.no_grad(), SampleContext(range(4), 4, batch=3, expanded=True):
         found = net(x.repeat(4, 1, 1)).unflatten(0, (4, 3))
     assert found.shape == (4, 3, 5, 8)
