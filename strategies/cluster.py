@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -23,6 +24,11 @@ from parallel.groups import ClusterGroups, Group, destroy, make_cluster_groups
 from parallel.layout import check_local_size
 from parallel.ledger import Ledger
 from parallel.network_model import Delay, NetworkModel
+
+# DDP shall not send buffers around in every forward pass, see `ClusterStrategy.share_buffers`. torch 2.13 has named
+# that argument anew, and with the new one DDP makes them equal where it is built.
+_RENAMED = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_NO_FORWARD_SYNC = {"forward_sync_buffers" if _RENAMED else "broadcast_buffers": False}
 
 
 class ClusterStrategy(DDPStrategy):
@@ -65,7 +71,7 @@ class ClusterStrategy(DDPStrategy):
             timeout=timedelta(seconds=timeout_s),
             bucket_cap_mb=bucket_cap_mb,
             find_unused_parameters=find_unused_parameters,
-            broadcast_buffers=False,  # see share_buffers
+            **_NO_FORWARD_SYNC,
         )
         if local_size is not None and local_size < 1:
             raise ValueError(f"cluster.local_size={local_size}: it counts the processes of a node, 1 or more")
