@@ -151,8 +151,6 @@ class IterativePruning(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not masked_weights(pl_module):
             install_masks(pl_module, self.prunable)
-        ticket = getattr(pl_module, "ticket", None)
-        self.base = 0 if ticket is None else ticket.level
         if str(getattr(stage, "value", stage)) != "fit":
             return
         if sum(isinstance(callback, IterativePruning) for callback in trainer.callbacks) > 1:
@@ -184,6 +182,8 @@ class IterativePruning(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ticket = getattr(pl_module, "ticket", None)  # read in the module's setup, which comes after the callbacks'
+        self.base = 0 if ticket is None else ticket.level
         chosen = self._score_name(masked_weights(pl_module))
         if chosen in NEEDS_SIGMA and any(w.log_sigma is None for w in masked_weights(pl_module)):
             raise ValueError(
