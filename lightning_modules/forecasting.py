@@ -24,6 +24,7 @@ from lightning_modules.metrics.calibration import (
     quantile_levels,
 )
 from lightning_modules.metrics.forecast import ForecastErrors, SumRatio
+from lightning_modules.metrics.sums import keeping_type
 from lightning_modules.supervised import Supervised
 
 Batch = dict[str, Tensor]
@@ -61,6 +62,10 @@ class TargetUnits(nn.Module):
         """Take over the statistics of a DataModule, each (channel,)."""
         for name, value in (("location", location), ("scale", scale), ("mase_scale", mase_scale)):
             setattr(self, name, value.detach().to(self.scale).clone())
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        return super()._apply(keeping_type(fn), recurse)  # units of 8 bits are none
 
     def forward(self, scaled: Tensor) -> Tensor:
         """Values in the data's units, (batch, time, channel) or (batch, time, channel, quantile)."""

@@ -15,9 +15,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
+
+from lightning_modules.metrics.sums import Sums
 
 QuantileSet = Literal["equidistant", "upper", "lower"]
 
@@ -88,7 +89,7 @@ def pinball_loss(prediction: Tensor, target: Tensor, levels: Tensor) -> Tensor:
     return torch.maximum(levels * error, (levels - 1) * error)
 
 
-class QuantileScores(Metric):
+class QuantileScores(Sums):
     """Pinball loss, CRPS, and coverage and width of every central interval, as float64 sums.
 
     `compute` returns ``pinball``, ``crps`` and ``width_<percent>`` in the data's units, the same with ``_scaled`` on
@@ -171,7 +172,7 @@ class QuantileScores(Metric):
         return out
 
 
-class ConformalScores(Metric):
+class ConformalScores(Sums):
     """Conformity scores of all valid validation windows, gathered over ranks, and the offsets that follow from them.
 
     Keeps 4 bytes per window, step, channel and interval.

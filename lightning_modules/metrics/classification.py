@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 from typing_extensions import override
 
+from lightning_modules.metrics.sums import Sums
 
-class ClassificationScores(Metric):
+
+class ClassificationScores(Sums):
     """Accuracy, top-k accuracy, NLL, Brier score, expected calibration error and macro F1.
 
     `compute` returns (N images, C classes, p probabilities, y the class):
@@ -99,7 +100,7 @@ class ClassificationScores(Metric):
         }
 
 
-class Separation(Metric):
+class Separation(Sums):
     """How well a score tells two sets apart: the area under the ROC curve of ``score > threshold``.
 
     `compute` returns the probability that a score of the second set is larger than one of the first, where equal ones

@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
+
+from lightning_modules.metrics.sums import Sums
 
 DAY_GROUPS = ("working_day", "saturday", "sunday", "holiday")
 """Names of day types 0, 1, 2 (Sunday or public holiday), and of the public holidays alone."""
 
 
-class SumRatio(Metric):
+class SumRatio(Sums):
     """Quotient of two sums over everything seen, (...): a weighted mean that does not depend on batches or ranks.
 
     The sums are float64, so that the order in which batches arrive changes the result only in the last digits.
@@ -46,7 +47,7 @@ class SumRatio(Metric):
         return (self.numerator[seen] / self.denominator[seen]).mean()
 
 
-class ForecastErrors(Metric):
+class ForecastErrors(Sums):
     """MAE, MSE, RMSE, MASE, WAPE, bias and skill of point forecasts, overall and by lead day, day type and channel.
 
     Everything is accumulated on the scaled axis. A channel's error in the data's units is its scaled error times its

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from typing_extensions import override
+
+from lightning_modules.metrics.sums import Sums
 
 BASELINES = ("previous_week", "previous_day", "seasonal_mean")
 
 
-class LoadErrors(Metric):
+class LoadErrors(Sums):
     """MAE, MAPE and MASE of forecasts of single series of different size.
 
     `compute` returns ``mae`` (the data's unit), ``mae_scaled`` (in parts of the series' range in training),

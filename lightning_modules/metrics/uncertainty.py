@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 from typing_extensions import override
+
+from lightning_modules.metrics.sums import Sums
 
 COVERAGES = (50, 90)
 """Percent of the central intervals that `SampleScores` counts."""
@@ -20,7 +21,7 @@ def entropy(log_probability: Tensor) -> Tensor:
     return -(log_probability.exp() * log_probability.clamp_min(torch.finfo(log_probability.dtype).min)).sum(-1)
 
 
-class UncertaintyScores(Metric):
+class UncertaintyScores(Sums):
     """MACE, mean entropy and mean mutual information of classes that are predicted by samples.
 
     `compute` returns (p the mean over samples of the probabilities):
@@ -112,7 +113,7 @@ def sample_quantile(ordered: Tensor, level: float) -> Tensor:
     return torch.lerp(ordered[below], ordered[above], place - below)
 
 
-class SampleScores(Metric):
+class SampleScores(Sums):
     """NLL, CRPS, and coverage and width of central intervals, of forecasts that are samples.
 
     `compute` returns ``crps`` (`fair_crps`), ``width_50`` and ``width_90`` in the data's units, the same with
