@@ -21,6 +21,7 @@ from networks.bayes import (
     SampleContext,
     Stream,
     bayesian_layers,
+    has_dropout,
     in_chunks,
     kl_divergence,
     to_bayesian,
@@ -54,7 +55,8 @@ class WeightSamples(Supervised):
         exclude: Patterns of layers that stay deterministic.
         init: Initial means and deviations; None: `networks.bayes.Init`'s defaults.
         prior: Of all weights; None: N(0, 1).
-        dropout_per_item: Whether every item of a training batch has its own mask; otherwise a sample is one mask.
+        dropout_per_item: Whether every item of a training batch has its own mask; otherwise a sample is one mask. Under
+            other posteriors dropout is ordinary dropout, off in evaluation, whose masks do not depend on the layout.
         num_samples: S in training, over all processes that share them.
         num_eval_samples: S in validation, test and prediction.
         objective: ``elbo``: mean of the log-likelihood over samples. ``predictive``: logarithm of the mean likelihood,
@@ -155,8 +157,11 @@ class WeightSamples(Supervised):
         if self.posterior == "dropout":
             return to_mc_dropout(net, self.dropout_per_item)
         if self.posterior == "ensemble":
-            return to_ensemble(net, self.num_samples)
-        return to_bayesian(net, self.include, self.exclude, self.init, self.prior)
+            net = to_ensemble(net, self.num_samples)
+        else:
+            net = to_bayesian(net, self.include, self.exclude, self.init, self.prior)
+        # Ordinary dropout, but for its numbers: torch's generator knows neither samples nor their layout.
+        return to_mc_dropout(net, per_item=True, in_evaluation=False) if has_dropout(net) else net
 
     @override
     def setup(self, stage: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from networks.bayes.context import Estimator, NoiseMode, SampleContext, current
-from networks.bayes.convert import bayesian_layers, to_bayesian, to_deterministic, to_mc_dropout
+from networks.bayes.convert import bayesian_layers, has_dropout, to_bayesian, to_deterministic, to_mc_dropout
 from networks.bayes.gaussian import Init, Prior, gaussian_kl
 from networks.bayes.layers import (
     BayesConv1d,
@@ -48,6 +48,7 @@ __all__ = [
     "elbo",
     "gaussian_kl",
     "gaussian_log_density",
+    "has_dropout",
     "in_chunks",
     "kl_divergence",
     "mix64",

@@ -78,7 +78,7 @@ def to_deterministic(net: nn.Module) -> nn.Module:
     return replace_modules(net, _plain)
 
 
-def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
+def to_mc_dropout(net: nn.Module, per_item: bool = False, in_evaluation: bool = True) -> nn.Module:
     """Replace the dropout layers of a network by `MCDropout`, in place.
 
     Functional dropout inside of a layer is not found; in this program that is the one on attention weights. It is off
@@ -87,11 +87,12 @@ def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
     Args:
         net: The network.
         per_item: Whether every item of a training batch has its own mask.
+        in_evaluation: Whether there are masks in evaluation too.
 
     Raises:
         ValueError: If there is no dropout.
     """
-    if not any(isinstance(m, MCDropout) or (type(m) in _DROPOUTS and m.p > 0) for m in net.modules()):
+    if not has_dropout(net):
         raise ValueError("model.posterior=dropout: the network has no dropout; set model.net.dropout above 0")
 
     inside = sorted(
@@ -102,9 +103,16 @@ def to_mc_dropout(net: nn.Module, per_item: bool = False) -> nn.Module:
 
     def replacement(module: nn.Module) -> nn.Module:
         dimensions = _DROPOUTS.get(type(module))
-        return module if dimensions is None else MCDropout(module.p, dimensions, per_item).train(module.training)
+        if dimensions is None:
+            return module
+        return MCDropout(module.p, dimensions, per_item, in_evaluation).train(module.training)
 
     return replace_modules(net, replacement)
+
+
+def has_dropout(net: nn.Module) -> bool:
+    """Whether a network has dropout layers that drop anything."""
+    return any(type(m) in (MCDropout, *_DROPOUTS) and m.p > 0 for m in net.modules())
 
 
 def _can_be_replaced(module: nn.Module) -> bool:

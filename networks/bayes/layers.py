@@ -365,13 +365,14 @@ class MCDropout(nn.Module):
         p: Part of the entries that become zero; the others are divided by 1 - p.
         dimensions: Trailing dimensions that a mask has in common: 0 as `torch.nn.Dropout`, 2 as `torch.nn.Dropout2d`.
         per_item: Whether every item of a training batch has its own mask.
+        in_evaluation: False: masks are a means of training alone, as in ordinary dropout.
     """
 
-    def __init__(self, p: float = 0.5, dimensions: int = 0, per_item: bool = False) -> None:
+    def __init__(self, p: float = 0.5, dimensions: int = 0, per_item: bool = False, in_evaluation: bool = True) -> None:
         super().__init__()
         if not 0 <= p < 1:
             raise ValueError(f"dropout={p}: must be at least 0 and below 1")
-        self.p, self.dimensions, self.per_item = p, dimensions, per_item
+        self.p, self.dimensions, self.per_item, self.in_evaluation = p, dimensions, per_item, in_evaluation
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, ...)`` or ``(S B, ...)`` to ``(S B, ...)``; outside of a context and in evaluation: nothing.
@@ -384,7 +385,7 @@ class MCDropout(nn.Module):
             if self.training and self.p:
                 raise RuntimeError("MCDropout was called in training without samples: enter a SampleContext")
             return x
-        if self.p == 0:
+        if self.p == 0 or not (self.training or self.in_evaluation):
             return x
         folded = context.is_folded(x)
         rows = len(x) // context.samples if folded else len(x)

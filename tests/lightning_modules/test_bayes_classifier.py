@@ -219,6 +219,27 @@ def test_other_samples_learn_too(kwargs):
     assert (found["train/kl"] == 0) == ("posterior" in kwargs)
 
 
+@pytest.mark.parametrize("posterior", ["gaussian", "ensemble"])
+def test_dropout_of_other_posteriors_is_ordinary_but_for_its_numbers(posterior):
+    """A mask for every item, off in evaluation; not torch's generator, so that chunks and layouts change nothing."""
+    ensemble = {"objective": "elbo", "num_eval_samples": 4} if posterior == "ensemble" else {}
+    options = {"posterior": posterior, **ensemble}
+
+    def net(dropout):
+        torch.manual_seed(7)
+        return MLP(hidden=[16], dropout=dropout)
+
+    expected = trained(net=net(0.3), **options)
+    mask = expected.net.dropout
+    assert (mask.per_item, mask.in_evaluation) == (True, False)
+    torch.manual_seed(99)
+    found = state(trained(net=net(0.3), sample_chunk=1, **options))
+    torch.testing.assert_close(found, state(expected), rtol=0, atol=1e-12)
+    assert (state(trained(net=net(0.0), **options)) - found).abs().max() > 1e-3
+    one, other = (predicted(make(net(dropout), **options), Images(**FEW)) for dropout in (0.3, 0.0))
+    assert torch.equal(one["probability"], other["probability"])
+
+
 def test_dropout_masks_of_items():
     module = make(MLP(hidden=[16], dropout=0.3), posterior="dropout", dropout_per_item=True)
     assert [m.per_item for m in module.net.modules() if isinstance(m, MCDropout)] == [True]

@@ -395,6 +395,13 @@ def test_trailing_dimensions_share_a_mask(dimensions, shape, per_item):
     assert (by_unit == by_unit[..., :1]).all() and by_unit[..., 0].unique().numel() == 2
 
 
+def test_masks_of_training_alone():
+    layer, x = MCDropout(0.4, in_evaluation=False), torch.ones(B, 50)
+    assert (dropped(layer, x) == 0).any()
+    with context():
+        assert layer.eval()(x) is x
+
+
 def test_dropout_keeps_the_mean():
     x, number = torch.linspace(-1, 1, 40), 1500
     found = dropped(MCDropout(0.25), x[None], number, 1)[:, 0]
