@@ -22,6 +22,7 @@ SHOWN_METRICS = 12
 OUTCOME = {"job", "status", "world_size", "seconds"}
 # What a job has cost, always shown where it is known: in all, and per sample of training and inference.
 COSTS = (
+    "time/fit_s", "comm/total_inter_node_bytes",
     "energy/total_it_kwh", "energy/fit/train/j_per_sample", "energy/predict/j_per_sample", "energy/test/j_per_sample",
 )  # fmt: skip
 
@@ -86,7 +87,15 @@ def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
     row |= {"status": "failed" if status == "running" else status, "world_size": result.get("world_size")}
     row |= {"seconds": result.get("seconds", {}).get("total"), "run_dir": str(run_dir)}
     row |= {"error": (result.get("error") or "").splitlines()[0] if result.get("error") else ""}
-    return row | result.get("metrics", {}) | result.get("energy", {}).get("costs", {})
+    return row | result.get("metrics", {}) | _traffic(result) | result.get("energy", {}).get("costs", {})
+
+
+def _traffic(result: dict[str, Any]) -> dict[str, Any]:
+    """What a whole training sent (`callbacks.communication`) and its time; metrics have the bytes of the last epoch."""
+    sent = result.get("communication") or {}
+    totals = {f"comm/total_{name}": sent[name] for name in ("inter_node_bytes", "intra_node_bytes") if name in sent}
+    fit = result.get("seconds", {}).get("fit")
+    return totals | ({"time/fit_s": fit} if totals and fit is not None else {})
 
 
 def write_tables(rows: list[dict[str, Any]], folder: Path) -> None:

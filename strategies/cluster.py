@@ -103,6 +103,15 @@ class ClusterStrategy(DDPStrategy):
         """Ranks whose gradients are averaged in every step."""
         return self.groups.world
 
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss under ``trainer.precision=16-mixed``: it leaves out steps whose gradients overflow.
+
+        Such a step counts: when ranks communicate must not depend on a decision that only some of them have taken.
+        """
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        return scaler if scaler is not None and scaler.is_enabled() else None
+
     def check_sizes(self, world_size: int) -> None:
         """Raise ValueError for sizes that do not fit; called on every rank before any process group exists."""
         check_local_size(self.local_size, world_size)

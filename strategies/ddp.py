@@ -62,8 +62,16 @@ class DDP(ClusterStrategy):
             )
         return GradientHook(self.interconnect, self.gradient_group, self._delay, _WIRE_TYPES[self.compression])
 
+    @override
+    def check_module(self) -> None:
+        if self.compression == "powersgd" and self.scaler is not None:
+            raise ValueError(
+                "strategy.compression=powersgd adds what it has not sent to the next gradients, infinite for ever "
+                "after the first overflow of trainer.precision=16-mixed: use bf16-mixed, or strategy.compression=fp16"
+            )
+
     def _named(self) -> dict[str, torch.Tensor]:
-        return {name: p for name, p in self.lightning_module.named_parameters() if p.requires_grad}
+        return dict(self.lightning_module.named_parameters())  # those that have stopped to learn have errors too
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -180,6 +180,8 @@ class ReplicaStrategy(ClusterStrategy):
             state["parameters"] = parameters.cpu()
         if self.sync_buffers == "own" or not self.equal:
             state["buffers"] = buffers.cpu()
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
         return state
 
     def load_replica_state(self, state: Mapping[str, Any]) -> None:
@@ -190,6 +192,8 @@ class ReplicaStrategy(ClusterStrategy):
             self.flat.unpack(state["parameters"])
         if "buffers" in state:
             self._buffers().unpack(state["buffers"])
+        if self.scaler is not None and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 FIGURES = ("loss_and_phases", "exchange_schedule", "bytes_per_epoch", "drift", "factor_ranks", "compression")
 LOSS, METRIC, SKIP, WAIT, BETWEEN, WITHIN = "#D55E00", "#0072B2", "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
 PHASES = {"warmup": "#BDBDBD", "cycling": "#009E73", "cooldown": "#CC79A7", "ab": "#E69F00", "full": "#56B4E9"}
+_MAX_WRITTEN = 20  # AB phases whose ranks fit into their cells
 _NAMES = {"warmup": "warm-up", "cooldown": "cool-down", "ab": "A and B apart", "full": "full rank together"}
 
 
@@ -116,9 +117,13 @@ def drift(history: Mapping[str, Any]) -> Figure | None:
     if not rows:
         return None
     figure, (axes,) = make_figure(7.0, 3.2)
-    axes.plot([row["epoch"] for row in rows], [row["drift"] for row in rows], color=METRIC, marker="o", markersize=3)
-    axes.set_yscale("log")
-    plain_log_ticks(axes.yaxis)
+    values = [row["drift"] for row in rows]
+    axes.plot([row["epoch"] for row in rows], values, color=METRIC, marker="o", markersize=3)
+    if max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
+    else:
+        axes.set_ylim(0, None)
     whole_numbers(axes.xaxis)
     axes.set_xlabel("epoch")
     axes.set_ylabel("largest ||x - mean|| / ||mean||")
@@ -126,7 +131,7 @@ def drift(history: Mapping[str, Any]) -> Figure | None:
 
 
 def factor_ranks(history: Mapping[str, Any]) -> Figure | None:
-    """Rank of every layer (rows) as a share of its full rank over the AB phases; the last is written at the right."""
+    """Rank of every layer (rows) as a share of its full rank over the AB phases, written into the map where it fits."""
     cycles = _cycles(history)
     if not cycles:
         return None
@@ -134,7 +139,15 @@ def factor_ranks(history: Mapping[str, Any]) -> Figure | None:
     sides = {label: history["sides"].get(label, max(c["ranks"].get(label, 1) for c in cycles)) for label in labels}
     shares = np.array([[cycle["ranks"].get(label, np.nan) / sides[label] for cycle in cycles] for label in labels])
     figure, (axes,) = make_figure(7.4, 1.1 + map_height(len(labels)))
-    image = heat_map(axes, shares, [cycle["number"] for cycle in cycles], labels, vmin=0.0, vmax=1.0)
+    numbers = [cycle["number"] for cycle in cycles]
+    image = heat_map(axes, shares, numbers, labels, vmin=0.0, vmax=1.0)
+    if len(labels) <= MAX_LABELS and len(numbers) <= _MAX_WRITTEN:
+        for place, label in enumerate(labels):
+            for number, cycle, share in zip(numbers, cycles, shares[place], strict=True):
+                if label in cycle["ranks"]:
+                    ink = "black" if share > 0.6 else "white"  # on yellow, on blue
+                    text = f"{cycle['ranks'][label]:.0f}"
+                    axes.text(number, place, text, color=ink, fontsize="x-small", ha="center", va="center")
     if len(labels) <= MAX_LABELS:
         last = [f"{cycles[-1]['ranks'][label]:.0f} of {sides[label]:.0f}" for label in labels]
         right = axes.secondary_yaxis("right")
@@ -157,8 +170,9 @@ def compression(history: Mapping[str, Any]) -> Figure | None:
     panels[0].plot(numbers, [cycle["compression"] for cycle in cycles], color=METRIC, marker="o", markersize=4)
     panels[0].axhline(1.0, color=WITHIN, linewidth=0.8, linestyle=":")
     panels[0].set_ylim(0, 1.1 * max(1.0, *(cycle["compression"] for cycle in cycles)))
-    panels[0].set_ylabel("numbers of W / of A and B")
-    panels[0].set_title(f"{cycles[-1]['compression']:.3g} times smaller in the last AB phase", fontsize="medium")
+    panels[0].set_ylabel("times smaller")
+    text = f"numbers of the network, with W / with A and B: {cycles[-1]['compression']:.3g} in the last AB phase"
+    panels[0].set_title(text, fontsize="medium")
     if learned:
         x = [cycle["number"] for cycle in learned]
         for key, color, text in (
@@ -167,7 +181,7 @@ def compression(history: Mapping[str, Any]) -> Figure | None:
         ):
             panels[1].plot(x, [cycle[key] for cycle in learned], color=color, marker="o", markersize=3, label=text)
         panels[1].axhline(0.0, color=WITHIN, linewidth=0.8)
-        panels[1].set_ylabel("what the halves learned")
+        panels[1].set_ylabel("two halves")
         figure.legend(*panels[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     for axes in panels:
         axes.set_xlim(0.5, numbers[-1] + 0.5)

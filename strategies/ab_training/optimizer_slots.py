@@ -78,6 +78,29 @@ class OptimizerSlots:
                 state["state"][number] = held
         return state
 
+    def counts(self, parameters: list[Tensor]) -> Tensor:
+        """``(parameter, 2)``, float64: how many entries of state a parameter has, and the steps that are counted."""
+        found = []
+        for parameter in parameters:
+            states = [o.state[parameter] for o in self.optimizers if o.state.get(parameter)]
+            found.append([sum(map(len, states)), sum(float(state.get("step", 0)) for state in states)])
+        return torch.tensor(found, dtype=torch.float64).view(-1, 2)
+
+    def level(self, parameters: list[Tensor], low: Tensor, high: Tensor) -> None:
+        """Count the most steps that any rank has taken; where a rank has no state yet, all begin without one.
+
+        Args:
+            parameters: As for `counts`.
+            low: Smallest counts of all ranks.
+            high: Largest ones.
+        """
+        for parameter, (fewest, _), (most, steps) in zip(parameters, low.tolist(), high.tolist(), strict=True):
+            for optimizer in self.optimizers:
+                if fewest < most:
+                    optimizer.state.pop(parameter, None)
+                elif isinstance(step := optimizer.state.get(parameter, {}).get("step"), Tensor):
+                    step.fill_(steps)
+
     def moments(self, parameters: list[Tensor]) -> list[Tensor]:
         """Floating-point state in the shape of its parameter, in a fixed order."""
         found = []

@@ -334,6 +334,7 @@ class ABTrainingStrategy(ClusterStrategy):
         """Combine what the groups have learned, and train together."""
         begin = time.perf_counter()
         self.lightning_module.zero_grad(set_to_none=True)
+        self._level_scaled_steps()
         self._angle = self.ab.end(self._all_reduce)
         self.seconds["sync"] += time.perf_counter() - begin
         self.ab = None
@@ -342,6 +343,23 @@ class ABTrainingStrategy(ClusterStrategy):
         else:
             self.phase, self.phase_begin = "full", self.steps
         self._say("synchronised")
+
+    def _level_scaled_steps(self) -> None:
+        """Make equal what differs where a group has left out steps whose scaled gradients have overflown.
+
+        That is the scale of the loss, or gradients of different scales would be averaged from now on, and what the
+        optimizers have counted and begun to keep of the parameters that all groups train.
+        """
+        if self.scaler is None or self.layout.num_groups == 1:
+            return
+        state = self.scaler.state_dict()
+        scale = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float64)
+        counts = self.slots.counts(self.ab.common).flatten()
+        largest = torch.cat([scale, counts, -counts]).to(self.root_device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        scale, high, low = largest.cpu().split([2, len(counts), len(counts)])
+        self.scaler.load_state_dict(state | {"scale": -float(scale[0]), "_growth_tracker": -int(scale[1])})
+        self.slots.level(self.ab.common, -low.view(-1, 2), high.view(-1, 2))
 
     def _enter(self, phase: Phase, starts: Sequence[Start] = ()) -> None:
         self.phase, self.phase_begin = phase, self.steps
@@ -430,6 +448,8 @@ class ABTrainingStrategy(ClusterStrategy):
         if self.ab is not None:
             ab["starts"] = self.ab.starts()
             mine = self.ab.group_state() if self.global_rank in self._first_ranks() else None
+            if mine is not None and self.scaler is not None:
+                mine["scaler"] = self.scaler.state_dict()
             states: list[Any] | None = [mine]
             if self.groups.world.size > 1:
                 states = [None] * self.groups.world.size if self.global_rank == 0 else None
@@ -492,7 +512,10 @@ class ABTrainingStrategy(ClusterStrategy):
                 starts.append((layer, Factors(a, b), root[0] if root else None))
         begin = self.phase_begin
         self._enter("ab", starts)
-        self.ab.load_group_state(ab["groups"][self.global_rank // self.layout.group_size])
+        mine = ab["groups"][self.global_rank // self.layout.group_size]
+        self.ab.load_group_state(mine)
+        if self.scaler is not None and "scaler" in mine:
+            self.scaler.load_state_dict(mine["scaler"])
         self.phase_begin = begin
         self.rebound.load_state_dict(ab["rebound"])
 

@@ -272,6 +272,7 @@ class DASO(ReplicaStrategy):
         """Average the floating-point state of the optimizers (momenta) over the nodes."""
         for optimizer in self.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            parameters = self._with_state_everywhere(parameters, optimizer)
             states = [optimizer.state[p] for p in parameters if p in optimizer.state]
             tensors = [
                 v for state in states for name, v in sorted(state.items())
@@ -280,6 +281,14 @@ class DASO(ReplicaStrategy):
             if tensors:
                 flat = FlatTensors(tensors)
                 flat.unpack(self.mean_over_nodes(flat.pack()))
+
+    def _with_state_everywhere(self, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """Those for which the optimizer of every node has a state: a node may have left out its steps so far."""
+        if self.scaler is None or not parameters:
+            return parameters
+        known = torch.tensor([len(optimizer.state.get(p, ())) > 0 for p in parameters], device=self.root_device).int()
+        dist.all_reduce(known, op=dist.ReduceOp.MIN, group=self.groups.across.handle)
+        return [p for p, everywhere in zip(parameters, known.tolist(), strict=True) if everywhere]
 
     def _end_epoch(self) -> None:
         total = self._loss_sums()

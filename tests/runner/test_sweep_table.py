@@ -82,6 +82,24 @@ def test_groups_and_costs_are_shown(tmp_path):
     assert "energy/co2_kg" not in first and "val/loss" not in first and "test/m_0" in first
 
 
+def test_what_a_training_sent_is_shown_with_its_time(tmp_path):
+    """Metrics have the bytes of the last epoch; jobs that send nothing have neither."""
+    sent = {"inter_node_bytes": 6e6, "intra_node_bytes": 2e6, "steps": 10}
+    seconds = {"total": 9.0, "fit": 7.5}
+    rows = [
+        job(tmp_path, 1, status="completed", seconds=seconds, metrics={"comm/inter_node_bytes": 1e6, "test/a": 1.0},
+            communication=sent),
+        job(tmp_path, 2, status="completed", seconds=seconds, metrics={"test/a": 1.0}),
+    ]  # fmt: skip
+    write_tables(rows, tmp_path)
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in
+             (tmp_path / "table.md").read_text().splitlines()[-4:]]  # fmt: skip
+    first, second = (dict(zip(table[0], row, strict=True)) for row in table[2:])
+    assert (first["comm/total_inter_node_bytes"], first["time/fit_s"]) == ("6e+06", "7.5")
+    assert (second["comm/total_inter_node_bytes"], second["time/fit_s"]) == ("", "")
+    assert "comm/inter_node_bytes" not in first and rows[0]["comm/total_intra_node_bytes"] == 2e6
+
+
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
     """Hydra's side of a sweep of one job in ``tmp_path``; returns a function that runs it and then shows the table."""

@@ -28,7 +28,8 @@ SHORT = {
     "ddp_powersgd": {"powersgd_start": 2},
 } | {
     option: {"warmup_steps": 2, "ab_steps": 6, "full_steps": 2, "min_dim": 2, "rebound_steps": 0, "keep_full": []}
-    for option in OPTIONS if option.startswith("ab_training")
+    for option in OPTIONS
+    if option.startswith("ab_training")
 }
 # DDP learns the order of gradients in a bucket in its first step: with four ranks a restart rounds differently, and
 # gradients of 16 bits round by more than the others.
