@@ -295,7 +295,8 @@ class BayesRegressor(WeightSamples, Forecaster):
         _, scale = self._datamodule().target_scale
         for part in ("val", "test"):
             setattr(self, f"{part}_samples", SampleScores(scale))
-        if self.objective == "moments" and self.sync == "local" and len(self.share.ids(self.num_samples)) < 2:
+        # The smallest share, so that every rank refuses.
+        if self.objective == "moments" and self.sync == "local" and self.num_samples // self.share.size < 2:
             raise ValueError(
                 f"model.num_samples={self.num_samples} leaves a rank one sample, which has no variance: set "
                 f"model.sync=exact, or model.num_samples={2 * self.share.size} or more"

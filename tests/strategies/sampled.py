@@ -1,31 +1,24 @@
-"""A Bayesian classifier of the embedded digits in float64, as small as the strategy's contract with modules allows."""
+"""`BayesClassifier` on the embedded digits and `BayesRegressor` on a tiny series in float64, the same every time."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import SumMetric
+from typing_extensions import override
 
 from datamodules.images import Images
-from lightning_modules.metrics.classification import ClassificationScores
-from networks.bayes import (
-    Init,
-    SampleContext,
-    Stream,
-    data_term,
-    kl_divergence,
-    to_bayesian,
-    to_mc_dropout,
-)
+from lightning_modules.bayes import BayesClassifier, BayesRegressor, ClassPrediction
+from networks.bayes import Init
 from networks.mlp import MLP
-from parallel.sample_collectives import mean_over_samples
-from parallel.sample_layout import SampleShare, check_num_samples, view_streams
+from tests.lightning_modules.tiny_series import WEEK, TinySeries
 from tests.strategies import nets
 
 SAMPLES, NUM_TRAIN, NUM_VAL = 12, 1293, 144
+ADAM = functools.partial(torch.optim.Adam, lr=1e-3)
 
 
 class NormMLP(nn.Sequential):
@@ -35,13 +28,13 @@ class NormMLP(nn.Sequential):
         super().__init__(nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
 
 
-class Sampled(pl.LightningModule):
-    """Cross-entropy of S weight samples (or dropout masks), shared as the strategy says."""
+class Sampled(BayesClassifier):
+    """Keeps what a validation found, and the probabilities of this rank's items."""
+
+    score_names = (*BayesClassifier.score_names, "items")
 
     def __init__(
         self,
-        objective: str = "predictive",
-        sync: str = "exact",
         samples: int = SAMPLES,
         eval_samples: int = 16,
         scope: Any = "shared",
@@ -49,74 +42,111 @@ class Sampled(pl.LightningModule):
         norm: bool = False,
         hidden: tuple[int, ...] = (128, 128),
         dtype: torch.dtype = torch.float64,
+        **options: Any,
     ) -> None:
-        super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            net = NormMLP() if norm else MLP(hidden=hidden, dropout=0.2 if dropout else 0.0)
-            self.net = to_mc_dropout(net) if dropout else to_bayesian(net, init=Init(sigma_scale=1.0))
+            super().__init__(
+                NormMLP() if norm else MLP(hidden=hidden, dropout=0.2 if dropout else 0.0),
+                ADAM,
+                augment_scope=scope,
+                posterior="dropout" if dropout else "gaussian",
+                init=Init(sigma_scale=1.0),
+                num_samples=samples,
+                num_eval_samples=eval_samples,
+                seed=3,
+                **options,
+            )
         self.to(dtype)
-        self.objective, self.sync, self.samples, self.eval_samples = objective, sync, samples, eval_samples
-        self.scope, self.scores = scope, ClassificationScores(10)
-        self.items = SumMetric()
+        self.val_items, self.test_items = SumMetric(), SumMetric()
         self.found: dict[str, Tensor] = {}
         self.evaluated: list[Tensor] = []
 
-    @property
-    def share(self) -> SampleShare:
-        """Of this process, under any strategy."""
-        return getattr(self.trainer.strategy, "sample_share", SampleShare())
-
-    def setup(self, stage: str) -> None:
-        for number in (self.samples, self.eval_samples):
-            check_num_samples(number, self.share.size)
-
-    def view_streams(self) -> list[int]:
-        """See `datamodules.images.Images`."""
-        return view_streams(self.scope, self.samples, self.share)
-
-    def sampled(self, image: Tensor, items: int, num: int, stream: int, step: int) -> Tensor:
-        """Logits (S_local, B, class)."""
-        layout = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
-        ids = self.share.ids(num)
-        rows = (layout["rank"], layout["num_replicas"])
-        image = image.to(next(self.parameters()).dtype)
-        expanded = len(image) == items and not any("log_sigma" in name for name, _ in self.named_parameters())
-        image = image.repeat(len(ids), 1, 1, 1) if expanded else image
-        with SampleContext(ids, num, batch=items, seed=3, step=step, stream=stream, rows=rows, expanded=expanded):
-            return self.net(image).view(len(ids), items, -1)
-
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        label = batch["label"]
-        logits = self.sampled(batch["image"], len(label), self.samples, Stream.WEIGHTS, self.trainer.global_step)
-        likelihood = logits.log_softmax(2).gather(2, label.expand(len(logits), -1)[..., None])[..., 0]
-        data = data_term(likelihood, self.samples, self.share, self.objective, self.sync)
-        return data + 0.1 * kl_divergence(self.net) / NUM_TRAIN
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        label = batch["label"]
-        logits = self.sampled(batch["image"], len(label), self.eval_samples, Stream.EVALUATION, 0)
-        probability = mean_over_samples(logits.softmax(2), self.eval_samples, self.share)
-        self.evaluated.append(probability)
-        self.scores.update(probability.log(), label)
-        self.items.update(len(label))
-
+    @override
     def on_validation_epoch_start(self) -> None:
-        self.scores.reset()
-        self.items.reset()
+        super().on_validation_epoch_start()
         self.evaluated = []
 
-    def on_validation_epoch_end(self) -> None:
-        self.found = self.scores.compute() | {"items": self.items.compute()}
+    @override
+    def update_scores(self, stage: Any, logits: ClassPrediction, label: Tensor) -> None:
+        super().update_scores(stage, logits, label)
+        getattr(self, f"{stage}_items").update(len(label))
+        self.evaluated.append(logits.log_probability.exp())
 
-    def configure_optimizers(self) -> Any:
-        return torch.optim.Adam(self.parameters(), 1e-3)
+    @override
+    def scores(self, stage: Any) -> dict[str, Tensor]:
+        self.found = super().scores(stage) | {"items": getattr(self, f"{stage}_items").compute()}
+        return dict(self.found)
+
+
+class Windows(nn.Module):
+    """The profile plus a perceptron with dropout on each series; mean, or mean and log-variance."""
+
+    def __init__(self, outputs: int = 1) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(WEEK, 16), nn.Tanh(), nn.Dropout(0.3), nn.Linear(16, 10 * outputs))
+        self.outputs = outputs
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        out = self.body(batch["history"].mT).unflatten(2, (10, self.outputs)).transpose(1, 2)
+        shifted = out[..., 0] + batch["forecast_profile"]
+        return shifted if self.outputs == 1 else torch.stack([shifted, 0.1 * out[..., 1]], -1)
+
+
+class SampledForecasts(BayesRegressor):
+    """Keeps what a validation found, and the intervals of this rank's windows."""
+
+    def __init__(self, samples: int = SAMPLES, eval_samples: int = 16, **options: Any) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            predicted = options.get("observation") == "predicted"
+            super().__init__(
+                Windows(2 if predicted else 1),
+                ADAM,
+                init=Init(sigma_scale=1.0),
+                num_samples=samples,
+                num_eval_samples=eval_samples,
+                seed=3,
+                **options,
+            )
+        self.double()
+        self.found: dict[str, Tensor] = {}
+        self.evaluated: list[Tensor] = []
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self.evaluated = []
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        out = super().validation_step(batch, batch_idx)
+        self.evaluated.append(torch.stack([out[name] for name in ("prediction", "std", "lower_90", "upper_90")], 1))
+        return out
+
+    @override
+    def _values(self, stage: Any) -> dict[str, Tensor]:
+        self.found = super()._values(stage)
+        return dict(self.found)
 
 
 def fit(strategy: Any, folder: str, epochs: int = 3, data: dict[str, Any] | None = None, **kwargs: Any) -> Any:
     """Train on the digits; returns the module and its trainer. Arguments of `nets.fit` and of `Sampled`."""
-    of_trainer = {"callbacks", "ckpt_path", "devices", "accumulate_grad_batches", "gradient_clip_val", "max_steps"}
-    own = {key: value for key, value in kwargs.items() if key not in of_trainer}
-    rest = {key: value for key, value in kwargs.items() if key in of_trainer}
+    own, rest = _split(kwargs)
     options = {"test_size": 360, "test_from": "random", "normalize": "none", "seed": 5} | (data or {})
     return nets.fit(strategy, folder, module=Sampled(**own), epochs=epochs, datamodule=Images(**options), **rest)
+
+
+def fit_series(strategy: Any, folder: str, epochs: int = 2, **kwargs: Any) -> Any:
+    """Train on the tiny series; arguments of `nets.fit` and of `SampledForecasts`."""
+    own, rest = _split(kwargs)
+    module, data = SampledForecasts(**own), TinySeries(batch_size=8)
+    return nets.fit(strategy, folder, module=module, epochs=epochs, datamodule=data, precision="64-true", **rest)
+
+
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    of_trainer = {"callbacks", "ckpt_path", "devices", "accumulate_grad_batches", "gradient_clip_val", "max_steps"}
+    return (
+        {key: value for key, value in kwargs.items() if key not in of_trainer},
+        {key: value for key, value in kwargs.items() if key in of_trainer},
+    )

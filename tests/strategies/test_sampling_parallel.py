@@ -146,7 +146,7 @@ def evaluated(folder, samples):
     for size in (1, 2):
         module, trainer = sampled.fit(SamplingParallel(size), folder, epochs=1, eval_samples=samples)
         part = torch.cat(module.evaluated)
-        assert module.scores.process_group is None  # outside of an evaluation
+        assert module.val_scores.process_group is None  # outside of an evaluation
         found.append((part, trainer.distributed_sampler_kwargs, numbers(module.found)))
     return found
 
@@ -205,6 +205,59 @@ def test_collected_outputs_hold_every_item_once(ranks4, tmp_path):
     expected = nets.samples()[0][:, 0].sort().values
     for found in ranks4(gathered, str(tmp_path))[0]:
         assert torch.equal(found.sort().values, expected)
+
+
+# ---------------------------------------------------------------------------------------------------------- regression
+
+
+def forecasts(folder, cases):
+    """For each (K, arguments): weights, metrics of the last validation, and intervals of this rank's windows."""
+    results = []
+    for size, kwargs in cases:
+        module, trainer = sampled.fit_series(SamplingParallel(size), folder, **kwargs)
+        results.append((state(module), float(module.log_sigma_y.detach()), numbers(module.found)))
+        results[-1] += torch.cat(module.evaluated), trainer.distributed_sampler_kwargs
+    return results
+
+
+FORECASTS = {
+    "dropout": {"posterior": "dropout"},  # acceptance 14
+    "dropout_of_items": {"posterior": "dropout", "dropout_per_item": True, "objective": "elbo"},
+    "gaussian": {},  # with ordinary dropout
+    "moments": {"posterior": "dropout", "objective": "moments"},
+    "predicted": {"objective": "moments", "observation": "predicted", "samples": 5},  # shares of 3 and 2
+    "flipout": {"estimator": "flipout", "antithetic": True, "sample_chunk": 2},
+}
+
+
+@pytest.mark.parametrize("kind", FORECASTS)
+def test_forecasts_with_uncertainty_do_not_depend_on_the_layout(ranks2, tmp_path, kind):
+    """Training as in acceptance 1, intervals and scores as in acceptance 13, for K of 2 and 1."""
+    kwargs = FORECASTS[kind]
+    module, _ = sampled.fit_series("auto", str(tmp_path), devices=1, **kwargs)
+    whole = torch.cat(module.evaluated)
+    for rank in ranks2(forecasts, str(tmp_path), [(2, kwargs), (1, kwargs)]):
+        for weights, sigma, found, part, layout in rank:
+            torch.testing.assert_close(weights, state(module), atol=1e-12, rtol=0)
+            assert sigma == pytest.approx(float(module.log_sigma_y.detach()), abs=1e-12)
+            assert found == pytest.approx(numbers(module.found), abs=1e-10, nan_ok=True)
+            expected = whole[layout["rank"] :: layout["num_replicas"]]
+            torch.testing.assert_close(part, expected, atol=1e-10, rtol=0)
+
+
+def few_samples(folder):
+    with pytest.raises(ValueError) as error:
+        sampled.fit_series(SamplingParallel(), folder, samples=3, objective="moments", sync="local")
+    dist.barrier()
+    sampled.fit_series(SamplingParallel(), folder, samples=3, objective="moments", epochs=1)
+    return str(error.value)
+
+
+def test_moments_of_one_rank_need_two_samples(ranks2, tmp_path):
+    """Acceptance 16: a rank of three samples has one."""
+    for text in ranks2(few_samples, str(tmp_path)):
+        assert "model.num_samples=3 leaves a rank one sample" in text and "model.sync=exact" in text
+        assert "model.num_samples=4 or more" in text
 
 
 # ----------------------------------------------------------------------------------------------------------- restarts
@@ -327,10 +380,13 @@ def test_what_groups_send_is_counted(ranks4, tmp_path, trace):
     steps, parameters = 20, 2 * (64 * 128 + 128 + 128 * 128 + 128 + 128 * 10 + 10)
     assert operations["all_reduce/inter_node"]["payload_bytes"] == steps * 4 * parameters
     gathered = operations["all_gather/intra_node"]
-    assert gathered["calls"] == 2 * steps  # two groups
-    assert gathered["payload_bytes"] == 2 * steps * 2 * 32 * 4
-    if not trace:  # the sums of the validation
-        assert operations["all_reduce/intra_node"]["payload_bytes"] == sampled.NUM_VAL * 10 * 4
+    training = (2 * steps, 2 * steps * 2 * 32 * 4)  # two groups, two ranks each, 32 items
+    if trace:
+        assert (gathered["calls"], gathered["payload_bytes"]) == training
+    else:  # and those of the validation: probabilities of all classes, entropies, one batch for each group
+        assert gathered["calls"] == training[0] + 2
+        assert gathered["payload_bytes"] == training[1] + 2 * sampled.NUM_VAL * 10 * 8
+        assert operations["all_reduce/intra_node"]["payload_bytes"] == sampled.NUM_VAL * 8
     assert set(times) == {f"time/{name}_s" for name in ("forward", "backward", "optimizer", "between_steps")}
     assert all(seconds > 0 for seconds in times.values())
     assert times["time/forward_s"] + times["time/backward_s"] > times["time/between_steps_s"]
