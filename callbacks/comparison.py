@@ -1,9 +1,10 @@
-"""The jobs of a sweep side by side, as figures: the end of ``experiment=daso/compare`` and ``ab_training/compare``."""
+"""The jobs of a sweep side by side, as figures: the end of ``experiment=daso/compare`` and its like."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ def read_sweep(folder: Path, metric: str = METRIC) -> list[dict[str, Any]]:
         For every job ``label`` (what distinguishes it from the others, seeds aside), ``epochs`` of its history,
         ``metric`` and ``metric_name``, and ``inter_node_bytes`` of all ranks.
     """
-    with (folder / "table.csv").open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["status"] == "completed"]
+    rows = _completed(folder)
     chosen = list(rows[0])[: list(rows[0]).index("parameters")] if rows else []
     differing = [c for c in chosen if c not in ("job", "seed") and len({row[c] for row in rows}) > 1]
     found = []
@@ -45,17 +45,34 @@ def read_sweep(folder: Path, metric: str = METRIC) -> list[dict[str, Any]]:
     return found
 
 
+def _completed(folder: Path) -> list[dict[str, str]]:
+    with (folder / "table.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["status"] == "completed"]
+
+
 def draw_sweep(folder: Path) -> str:
-    """Draw the jobs of a sweep together into ``<folder>/figures``; what to print below the sweep's table."""
+    """Draw strategies together into ``<folder>/figures``; what to print below the sweep's table."""
     from callbacks.figures import strategies
 
     runs = read_sweep(folder)
+    figures = {name: getattr(strategies, name)(runs) for name in strategies.FIGURES}
+    return _saved(figures, folder) or "no job has left a history to draw"
+
+
+def draw_low_rank(folder: Path) -> str:
+    """Draw methods that make a network low-rank together, as ``experiment=oialr/compare`` does; what to print."""
+    from callbacks.figures.low_rank import accuracy_against_stored
+
+    figures = {"accuracy_against_stored": accuracy_against_stored(_completed(folder), METRIC)}
+    return _saved(figures, folder) or f"no job has both {METRIC} and test/stored_fraction to draw"
+
+
+def _saved(figures: Mapping[str, Any], folder: Path) -> str:
     paths = []
-    for name in strategies.FIGURES:
-        figure = getattr(strategies, name)(runs)
+    for name, figure in figures.items():
         if figure is not None:
             path = folder / "figures" / f"{name}.png"
             path.parent.mkdir(exist_ok=True)
             figure.savefig(path, dpi=150)
             paths.append(path)
-    return "\n".join(f"figure {path}" for path in paths) or "no job has left a history to draw"
+    return "\n".join(f"figure {path}" for path in paths)

@@ -138,7 +138,9 @@ def accuracy_against_stored(
     for i, method in enumerate(methods):
         own = [row for row in points if row[by] == method]
         x = [100 * float(row["test/stored_fraction"]) for row in own]
-        axes.scatter(x, [float(row[metric]) for row in own], color=colors[i % len(colors)], label=method, s=30)
+        label = f"{method} (dense)" if set(x) == {100.0} else method
+        axes.scatter(x, [float(row[metric]) for row in own], color=colors[i % len(colors)], label=label, s=30)
+    axes.set_xlim(0, None)
     axes.set_xlabel("stored parameters [% of dense]")
     axes.set_ylabel(metric)
     axes.legend(frameon=False, fontsize="small")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from callbacks.communication import Communication
-from callbacks.comparison import draw_sweep, read_sweep
+from callbacks.comparison import draw_low_rank, draw_sweep, read_sweep
 from callbacks.figures import exchanges, strategies
 from callbacks.training_history import TrainingHistory, add_to_curve
 from strategies.ab_training import ABTrainingStrategy
@@ -260,3 +260,20 @@ def test_a_sweep_without_histories(tmp_path):
     for path in tmp_path.glob("*/history.json"):
         path.unlink()
     assert "no job" in draw_sweep(tmp_path)
+
+
+def test_low_rank_methods_of_a_sweep(tmp_path):
+    jobs = [("stability", "completed", 0.98, 1.0), ("oialr", "completed", 0.97, 0.3), ("dlrt", "failed", "", "")]
+    rows = [
+        {"job": number, "callbacks": name, "parameters": 10, "status": status, "test/accuracy": accuracy,
+         "test/stored_fraction": stored}
+        for number, (name, status, accuracy, stored) in enumerate(jobs)
+    ]  # fmt: skip
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert draw_low_rank(tmp_path) == f"figure {tmp_path}/figures/accuracy_against_stored.png"
+    assert (tmp_path / "figures" / "accuracy_against_stored.png").stat().st_size > 5000
+    (tmp_path / "table.csv").write_text("job,status,parameters\n0,completed,1\n")
+    assert "no job has both" in draw_low_rank(tmp_path)
