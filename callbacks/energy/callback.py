@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -430,7 +431,7 @@ class EnergyCallback(pl.Callback):
             return None
         host, name = self._host_name
         return HostEnergy(
-            host, name, self._recorder.channels, self._recorder.tallies(), self.counts, self._world_size, 1, status
+            host, name, self._recorder.channels, self._recorder.tallies(), self.counts, self._world_size, status=status
         )
 
     def _gather(self) -> None:
@@ -538,7 +539,11 @@ class EnergyCallback(pl.Callback):
             "duration_s": whole.seconds,
             "mean_w": whole.total_j / whole.seconds if whole.seconds else 0.0,
             "j_per_sample": whole.total_j / samples if samples else 0.0,
-            "cumulative_kwh": sum(tally.total_j for tally in self._recorder.tallies().values()) / J_PER_KWH,
+            # Earlier parts of a resumed run are known to rank 0, of all machines.
+            "cumulative_kwh": (
+                self._earlier_j + math.fsum(tally.total_j for tally in self._recorder.tallies().values())
+            )
+            / J_PER_KWH,
         }
         self._file.write({"kind": "epoch", **epoch})
         if not self._global_zero:

@@ -110,7 +110,8 @@ def _stage(
         },
         "duration_s": seconds,
         "mean_w": it_j / seconds if seconds else 0.0,
-        "max_w": math.fsum(tally.max_w for tally in tallies),
+        # A stage in pieces that are too short to tell their power has its mean at least.
+        "max_w": math.fsum(max(tally.max_w, _mean_w(tally)) for tally in tallies),
         "device_hours": device_hours,
         "node_hours": host_seconds / 3600,
         "estimated_fraction": math.fsum(tally.estimated_j for tally in tallies) / it_j if it_j else 0.0,
@@ -128,6 +129,10 @@ def _stage(
         if device_hours:
             out |= {"updates_per_device_hour": updates / device_hours}
     return out
+
+
+def _mean_w(tally: Tally) -> float:
+    return tally.total_j / tally.seconds if tally.seconds else 0.0
 
 
 def _of_component(component: str, tallies: Sequence[Tally], hosts: Sequence[HostEnergy]) -> float:
@@ -172,7 +177,8 @@ def metrics_of(summary: dict[str, Any]) -> dict[str, float]:
 def main_metrics_of(summary: dict[str, Any]) -> dict[str, float]:
     """The few of `metrics_of` that stand beside accuracy in results and tables of sweeps."""
     chosen = ("it_kwh", "j_per_sample", "j_per_update", "co2_kg", "estimated_fraction", "coverage", "total_mean_w")
-    return {name: value for name, value in metrics_of(summary).items() if name.endswith(chosen)}
+    out = {name: value for name, value in metrics_of(summary).items() if name.endswith(chosen)}
+    return out | ({"energy/earlier_kwh": float(earlier)} if (earlier := summary.get("earlier_kwh")) else {})
 
 
 def _number(value: Any) -> bool:

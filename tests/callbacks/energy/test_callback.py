@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
 import logging
 import math
+import os
 import threading
 import time
 from pathlib import Path
@@ -23,7 +25,7 @@ from callbacks.energy.meters.replay import ReplayMeter
 from callbacks.energy.record import Counts, read_folder, read_records
 from callbacks.energy.recorder import Recorder
 from callbacks.energy.report import merge, run_page
-from callbacks.energy.summary import LABELS, TRAIN
+from callbacks.energy.summary import LABELS, TRAIN, main_metrics_of
 from callbacks.run_record import RunRecord
 from tests.callbacks.energy.finished_runs import finish
 from tests.callbacks.energy.sources import Clock, Source
@@ -514,6 +516,8 @@ def test_results_and_loggers_get_the_same_numbers(tmp_path):
     assert times == sorted(set(times))
     assert record.costs["energy/total_it_kwh"] >= totals[-1]["energy/total_it_kwh"] > 0
     assert record.record["energy"]["stages"]["test"]["samples"] == 20
+    assert [host["status"] for host in record.record["energy"]["hosts"].values()] == ["completed"]
+    assert "energy/earlier_kwh" not in record.costs
     assert record.record["energy"]["carbon_intensity_g_per_kwh"] == 400
 
 
@@ -529,6 +533,22 @@ def test_parts_of_a_resumed_run_are_kept(tmp_path):
     assert host.segments == 2
     both = first.summary["it_j"] + second.summary["it_j"]
     assert sum(t.total_j for t in host.tallies.values()) == pytest.approx(both, rel=1e-4)
+    assert main_metrics_of(second.summary)["energy/earlier_kwh"] == second.summary["earlier_kwh"]
+
+
+def test_the_energy_that_an_epoch_was_reached_with_includes_the_parts_before_a_resume(tmp_path, clock):
+    class Slow(Module):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            clock.now += 1.0
+            return super().training_step(batch, batch_idx)
+
+    for _ in range(2):
+        callback = energy(tmp_path, Source(60.0, clock=clock), period_s=1e6)
+        trainer(callback, max_epochs=1).fit(Slow(0.0), loader(40))
+        callback.end_run()
+    (epoch,) = callback.summary["epochs"]
+    assert epoch["it_kwh"] * 3.6e6 == pytest.approx(600.0)
+    assert epoch["cumulative_kwh"] * 3.6e6 == pytest.approx(1200.0)
 
 
 def test_a_second_recorder_on_the_machine_only_counts(tmp_path):
@@ -578,6 +598,32 @@ def test_unknown_and_unreadable_meters_are_errors_when_asked_for(tmp_path):
     missing = {"rapl": {"root": str(tmp_path / "none")}}
     with pytest.raises(ValueError, match="'rapl' cannot be read here"):
         energy(tmp_path, meters=["rapl"], options=missing).begin_run()
+
+
+def test_counters_of_root_alone_are_a_warning_in_the_run_and_an_estimate_in_its_numbers(tmp_path, caplog, monkeypatch):
+    package = tmp_path / "powercap" / "intel-rapl:0"
+    package.mkdir(parents=True)
+    for name, content in (("name", "package-0"), ("energy_uj", "5"), ("max_energy_range_uj", "262143328850")):
+        (package / name).write_text(content)
+    allowed = os.open
+
+    def guarded(path: Any, *arguments: Any, **keywords: Any) -> int:
+        if str(path) == str(package / "energy_uj"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return allowed(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", guarded)
+    options = {"rapl": {"root": str(tmp_path / "powercap")}, "hwmon": {"root": str(tmp_path / "none")}}
+    callback = EnergyCallback(
+        tmp_path / "energy", options=options, codecarbon=False, carbon_intensity=1.0, figures=[], period_s=0.05
+    )
+    trainer(callback).test(Module(), loader(20), verbose=False)
+    callback.end_run()
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and "rapl" in r.getMessage()]
+    assert str(package / "energy_uj") in warning and "sudo chmod a+r" in warning
+    channel = callback.summary["channels"]["cpu"]
+    assert not channel["measured"] and channel["source"].startswith("model (")
+    assert callback.summary["estimated_fraction"] == 1
 
 
 def test_automatic_choice_says_what_is_estimated_and_why(tmp_path, caplog):

@@ -62,6 +62,15 @@ def test_machines_add_up_and_time_does_not():
     assert set(two["channels"]) == {"node-one/cpu", "node-one/gpu0", "node-two/cpu", "node-two/gpu0"}
 
 
+def test_a_stage_in_pieces_too_short_for_a_maximum_has_its_mean():
+    pieces = host()
+    for tally in pieces.tallies.values():
+        tally.max_w = 0.0
+    summary = summarize([pieces], COUNTS, Facility())
+    assert summary["stages"]["fit/train"]["max_w"] == summary["stages"]["fit/train"]["mean_w"] == 360
+    assert summary["max_w"] >= summary["mean_w"]
+
+
 def test_pue_counts_once():
     plain, building = (summarize([host()], COUNTS, Facility(pue, 300.0)) for pue in (1.0, 1.5))
     assert building["it_j"] == plain["it_j"]
