@@ -381,9 +381,9 @@ def run_summary(run_dir: Path) -> tuple[dict[str, Any], str]:
         if summary.get("stages") and summary.get("status") in ("completed", "interrupted", "failed"):
             return summary, source
     known = written or stored
-    facility = Facility(
-        known.get("pue", 1.0), known.get("carbon_intensity_g_per_kwh", 0.0), known.get("carbon_intensity_source", "")
-    )
+    facility = None  # that of the record: a run that was killed before its first report has no other
+    if "pue" in known:
+        facility = Facility(known["pue"], known["carbon_intensity_g_per_kwh"], known["carbon_intensity_source"])
     merged = merge(run_dir, facility) | {"epochs": known.get("epochs", [])}
     return merged, "the record files: the run did not end in order; samples are those of the recording processes"
 

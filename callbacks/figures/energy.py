@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 COMPONENTS = {"gpu": "#009E73", "cpu": "#0072B2", "dram": "#56B4E9", "node": "#8C8C8C", "other": "#CC79A7"}
 STAGES = {
-    "startup": "#BDBDBD", "fit/sanity": "#F6D7A8", "fit/train": "#E69F00", "fit/val": "#56B4E9", "fit/other": "#D9D9D9",
-    "validate": "#56B4E9", "test": "#009E73", "predict": "#CC79A7", "idle": "#F2F2F2",
+    "startup": "#BDBDBD", "fit/sanity": "#F6D7A8", "fit/train": "#E69F00", "fit/val": "#F0E442", "fit/other": "#D9D9D9",
+    "validate": "#F0E442", "test": "#D55E00", "predict": "#8C564B", "idle": "#F2F2F2",
 }  # fmt: skip
+"""Beside `COMPONENTS` in one figure: none of them has the colour of one of these."""
 
 
 def power_over_time(summary: Mapping[str, Any], points: Sequence[Point]) -> Figure | None:

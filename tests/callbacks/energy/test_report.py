@@ -12,6 +12,7 @@ from callbacks.energy.__main__ import main
 from callbacks.energy.record import Counts, RecordFile, start_record
 from callbacks.energy.recorder import Recorder
 from callbacks.energy.report import Section, markdown, page, run_page, run_summary, trace_points
+from callbacks.figures import energy as plots
 from tests.callbacks.energy.finished_runs import channel, cpu_run, finish, gpu_run, record
 from tests.callbacks.energy.sources import Clock, Source, sine
 
@@ -118,6 +119,18 @@ def test_a_killed_run_is_read_from_its_records(tmp_path):
     assert cells(run_page(tmp_path))["status"] == ["killed"]
 
 
+def test_a_run_that_was_killed_before_its_first_report_keeps_its_building(tmp_path):
+    path = tmp_path / "energy" / "node-abc.jsonl"
+    record(path, {channel("cpu"): 60.0}, counts=Counts({"test": 5}), end=None)
+    lines = path.read_text().splitlines()
+    start = json.loads(lines[0]) | {"facility": {"pue": 1.3, "intensity": 250.0, "source": "here"}}
+    path.write_text("\n".join([json.dumps(start), *lines[1:]]) + "\n")
+    (tmp_path / "results.json").write_text(json.dumps({"status": "running", "metrics": {}}))
+    summary, _ = run_summary(tmp_path)
+    assert (summary["pue"], summary["carbon_intensity_g_per_kwh"]) == (1.3, 250.0)
+    assert summary["co2_kg"] == pytest.approx(60 * 87 / 3.6e6 * 1.3 * 0.25)
+
+
 def test_only_the_record_is_left(tmp_path):
     """The files of one machine, copied somewhere without anything else."""
     record(tmp_path / "node-abc.jsonl", {channel("cpu"): 60.0}, counts=Counts({"test": 5}))
@@ -171,3 +184,7 @@ def test_main_module_runs(tmp_path):
     command = [sys.executable, "-m", "callbacks.energy", "report", str(tmp_path)]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and "energy_report.html" in run.stdout, run.stderr
+
+
+def test_stages_and_components_have_colours_of_their_own():
+    assert not set(plots.STAGES.values()) & set(plots.COMPONENTS.values())
