@@ -80,6 +80,7 @@ def instantiate(key: str, node: dict[str, Any]) -> Any:
 def _run(config: dict[str, Any]) -> dict[str, Any]:
     import lightning.pytorch as pl
     import torch
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from callbacks.interrupt import Interrupt, Interrupted
     from callbacks.plateau import PlateauStep
@@ -127,7 +128,8 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             result = {"status": "completed", "metrics": metrics, "costs": record.costs}
             return result | {"run_dir": config["run"]["dir"]}
         except (Interrupted, KeyboardInterrupt, SystemExit) as stop:
-            signum = getattr(stop, "signum", signal.SIGINT)
+            # Without our callback of that name Lightning itself stops at SIGTERM.
+            signum = getattr(stop, "signum", signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT)
             _call(callbacks, "end_run", "interrupted")
             if trainer is None or trainer.is_global_zero:
                 record.update(status="interrupted", error=str(stop) or "interrupted")

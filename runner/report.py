@@ -55,10 +55,19 @@ def _energy(energy: dict[str, Any] | None) -> list[str]:
     stages = {name: values["it_j"] for name, values in energy["stages"].items() if not name.startswith("fit/")}
     parts = ", ".join(f"{name} {joules:.3g}" for name, joules in stages.items())
     total = f"{energy['it_j']:.4g} J ({energy['it_kwh']:.3g} kWh, {co2:.3g} g CO2)"
-    return [
+    lines = [
         f"{'energy':<15}  {total}, {measured:.0f} % measured",
         f"{'  by stage, J':<15}  {parts}",
     ]
+    if earlier := energy.get("earlier_kwh"):
+        lines.append(f"{'  before, J':<15}  {3.6e6 * earlier:.4g} in the parts before the resume, not included above")
+    return lines
+
+
+def interrupted(run_dir: str | Path) -> str:
+    """What a run has cost until it was interrupted, and the command that continues it."""
+    lines = [*_energy(read(Path(run_dir)).get("energy")), f"interrupted; resume: {resume_command(run_dir)}"]
+    return "\n".join(["", *lines])
 
 
 def resume_command(run_dir: str | Path) -> str:

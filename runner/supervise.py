@@ -43,7 +43,7 @@ def supervise(config: dict[str, Any], sweep: bool) -> float | None:
         if (Path(config["run"]["dir"]) / "checkpoints" / "last.ckpt").is_file():  # of the failed try: it is ahead
             config = config | {"ckpt_path": "last"}
     if result["status"] == "interrupted":
-        print(f"\ninterrupted; resume: {report.resume_command(result['run_dir'])}", file=sys.stderr)
+        print(report.interrupted(result["run_dir"]), file=sys.stderr)
         raise SystemExit(128 + int(result.get("signum", 2)))
     if result["status"] == "failed":
         text = f"error: {result['error']}"

@@ -20,10 +20,12 @@ from runner.record import read
 SHOWN_METRICS = 12
 # Columns that are never folded into one line, however alike.
 OUTCOME = {"job", "status", "world_size", "seconds"}
-# What a job has cost, always shown where it is known: in all, and per sample of training and inference.
+# What a job has cost, always shown where it is known: in all, in tries before the last one (not in the former), and per
+# sample of training and inference.
 COSTS = (
     "time/fit_s", "comm/total_inter_node_bytes",
-    "energy/total_it_kwh", "energy/fit/train/j_per_sample", "energy/predict/j_per_sample", "energy/test/j_per_sample",
+    "energy/total_it_kwh", "energy/earlier_kwh", "energy/fit/train/j_per_sample", "energy/predict/j_per_sample",
+    "energy/test/j_per_sample",
 )  # fmt: skip
 
 

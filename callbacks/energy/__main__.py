@@ -64,7 +64,13 @@ def sweep_study(folder: Path) -> str:
     except (ValueError, OSError) as error:
         return f"no energy study: {error}"
     page_path = next(path for path in paths if path.suffix == ".html")
-    return f"{headlines(found)}\n\nstudy  {page_path}\nagain  python -m callbacks.energy study {folder}"
+    return f"{headlines(found)}\n\nstudy  {page_path}\nagain  {_command()} study {folder}"
+
+
+def _command() -> str:
+    """This program from the present working directory."""
+    program = Path(__file__).parents[2]
+    return f"{'' if Path.cwd() == program else f'PYTHONPATH={program} '}python -m callbacks.energy"
 
 
 def _write(files: Mapping[Path, bytes]) -> None:

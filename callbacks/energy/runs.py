@@ -280,6 +280,8 @@ def _notes(energy: Mapping[str, Any], phases: Mapping[str, Phase]) -> Iterable[s
             yield f"{phase} took {found.seconds:.3g} s, less than two readings of its meters"
         if (low := energy["stages"][found.stage]["coverage"]) < 0.95:
             yield f"{phase}: only {100 * low:.0f} % of the time has valid readings, the energy is too low"
+    if earlier := energy.get("earlier_kwh"):
+        yield f"resumed: {earlier * J_PER_KWH:.4g} J of the parts before are not in the numbers"
     if energy.get("counts_exact") is False:
         yield "samples were extrapolated from one rank"
 

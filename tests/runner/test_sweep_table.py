@@ -66,6 +66,7 @@ def test_groups_and_costs_are_shown(tmp_path):
         metrics = {f"test/m_{i}": 1.0 for i in range(20)} | {"val/loss": 2.0}
         stage = "fit/train" if number == 0 else "predict"
         costs = {"energy/total_it_kwh": 1.25e-4, f"energy/{stage}/j_per_sample": 0.5, "energy/co2_kg": 1e-5}
+        costs |= {"energy/earlier_kwh": 2e-4} if number == 0 else {}  # a second try went on where the first one failed
         record = {"status": "completed", "metrics": metrics, "energy": {"costs": costs}}
         (run_dir / "results.json").write_text(json.dumps(record))
         rows.append(job_row(run_dir, ["trainer=cpu", f"experiment/energy_measurement={variant}"], str(number)))
@@ -77,6 +78,7 @@ def test_groups_and_costs_are_shown(tmp_path):
     assert first["experiment/energy_measurement"] == "load"
     assert second["experiment/energy_measurement"] == "load_inference"
     assert first["energy/total_it_kwh"] == "0.000125"
+    assert (first["energy/earlier_kwh"], second["energy/earlier_kwh"]) == ("0.0002", "")
     assert (first["energy/fit/train/j_per_sample"], second["energy/fit/train/j_per_sample"]) == ("0.5", "")
     assert (first["energy/predict/j_per_sample"], second["energy/predict/j_per_sample"]) == ("", "0.5")
     assert "energy/co2_kg" not in first and "val/loss" not in first and "test/m_0" in first

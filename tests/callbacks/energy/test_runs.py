@@ -47,6 +47,12 @@ def start_of(path: Path) -> float:
     return next(r["unix_time"] for r in read_records(path) if r["kind"] == "start")
 
 
+def true_energy(folder: Path) -> float:
+    """Of the wall meter, by the time of day, from the first to the last line of the record."""
+    path = energy_file(folder)
+    return WATTS * (path.stat().st_mtime - start_of(path))
+
+
 def started(folder: Path, *more: str) -> cli.Started:
     """A run that has come to its training steps."""
     run = cli.Started(*TINY, *METERED, *SLOW, f"model.mark={folder}/mark", f"hydra.run.dir={folder}", *more, cwd=folder)
@@ -89,8 +95,9 @@ def test_sigkill_at_any_moment_loses_at_most_two_periods(tmp_path, stage):
     (host,) = read_folder(tmp_path / "energy")
     true = WATTS * (killed - start_of(energy_file(tmp_path)))
     found = sum(tally.total_j for tally in host.tallies.values())
-    # The clocks are read a moment apart.
-    assert true - 2 * period * WATTS <= found <= true + 0.05 * WATTS
+    print(f"lost {(true - found) / WATTS:.3f} s of energy, a period is {period} s")
+    # One period; the clocks are read a moment apart, and a busy machine may be late by less than another half of one.
+    assert true - 1.5 * period * WATTS <= found <= true + 0.05 * WATTS
     assert host.status == "killed"
     if wait > 2 * period:
         assert host.tallies[stage].total_j > 0
@@ -110,11 +117,11 @@ def test_signals_close_the_record(tmp_path, number):
     assert host.status == "interrupted"
     record = cli.results(tmp_path)
     assert record["status"] == record["energy"]["status"] == "interrupted"
-    ended = (tmp_path / "results.json").stat().st_mtime
-    assert record["energy"]["it_j"] == pytest.approx(WATTS * (ended - start_of(energy_file(tmp_path))), abs=0.5 * WATTS)
+    assert record["energy"]["it_j"] == pytest.approx(true_energy(tmp_path), abs=PERIOD * WATTS)
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert record["energy"]["stages"][TRAIN]["updates"] == saved["global_step"] > 0
     assert "energy: other estimated (constant (100 W))" in output
+    assert f"{record['energy']['it_j']:.4g} J (" in output  # what it has cost until then
 
 
 def test_a_failure_keeps_its_exit_code_and_its_energy(tmp_path):
@@ -123,6 +130,36 @@ def test_a_failure_keeps_its_exit_code_and_its_energy(tmp_path):
     record = cli.results(tmp_path)
     assert record["status"] == record["energy"]["status"] == "failed"
     assert record["energy"]["stages"][TRAIN]["it_j"] > 0
+    assert record["energy"]["it_j"] == pytest.approx(true_energy(tmp_path), abs=PERIOD * WATTS)
+
+
+def test_energy_alone_among_the_callbacks_is_stopped_by_lightning(tmp_path):
+    """Without the callback that ends runs in order, SIGTERM is Lightning's, and its exit code that of SIGTERM."""
+    run = started(tmp_path, "callbacks=energy")
+    try:
+        run.signal(signal.SIGTERM)
+        code, _ = run.end()
+    finally:
+        run.kill()
+    assert code == 128 + signal.SIGTERM
+    record = cli.results(tmp_path)
+    assert record["status"] == record["energy"]["status"] == "interrupted"
+    assert record["energy"]["it_j"] == pytest.approx(true_energy(tmp_path), abs=PERIOD * WATTS)
+
+
+def test_the_console_tells_what_the_parts_before_a_resume_have_cost(tmp_path):
+    run = started(tmp_path)
+    try:
+        time.sleep(0.5)
+        run.signal(signal.SIGINT)
+        run.end()
+    finally:
+        run.kill()
+    before = cli.results(tmp_path)["energy"]["it_j"]
+    done = cli.ok(*TINY[:2], f"resume={tmp_path}", "trainer.max_epochs=2", "model.fault=none", cwd=tmp_path)
+    energy = cli.results(tmp_path)["energy"]
+    assert energy["earlier_kwh"] * 3.6e6 == pytest.approx(before, rel=1e-3)
+    assert f"{before:.4g} in the parts before the resume" in done.stdout
 
 
 def test_two_ranks_are_one_machine(tmp_path):

@@ -508,11 +508,15 @@ def test_files_beside_the_runs_and_what_they_say(tmp_path, capsys):
     assert capsys.readouterr().out == out
 
 
-def test_a_sweep_ends_with_its_findings(tmp_path):
+def test_a_sweep_ends_with_its_findings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     two_nodes(tmp_path)
     text = sweep_study(tmp_path)
     assert "3a  training and inference cost differently per sample (xray, estimated): HOLDS" in text
     assert f"study  {tmp_path}/energy_study/study.html" in text and (tmp_path / "energy_study" / "study.html").is_file()
+    assert f"again  PYTHONPATH={PROFILES.parents[1]} python -m callbacks.energy study {tmp_path}" in text
+    monkeypatch.chdir(PROFILES.parents[1])
+    assert f"again  python -m callbacks.energy study {tmp_path}" in sweep_study(tmp_path)
     (tmp_path / "none").mkdir()
     assert sweep_study(tmp_path / "none").startswith("no energy study: ")
 
