@@ -22,6 +22,7 @@ from tests.callbacks.energy import (
     test_study,
     test_summary,
 )
+from tests.callbacks.energy.meters import test_rapl
 from tests.callbacks.energy.test_callback import clock  # noqa: F401 (a fixture)
 from tests.composing import SERIES
 from tests.lightning_modules import test_workloads
@@ -34,7 +35,8 @@ def folder(parent: Path, name: str) -> Path:
     return made
 
 
-def test_1_known_powers_are_integrated_exactly():
+def test_1_known_powers_are_integrated_exactly(tmp_path):
+    test_rapl.test_a_counter_that_wraps_eight_times_a_second(tmp_path)
     test_accounting.test_constant_power_is_exact()
     test_accounting.test_sine_is_integrated_by_trapezoids()
     test_accounting.test_counter_that_wraps_often_loses_nothing()

@@ -4,6 +4,7 @@ import errno
 import math
 import os
 
+import numpy as np
 import pytest
 
 from callbacks.energy.accounting import Ledger
@@ -90,6 +91,21 @@ def test_wrap_of_a_262_kj_counter_is_exact(tree):
     meter.close()
     assert value < RANGE_UJ / 2, "the counter did not wrap"
     assert ledger.tallies["run"].joules["cpu0"] == pytest.approx(total * 1e-6, abs=1e-6)
+    assert ledger.invalid["cpu0"] == 0
+
+
+def test_a_counter_that_wraps_eight_times_a_second(tmp_path):
+    """40 W into a range of 5 J, read every 50 ms with jitter: each interval has one wrap at most, none is lost."""
+    folder = zone(tmp_path / "intel-rapl:0", "package-0", 0)
+    (folder / "max_energy_range_uj").write_text("5000000\n")
+    meter = RaplMeter(str(tmp_path))
+    ledger = Ledger(meter.open())
+    times = np.cumsum(np.random.default_rng(0).uniform(0.03, 0.07, 400))
+    for time_s in times:
+        (folder / "energy_uj").write_text(f"{round(40e6 * time_s) % 5_000_000}\n")
+        ledger.add(time_s, meter.read(), "run")
+    meter.close()
+    assert ledger.tallies["run"].total_j == pytest.approx(40 * (times[-1] - times[0]), rel=1e-6)
     assert ledger.invalid["cpu0"] == 0
 
 
