@@ -147,21 +147,6 @@ def test_energy_alone_among_the_callbacks_is_stopped_by_lightning(tmp_path):
     assert record["energy"]["it_j"] == pytest.approx(true_energy(tmp_path), abs=PERIOD * WATTS)
 
 
-def test_the_console_tells_what_the_parts_before_a_resume_have_cost(tmp_path):
-    run = started(tmp_path)
-    try:
-        time.sleep(0.5)
-        run.signal(signal.SIGINT)
-        run.end()
-    finally:
-        run.kill()
-    before = cli.results(tmp_path)["energy"]["it_j"]
-    done = cli.ok(*TINY[:2], f"resume={tmp_path}", "trainer.max_epochs=2", "model.fault=none", cwd=tmp_path)
-    energy = cli.results(tmp_path)["energy"]
-    assert energy["earlier_kwh"] * 3.6e6 == pytest.approx(before, rel=1e-3)
-    assert f"{before:.4g} in the parts before the resume" in done.stdout
-
-
 def test_two_ranks_are_one_machine(tmp_path):
     done = cli.ok(*TINY, *METERED, "trainer=multi_cpu", "trainer.devices=2", f"hydra.run.dir={tmp_path}", cwd=tmp_path)
     record = cli.results(tmp_path)
