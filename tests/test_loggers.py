@@ -55,6 +55,7 @@ def test_wandb_has_what_metrics_csv_has(wandb_run):
     for version, logged in enumerate(files):
         expected, found = last_values(wandb_run, version), logged.last()
         assert {"val/loss", "test/loss", "epoch", "energy/total_it_kwh", "energy/epoch/it_kwh"} <= expected.keys()
+        assert {"energy/time_s", "energy/power_w/total", "energy/power_w/cpu"} <= expected.keys()
         for key, value in expected.items():
             name = "trainer/global_step" if key == "step" else key
             assert found[name] == pytest.approx(value, rel=1e-6), key

@@ -218,6 +218,12 @@ def test_doubtful_numbers_have_notes(tmp_path):
     assert study["runs"][f"{tmp_path.name}/0"]["notes"] == [
         "inference took 1.5 s, less than two readings of its meters"
     ]
+    path = tmp_path / "0" / "results.json"
+    resumed = json.loads(path.read_text())
+    resumed["energy"]["earlier_kwh"] = 1e-3
+    path.write_text(json.dumps(resumed))
+    notes = build([tmp_path], [], GIVEN)["runs"][f"{tmp_path.name}/0"]["notes"]
+    assert notes[1:] == ["resumed: 3600 J of the parts before are not in the numbers"]
 
 
 def test_workloads_are_called_what_was_chosen(tmp_path):
