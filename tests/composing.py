@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from functools import cache
 from pathlib import Path
@@ -16,8 +17,10 @@ from runner import schema
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
 USER = ROOT / "tests" / "user"
-# Data sets that do not ship with the program: beside the checkout, if anywhere.
-SERIES = ROOT.parent / "shared" / "data" / "series"
+# Data sets that do not ship with the program: where WATTLIGHT_DATA says (their folder or the one above), else beside
+# the checkout, if anywhere.
+_DATA = Path(os.environ.get("WATTLIGHT_DATA") or ROOT.parent / "shared" / "data")
+SERIES = _DATA / "series" if (_DATA / "series").is_dir() else _DATA
 
 if str(USER) not in sys.path:  # what PYTHONPATH does for a user's own experiment
     sys.path.append(str(USER))

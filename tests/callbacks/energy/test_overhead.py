@@ -84,7 +84,7 @@ def test_short_runs_of_the_benchmark():
     result = benchmark.run(repeats=1, steps=60, pairs=2)
     rows = {(row["what"], row["variant"]): row for row in result.rows}
     step = rows["CPU time of a training step", "without"]
-    assert (step["at_least"], step["at_most"]) == pytest.approx((2.7, 3.3))
+    assert step["at_most"] == pytest.approx(3.3) and "at_least" not in step  # a shorter step makes the claim harder
     assert rows["CPU time in hooks and thread / CPU time of the run", "Wattlight"]["at_most"] == 0.5
     (speed,) = [row for (what, _), row in rows.items() if what.startswith("steps per second")]
     assert speed["at_least"] == 0.99
