@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 import re
@@ -23,7 +24,7 @@ from typing_extensions import override
 from callbacks.energy.callback import EnergyCallback
 from callbacks.low_rank import draw, log_exact
 from callbacks.run_record import RunRecord
-from networks.lottery.cost import multiplications, transplant_cost
+from networks.lottery.cost import Cost, multiplications
 from networks.lottery.pruning import prune, sign_agreement
 from networks.lottery.scores import NEEDS_SIGMA, Posterior, known, rank_correlation, score
 from networks.lottery.tickets import Ticket, find_tickets, load_ticket, save_ticket, ticket_path
@@ -111,7 +112,7 @@ class IterativePruning(pl.Callback):
         monitor: str | None = "val/accuracy",
         mode: Mode = "max",
         compare: str | None = None,
-        figures: Sequence[str] = ("metrics_against_remaining", "layer_densities"),
+        figures: Sequence[str] = ("metrics_against_remaining", "layer_densities", "pruning_frontier"),
         figures_dir: str | None = None,
     ) -> None:
         key = "callbacks.iterative_pruning"
@@ -141,7 +142,7 @@ class IterativePruning(pl.Callback):
         self._point: dict[str, Any] | None = None  # what a level rewinds to
         self._initial: dict[str, Tensor] = {}  # weights of the running level at its start
         self._first: dict[str, Tensor] = {}  # theta_0
-        self._best: dict[str, Any] = {"value": None, "state": None, "metrics": {}}
+        self._best: dict[str, Any] = _nothing_yet()
         self._seconds, self._since = 0.0, time.perf_counter()
         self._compared: dict[int, Path] = {}
 
@@ -274,12 +275,14 @@ class IterativePruning(pl.Callback):
         self._end_of_epoch(trainer, pl_module)  # without a validation, or stopped after it
 
     def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if (published := trainer.callback_metrics.get("paper/accuracy")) is not None:
+            self._best["paper"] = max(float(published), self._best["paper"] or 0.0)
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is None or not math.isfinite(float(value)):
             return
         value, best = float(value), self._best["value"]
         if best is None or (value > best if self.mode == "max" else value < best):
-            self._best = {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
+            self._best |= {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
 
     def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> None:
         """End the level if it has had its epochs: ``epochs`` of the fit are over, by default the running one too."""
@@ -293,13 +296,13 @@ class IterativePruning(pl.Callback):
         self._seconds += time.perf_counter() - self._since
         self._since = time.perf_counter()
         self._finish(trainer, pl_module, epochs)
-        self._over = self.level == self.levels or self._too_sparse(pl_module)
+        self._over = self._is_last()
         trainer.should_stop = self._over
 
-    def _too_sparse(self, pl_module: pl.LightningModule) -> bool:
-        """Whether the next level would begin with less than is asked for."""
-        masks = masks_of(masked_weights(pl_module))
-        return self.stop_at is not None and density(masks) * (1 - self.rate) < self.stop_at
+    def _is_last(self) -> bool:
+        """Whether no level follows the one that has ended: all are done, or the next would begin with too little."""
+        left = self.history[-1]["remaining"] * (1 - self.rate)
+        return self.level >= self.levels or (self.stop_at is not None and left < self.stop_at)
 
     # --------------------------------------------------------------------------------------------------- end of a level
 
@@ -307,6 +310,7 @@ class IterativePruning(pl.Callback):
         """Write the ticket of the level and log what it tells."""
         weights = masked_weights(pl_module)
         masks = masks_of(weights)
+        seconds_by_level = self._seconds_by_level(pl_module)
         row: dict[str, Any] = {
             "level": self.number,
             "remaining": density(masks),
@@ -319,8 +323,10 @@ class IterativePruning(pl.Callback):
             "best_metrics": self._best["metrics"],
             "score": self._score_name(weights),
             **self._insights(trainer, pl_module, weights, masks),
-            **self._cost(pl_module),
+            **self._cost(pl_module, sum(seconds_by_level)),
         }
+        if (highest := self._best["paper"]) is not None:
+            row["paper_accuracy"] = highest
         self.history.append(row)
         if trainer.is_global_zero and not trainer.fast_dev_run:
             about = {
@@ -329,7 +335,7 @@ class IterativePruning(pl.Callback):
                 "rewind": self.rewind,
                 "epochs_per_level": self.epochs_per_level,
                 "bayesian": all(w.bayesian for w in weights),
-                "seconds_by_level": [r["seconds"] for r in self.history],
+                "seconds_by_level": seconds_by_level,
                 "config": next((c.config for c in trainer.callbacks if isinstance(c, RunRecord)), None),
                 "versions": {name: version(name) for name in ("torch", "lightning")},
             }
@@ -387,18 +393,28 @@ class IterativePruning(pl.Callback):
             found["multiplications"] = multiplications(pl_module.net, example)[1]
         return found
 
-    def _cost(self, pl_module: pl.LightningModule) -> dict[str, float]:
-        """Seconds of the search that found the ticket and of this training; what that saves against ``compare``."""
+    def _seconds_by_level(self, pl_module: pl.LightningModule) -> list[float]:
+        """Seconds of levels 0 to the running one; those of the search that found the ticket come first.
+
+        The level of the ticket is trained again: its first training counts where its trained weights were taken.
+        """
+        own = [*(row["seconds"] for row in self.history), self._seconds]
         ticket = getattr(pl_module, "ticket", None)
-        if ticket is None or not (searched := ticket.about.get("seconds_by_level")):
-            return {"cost_s": sum(row["seconds"] for row in self.history) + self._seconds}
-        trained = getattr(pl_module, "source", "initial") != "initial"
-        found = {"cost_s": sum(searched[: ticket.level + int(trained)]) + self._seconds}
-        if self.level == 0 and (path := self._compared.get(self.number)) is not None:
-            full = load_ticket(path).about["seconds_by_level"]
-            if len(full) > self.number:
-                cost = transplant_cost(ticket.level, searched, full, trained, once=self._seconds)
-                found["cost_saved"] = cost.saving
+        if ticket is None:
+            return own
+        searched = list(ticket.about.get("seconds_by_level", ()))
+        if len(searched) <= ticket.level:  # a ticket of another program
+            return own
+        if getattr(pl_module, "source", "init") == "trained":
+            own[0] += searched[ticket.level]
+        return searched[: ticket.level] + own
+
+    def _cost(self, pl_module: pl.LightningModule, seconds: float) -> dict[str, float]:
+        """Seconds of all levels up to this one; what a transplant saves against the search in ``compare``."""
+        found = {"cost_s": seconds}
+        path = self._compared.get(self.number)
+        if getattr(pl_module, "ticket", None) is not None and self.level == 0 and path is not None:
+            found["cost_saved"] = Cost(self.number, load_ticket(path).about["cost_s"], seconds).saving
         return found
 
     def _scores(self, trainer: pl.Trainer, weights: Sequence[MaskedWeight], name: str) -> dict[str, Tensor]:
@@ -446,7 +462,7 @@ class IterativePruning(pl.Callback):
         if forget := getattr(trainer.strategy, "parameters_changed", None):
             forget()
         self.level, self.level_start, self._ended = self.level + 1, trainer.current_epoch, False
-        self._best = {"value": None, "state": None, "metrics": {}}
+        self._best = _nothing_yet()
         self._seconds, self._since = 0.0, time.perf_counter()
 
     @staticmethod
@@ -467,26 +483,34 @@ class IterativePruning(pl.Callback):
             )
 
     def _log_energy(self, trainer: pl.Trainer) -> None:
-        """Energy of the level that is over: only the loggers get it, equal runs differ in it."""
+        """Energy of the level that is over, unless a part of it was trained by a process that is no more."""
         energy = next((c for c in trainer.callbacks if isinstance(c, EnergyCallback)), None)
-        epochs = range(self.level_start, trainer.current_epoch)
-        kwh = sum(row["it_kwh"] for row in (energy.epochs if energy else ()) if row["epoch"] in epochs)
-        if kwh:
-            self.history[-1]["energy_j"] = 3.6e6 * kwh
+        used = {row["epoch"]: row["it_kwh"] for row in (energy.epochs if energy else ())}
+        epochs = range(self.level_start, self.level_start + self.history[-1]["epochs"])
+        if all(epoch in used for epoch in epochs):
+            joules = 3.6e6 * sum(used[epoch] for epoch in epochs)
+            self.history[-1]["energy_j"] = joules
             for logger in trainer.loggers:
-                logger.log_metrics({"lottery/energy_j": 3.6e6 * kwh}, step=trainer.global_step)
+                logger.log_metrics({"lottery/energy_j": joules}, step=trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._over and "energy_j" not in self.history[-1]:
+            self._log_energy(trainer)
         if not trainer.is_global_zero or trainer.fast_dev_run:
             return
         if self.figures and self.figures_dir and self.history:
-            from callbacks.figures import lottery
-
-            plots = {name: lambda name=name: getattr(lottery, name)(self.history) for name in self.figures}
+            plots = {name: functools.partial(self._plot, name) for name in self.figures}
             draw(trainer, plots, self.figures_dir, "callbacks.iterative_pruning.figures")
+
+    def _plot(self, name: str) -> Any:
+        from callbacks.figures import lottery
+
+        if name in lottery.OF_TICKETS:
+            return getattr(lottery, name)(find_tickets(self.dirpath))
+        return getattr(lottery, name)(self.history)
 
     # ----------------------------------------------------------------------------------------------------------- state
 
@@ -518,12 +542,18 @@ class IterativePruning(pl.Callback):
                 )
         self.level, self.level_start = state_dict["level"], state_dict["level_start"]
         self._ended = state_dict["ended"]
-        self._over = state_dict["over"] and self.level >= self.levels
         self._point, self._initial, self._first = (state_dict[key] for key in ("point", "initial", "first"))
-        self._best, self.history, self._seconds = (state_dict[key] for key in ("best", "history", "seconds"))
+        self._best = _nothing_yet() | state_dict["best"]
+        self.history, self._seconds = state_dict["history"], state_dict["seconds"]
+        self._over = state_dict["over"] and self._is_last()
 
 
 _NOT_LOGGED = ("metrics", "best_metrics", "densities", "score", "level", "cumulative_epochs", "remaining")
+
+
+def _nothing_yet() -> dict[str, Any]:
+    """The best of a level that begins: by the monitored metric, and of accuracies on the test images."""
+    return {"value": None, "state": None, "metrics": {}, "paper": None}
 
 
 def _rewind_epoch(rewind: str, epochs_per_level: int, key: str) -> int:

@@ -6,9 +6,14 @@ import csv
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from networks.lottery.tickets import load_ticket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 METRICS = ("accuracy", "nll", "brier", "ece", "mace")
 
@@ -74,16 +79,12 @@ def _levels(run: Path, series: str) -> list[dict[str, Any]]:
         row = {"series": series, "seed": record["config"]["seed"], "level": int(level.removeprefix("level_"))}
         row["remaining"] = metrics[f"test/{level}/remaining"]
         row |= {name: metrics[key] for name in METRICS if (key := f"test/{level}/{name}") in metrics}
-        if (cost := _cost(run / "tickets" / f"{level}.pt")) is not None:
-            row["cost_s"] = cost
+        if (path := run / "tickets" / f"{level}.pt").is_file():
+            row["ticket"] = path
+            if (cost := load_ticket(path).about.get("cost_s")) is not None:
+                row["cost_s"] = cost
         rows.append(row)
     return rows
-
-
-def _cost(path: Path) -> float | None:
-    from networks.lottery.tickets import load_ticket
-
-    return load_ticket(path).about.get("cost_s") if path.is_file() else None
 
 
 def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
@@ -102,6 +103,21 @@ def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
     return "\n".join(lines)
 
 
+def compared_masks(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """Masks by series, of the sparsest level that most series have, for one seed and one architecture."""
+    rows = [row for row in rows if "ticket" in row and row["level"]]
+    groups: dict[tuple[int, int], dict[str, Path]] = {}
+    for row in rows:
+        groups.setdefault((row["level"], row["seed"]), {}).setdefault(row["series"], row["ticket"])
+    if not groups:
+        return {}
+    level, seed = max(groups, key=lambda key: (len(groups[key]), key[0], -key[1]))
+    masks = {f"{name}, level {level}": load_ticket(path).masks for name, path in groups[level, seed].items()}
+    first = next(iter(masks.values()))
+    same = {name: own for name, own in masks.items() if own.keys() == first.keys()}
+    return same if all(own[k].shape == first[k].shape for own in same.values() for k in first) else {}
+
+
 def draw_sweep(folder: Path) -> str:
     """Draw the tickets of a sweep into ``<folder>/figures``; what to print below the sweep's table."""
     from callbacks.figures import lottery
@@ -113,6 +129,7 @@ def draw_sweep(folder: Path) -> str:
     figures = {"tickets": lottery.compared(rows, shown)}
     costs = [row for row in rows if "cost_s" in row]
     figures["cost"] = lottery.against_cost(costs, cost="cost_s") if costs else None
+    figures["overlaps"] = lottery.mask_overlaps(compared_masks(rows))
     printed = [table(rows), *([table(rows, "nll")] if "nll" in shown else [])]
     for name, figure in figures.items():
         if figure is not None:

@@ -44,7 +44,8 @@ class Lottery(BayesClassifier):
     its mask (exchanged by a ``control``) and its weights. A ticket of the other kind is transplanted: a Bayesian
     network takes the weights as means and keeps its initial standard deviations, an ordinary one takes the means.
 
-    Masks are full until `callbacks.iterative_pruning` prunes. A test evaluates the checkpoint at hand (``test/...``)
+    Masks are full until `callbacks.iterative_pruning` prunes. Where nothing is trained and no checkpoint is given
+    (``train=false``), the ticket is evaluated as its run left it. A test evaluates the checkpoint (``test/...``)
     and every ticket in ``tickets`` (``test/level_NN/...``: means over ``evaluation_seeds`` passes with other weight
     samples, and ``_std`` of accuracy and NLL).
 
@@ -140,17 +141,29 @@ class Lottery(BayesClassifier):
     @override
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if stage == "fit" and self.ticket_path is not None and self.ticket is None:
-            self._begin_with(load_ticket(select_ticket(self.ticket_path, self.level)))
+        if self.ticket_path is not None and self.ticket is None:
+            if stage == "fit":
+                self._begin_with(load_ticket(select_ticket(self.ticket_path, self.level)))
+            elif self.trainer.ckpt_path is None:  # nothing was trained here
+                self._evaluate_as(load_ticket(select_ticket(self.ticket_path, self.level)))
         if stage == "test":
             self._find_tickets()
 
-    def _begin_with(self, ticket: Ticket) -> None:
-        """Mask and weights of a ticket, or what the control makes of them."""
+    def _require_fit(self, ticket: Ticket, key: str | None = None) -> None:
         try:
             require_fit(ticket, self.net)
         except ValueError as error:
-            raise ValueError(f"model.ticket={self.ticket_path}: {error}") from None
+            raise ValueError(f"{key or f'model.ticket={self.ticket_path}'}: {error}") from None
+
+    def _evaluate_as(self, ticket: Ticket) -> None:
+        """Mask and weights of a ticket as its own run left them."""
+        self._require_fit(ticket)
+        apply_masks(self.net, ticket.masks)
+        apply_weights(self.net, ticket.state(self.evaluate))
+
+    def _begin_with(self, ticket: Ticket) -> None:
+        """Mask and weights of a ticket, or what the control makes of them."""
+        self._require_fit(ticket)
         generator = torch.Generator().manual_seed(mix64(self.control_seed, ticket.level))
         masks = shuffled(ticket.masks, self.control, generator)
         for name in empty_layers(masks):
@@ -180,14 +193,18 @@ class Lottery(BayesClassifier):
             if level not in found:
                 raise ValueError(f"model.test_levels: {level} is not in {self.tickets_path}; there are {list(found)}")
         chosen = found if self.test_levels is None else self.test_levels
-        self._tested = {level: load_ticket(found[level]) for level in chosen}
-        for level, ticket in self._tested.items():
-            require_fit(ticket, self.net)
+        self._tested = {}
+        for level in chosen:
+            ticket = load_ticket(found[level])
+            self._require_fit(ticket, f"model.tickets={self.tickets_path}, level {level}")
             for seed in range(self.evaluation_seeds):
                 for name in ("loss", *self.score_names):
                     metric = copy.deepcopy(getattr(self, f"test_{name}"))
                     metric.reset()
                     setattr(self, f"{_stage(level, seed)}_{name}", metric)
+            # All levels stay in memory: without the weights that are not tested.
+            tested = {self.evaluate: ticket.state(self.evaluate)}
+            self._tested[level] = Ticket(ticket.masks, {}, about=ticket.about, **tested)
 
     def _stages(self) -> list[tuple[int, int]]:
         return [(level, seed) for level in self._tested for seed in range(self.evaluation_seeds)]

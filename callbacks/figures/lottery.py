@@ -14,12 +14,15 @@ import numpy as np
 from callbacks.figures.axes import make_figure, plain_log_ticks
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.figure import Figure
     from torch import Tensor
 
 ACCURACY, NLL, ECE, MACE, FADED = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C8C8C"
 # Of scores, controls and directions: the ticket first, then in the order of the first appearance.
 SERIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+OF_TICKETS = frozenset({"pruning_frontier"})  # functions of files by level
 _METRICS = (("accuracy", ACCURACY), ("nll", NLL), ("ece", ECE), ("mace", MACE))
 
 
@@ -205,6 +208,31 @@ def frontier(
     legend = figure.legend(handles, texts, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     for handle in legend.legend_handles:
         handle.set_sizes([20])
+    return figure
+
+
+def pruning_frontier(tickets: Mapping[int, Path], level: int | None = None) -> Figure | None:
+    """`frontier` of the pruning after a level of a Bayesian network.
+
+    Args:
+        tickets: Files by level.
+        level: Which; None: the one in the middle of those that a pruning followed.
+    """
+    from networks.lottery.tickets import load_ticket
+
+    levels = [n for n in tickets if n + 1 in tickets]
+    if not levels:
+        return None
+    level = levels[len(levels) // 2] if level is None else level
+    ticket = load_ticket(tickets[level])
+    if not ticket.bayesian:
+        return None
+    state, masks = ticket.state("trained"), ticket.masks
+    mu = {name: state[f"{name}_mu"] for name in masks}
+    sigma = {name: state[f"{name}_log_sigma"].exp() for name in masks}
+    figure = frontier(mu, sigma, masks, load_ticket(tickets[level + 1]).masks)
+    if figure is not None:
+        figure.suptitle(f"weights after level {level}", fontsize="medium")
     return figure
 
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
+from callbacks.energy.callback import EnergyCallback
 from callbacks.iterative_pruning import IterativePruning, weights_of
 from callbacks.rng_state import RngState
 from networks.lottery.tickets import find_tickets, load_ticket
@@ -182,6 +183,15 @@ def test_it_ends_where_too_little_would_be_left():
     assert callback.history[-1]["remaining"] == pytest.approx(0.64, abs=1e-3)
 
 
+def test_a_run_that_ended_for_lack_of_weights_stays_ended(tmp_path):
+    options = {"levels": 9, "epochs_per_level": 1}
+    fit(pruning(tmp_path, **options, stop_at=0.7), last(tmp_path))
+    _, _, seen = fit(pruning(tmp_path, **options, stop_at=0.7), last(tmp_path), ckpt=tmp_path / "last.ckpt")
+    assert not seen
+    _, _, seen = fit(pruning(tmp_path, **options, stop_at=0.6), last(tmp_path), ckpt=tmp_path / "last.ckpt")
+    assert [s["level"] for s in seen] == [2]
+
+
 def test_random_score_and_accumulated_gradients():
     """Any score of the registry, another optimizer step per epoch."""
     for score in ("random", "mu_scaled", "loss_change"):
@@ -245,7 +255,23 @@ def test_what_is_logged(tmp_path):
 def test_figures_are_drawn(tmp_path):
     callback = pruning(tmp_path / "t", levels=1, epochs_per_level=1, figures_dir=str(tmp_path / "figures"))
     fit(callback)
-    assert {p.name for p in (tmp_path / "figures").iterdir()} == {f"{name}.png" for name in callback.figures}
+    # The frontier of means and deviations is for Bayesian networks.
+    expected = {f"{name}.png" for name in callback.figures if name != "pruning_frontier"}
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == expected
+
+
+def test_energy_of_every_level(tmp_path):
+    """The last one too, which no other level follows."""
+    energy = EnergyCallback(str(tmp_path / "energy"), meters="estimates", codecarbon=False, figures=[])
+    energy.begin_run()
+    logger, callback = Recorder(), pruning(tmp_path / "tickets", levels=1, epochs_per_level=2)
+    trainer = quiet_trainer(callbacks=[energy, callback], max_epochs=-1, logger=logger)
+    trainer.fit(mlp(), datamodule=SMALL())
+    energy.end_run("completed")
+    logged = [row["lottery/energy_j"] for row in logger.rows if "lottery/energy_j" in row]
+    assert logged == [row["energy_j"] for row in callback.history] and len(logged) == 2
+    by_epoch = [3.6e6 * row["it_kwh"] for row in energy.epochs]
+    assert logged == pytest.approx([sum(by_epoch[:2]), sum(by_epoch[2:])]) and min(logged) > 0
 
 
 # ------------------------------------------------------------------------------------------------------------ resuming

@@ -7,12 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from callbacks.figures import lottery
-from callbacks.ticket_comparison import draw_sweep, read_jobs, table
-from networks.lottery.tickets import Ticket, save_ticket, ticket_path
+from callbacks.ticket_comparison import compared_masks, draw_sweep, read_jobs, table
+from networks.lottery.tickets import Ticket, find_tickets, save_ticket, ticket_path
 
 
 def rows(levels: int = 4) -> list[dict[str, Any]]:
@@ -80,7 +81,7 @@ def finished(folder: Path, levels: dict[int, float], seed: int = 0, cost: float 
         where = f"test/level_{level:02d}"
         metrics |= {f"{where}/remaining": 0.8**level, f"{where}/accuracy": accuracy, f"{where}/nll": 1 - accuracy}
         if cost is not None:
-            masks = {"w": torch.ones(3, dtype=torch.bool)}
+            masks = {"w": torch.tensor([True, model["source"] == "init", True])}
             about = {"level": level, "cost_s": cost * (level + 1)}
             save_ticket(ticket_path(folder / "tickets", level), Ticket(masks, {}, about=about))
     config = {"seed": seed, "model": model, "callbacks": {"iterative_pruning": pruning}}
@@ -124,4 +125,28 @@ def test_a_sweep_ends_with_tables_and_figures(tmp_path):
     folder = sweep(tmp_path)
     printed = draw_sweep(folder)
     assert "test accuracy" in printed and "test nll" in printed
-    assert {path.name for path in (folder / "figures").iterdir()} == {"tickets.png", "cost.png"}
+    assert {path.name for path in (folder / "figures").iterdir()} == {"tickets.png", "cost.png", "overlaps.png"}
+
+
+def test_masks_that_are_compared(tmp_path):
+    """Of one level and one seed, the level with most series; the trained weights began with another mask here."""
+    masks = compared_masks(read_jobs(sweep(tmp_path)))
+    assert {name: mask["w"].tolist() for name, mask in masks.items()} == {
+        "weights: trained, level 3": [True, False, True],
+        "ticket (snr), level 3": [True, True, True],
+    }
+    assert compared_masks([]) == {}
+
+
+def test_the_frontier_of_a_run(tmp_path):
+    """Points of the level in the middle: what the next ticket has kept."""
+    state = {"w_mu": torch.tensor([0.1, -0.2, 0.3]), "w_log_sigma": torch.full((3,), -3.0)}
+    for level, mask in enumerate(([1, 1, 1], [1, 0, 1], [0, 0, 1])):
+        masks = {"w": torch.tensor(mask).bool()}
+        save_ticket(ticket_path(tmp_path, level), Ticket(masks, state, trained=state, about={"level": level}))
+    figure = lottery.pruning_frontier(find_tickets(tmp_path))
+    stays, goes = (np.asarray(points.get_offsets()) for points in figure.axes[0].collections)
+    assert stays == pytest.approx(np.array([[0.3, np.exp(-3)]])) and goes == pytest.approx(
+        np.array([[0.1, np.exp(-3)]])
+    )
+    assert lottery.pruning_frontier({0: ticket_path(tmp_path, 0)}) is None
