@@ -5,8 +5,10 @@ ordinary network can be transplanted at up to half of the cost. It measures no s
 multiplies by masks, which is as slow as dense ("masked" here). The layer is 1024 x 1024, batch 128, 10 samples.
 
 Digits: seeds 0 to 2 of ``experiment=bayesian_lottery`` at its levels 0, 3, 6, 9, 12 and 15, with the ordinary network,
-controls and transplants beside. The peer is Lightning's `ModelPruning` with its option for lottery tickets, at the same
-rate and epochs: it copies initial weights back, but leaves the optimizer and the unpruned layer as they are.
+controls and transplants beside. Learning-rate rewinding has trained for the epochs of all levels together: at levels 6
+and 12 the dense network and the ticket get as many. The peer is Lightning's `ModelPruning` with its option for lottery
+tickets, at the same rate and epochs: it copies initial weights back, but leaves the optimizer and the unpruned layer as
+they are.
 """
 
 from __future__ import annotations
@@ -125,6 +127,8 @@ SEARCHES = {
     "Bayesian, snr, learning-rate rewinding": ("callbacks.iterative_pruning.rewind=lr_only",),
 }
 CONTROLS = ("reinit", "shuffle_layerwise", "shuffle_even")
+EPOCHS = 15  # of a level
+LONGER = (6, 12)  # levels at which the dense network and the ticket are trained for all epochs of the search together
 
 
 def _digits(seeds: Sequence[int], levels: int) -> list[Row]:
@@ -164,10 +168,7 @@ def _bounded(found: Mapping[tuple[str, int], Sequence[Mapping[str, float]]], cho
 
 def _one_seed(folder: Path, seed: int, levels: int, chosen: Sequence[int], found: dict[Any, Any]) -> None:
     def add(name: str, level: int, metrics: Mapping[str, float]) -> None:
-        where = f"test/level_{level:02d}/"
-        found.setdefault((name, level), []).append(
-            {key.removeprefix(where): value for key, value in metrics.items() if key.startswith(where)}
-        )
+        found.setdefault((name, level), []).append(_of_test(metrics, level))
 
     common = ("experiment=bayesian_lottery", *LEAN, f"seed={seed}")
     for name, options in SEARCHES.items():
@@ -182,9 +183,27 @@ def _one_seed(folder: Path, seed: int, levels: int, chosen: Sequence[int], found
         for source in ("init", "trained"):
             options = (f"model.ticket={folder / 'ordinary'}", f"model.source={source}")
             add(f"transplanted, {source}", level, _run(folder / f"{source}{level}", *once, *options))
+    for level in (level for level in chosen if level in LONGER):
+        epochs = EPOCHS * (level + 1)
+        once = (
+            *common,
+            "callbacks.iterative_pruning.levels=0",
+            f"callbacks.iterative_pruning.epochs_per_level={epochs}",
+        )
+        once += (f"model.scheduler.milestones=[{epochs // 2},{epochs * 3 // 4}]",)
+        ticket = (f"model.ticket={folder / 'Bayesian, snr'}", f"model.level={level}")
+        add("ticket, epochs of the whole search", level, _run(folder / f"longer{level}", *once, *ticket))
+        found.setdefault(("dense, epochs of the whole search", level), []).append(
+            _of_test(_run(folder / f"dense{level}", *once), 0)
+        )
     for level, metrics in model_pruning(seed, levels).items():
         if level in chosen:
             found.setdefault(("Lightning ModelPruning, ordinary", level), []).append(metrics)
+
+
+def _of_test(metrics: Mapping[str, float], level: int) -> dict[str, float]:
+    where = f"test/level_{level:02d}/"
+    return {key.removeprefix(where): value for key, value in metrics.items() if key.startswith(where)}
 
 
 def _run(folder: Path, *overrides: str) -> dict[str, float]:
@@ -196,7 +215,7 @@ def _run(folder: Path, *overrides: str) -> dict[str, float]:
     return result["metrics"]
 
 
-def model_pruning(seed: int, levels: int, epochs: int = 15) -> dict[int, dict[str, float]]:
+def model_pruning(seed: int, levels: int, epochs: int = EPOCHS) -> dict[int, dict[str, float]]:
     """Test metrics of every level of Lightning's `ModelPruning`, the ordinary network, on the same data."""
     config = configuration("/nowhere", "experiment=bayesian_lottery", *LEAN, f"seed={seed}", lean=())
     pl.seed_everything(seed, verbose=False)

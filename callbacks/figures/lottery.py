@@ -172,8 +172,11 @@ def frontier(
     masks: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     max_points: int = 4000,
+    title: str = "",
 ) -> Figure | None:
     """Mean and deviation of the weights alive, a panel per layer: what the next pruning keeps and what it removes.
+
+    Deviations are divided by their median in the layer, which stands above the panel: training hardly moves them.
 
     Args:
         mu: Means by name of the weight.
@@ -181,6 +184,7 @@ def frontier(
         masks: Weights alive now.
         kept: Weights alive after the next pruning.
         max_points: Points of a panel.
+        title: Of the figure.
     """
     shown = [name for name in mu if bool(masks[name].any())][:6]
     if not shown:
@@ -192,20 +196,27 @@ def frontier(
     for axes, name in zip(panels, shown, strict=False):
         alive = masks[name].flatten().numpy()
         x, y = (values[name].detach().flatten().double().numpy()[alive] for values in (mu, sigma))
+        middle = float(np.median(y))
+        y = y / middle
         stays = kept[name].flatten().numpy()[alive]
         points = order.permutation(len(x))[:max_points]
         for here, color, label in ((stays, ACCURACY, "stays"), (~stays, NLL, "is removed")):
             chosen = points[here[points]]
             axes.scatter(np.abs(x[chosen]), y[chosen], s=3, color=color, label=label, linewidths=0, alpha=0.6)
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(name.removesuffix(".weight").removeprefix("net."), fontsize="small")
+        if y.max() > 2 * y.min():
+            axes.set_yscale("log")
+            plain_log_ticks(axes.yaxis)
+        else:
+            axes.ticklabel_format(axis="y", useOffset=False)
+        axes.set_title(f"{name.removesuffix('.weight').removeprefix('net.')}, median {middle:.2g}", fontsize="small")
     for axes in panels[len(shown) :]:
         axes.set_visible(False)
     figure.supxlabel("absolute mean", fontsize="medium")
-    figure.supylabel("standard deviation", fontsize="medium")
+    figure.supylabel("standard deviation / median", fontsize="medium")
     handles, texts = panels[0].get_legend_handles_labels()
-    legend = figure.legend(handles, texts, loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    options = {"ncols": 2, "frameon": False, "fontsize": "small", "title": title or None}
+    legend = figure.legend(handles, texts, loc="outside upper center", **options)
     for handle in legend.legend_handles:
         handle.set_sizes([20])
     return figure
@@ -230,10 +241,8 @@ def pruning_frontier(tickets: Mapping[int, Path], level: int | None = None) -> F
     state, masks = ticket.state("trained"), ticket.masks
     mu = {name: state[f"{name}_mu"] for name in masks}
     sigma = {name: state[f"{name}_log_sigma"].exp() for name in masks}
-    figure = frontier(mu, sigma, masks, load_ticket(tickets[level + 1]).masks)
-    if figure is not None:
-        figure.suptitle(f"weights after level {level}", fontsize="medium")
-    return figure
+    kept = load_ticket(tickets[level + 1]).masks
+    return frontier(mu, sigma, masks, kept, title=f"weights at the end of level {level}")
 
 
 # ------------------------------------------------------------------------------------------------------------ parts
@@ -241,10 +250,16 @@ def pruning_frontier(tickets: Mapping[int, Path], level: int | None = None) -> F
 
 def _remaining_axis(axes: Any, x: Sequence[float]) -> None:
     """Percent that remain, from dense at the left to sparse at the right, logarithmic."""
+    from matplotlib.ticker import NullLocator
+
     axes.set_xscale("log")
     low, high = min(x), max(x)
     axes.set_xlim(high * 1.08, low / 1.08 if low < high else low / 1.5)
-    plain_log_ticks(axes.xaxis)
+    if low < high < 5 * low:  # too little for round numbers on a logarithmic axis: the levels themselves
+        axes.set_xticks(sorted(set(x)), [f"{value:.3g}" for value in sorted(set(x))])
+        axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        plain_log_ticks(axes.xaxis)
     axes.set_xlabel("weights that remain [%]")
 
 

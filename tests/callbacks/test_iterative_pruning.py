@@ -78,7 +78,13 @@ class Recorder(Logger):
         pass
 
 
-def pruning(folder: Path | str = "/nowhere", **options: Any) -> IterativePruning:
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory, monkeypatch):
+    """Tickets that no test looks at are written into a folder of its own."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("run"))
+
+
+def pruning(folder: Path | str = "tickets", **options: Any) -> IterativePruning:
     return IterativePruning(**{"levels": 2, "epochs_per_level": 3, "dirpath": str(folder)} | options)
 
 
