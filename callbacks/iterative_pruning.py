@@ -63,12 +63,13 @@ class IterativePruning(pl.Callback):
     hold masks, rewind point and level. Masks are computed on every rank from equal weights and compared over ranks.
 
     Logged after every validation: ``lottery/`` ``level``, ``remaining``, ``cumulative_epochs`` and
-    ``density/<layer>``. To the loggers at the end of every level: ``lottery/`` ``rank_correlation/<score>`` (Spearman,
-    over weights alive, between the score in use and the others), ``overlap/<score>`` (Jaccard index of the masks that
-    both would leave), ``overlap/compared`` (with the ticket of the same level in ``compare``), ``sign_agreement`` (with
-    the initial weights), ``sigma/<layer>`` and ``snr/<layer>`` (means over weights alive), ``best``, ``seconds``,
-    ``multiplications``, ``energy_j``, ``cost_s`` (seconds of all levels up to this one, those that found a ticket
-    included), ``cost_saved`` (part of the search in ``compare`` that a transplanted ticket saves).
+    ``density/<layer>``. To the loggers at the end of every level: ``lottery/`` ``rank_correlation/<score>``
+    (Spearman, over weights alive, between the score in use and the others), ``overlap/<score>`` (Jaccard index of
+    the masks that both would leave), ``overlap/compared`` (with the ticket of the same level in ``compare``),
+    ``sign_agreement`` (with the initial weights), ``sigma/<layer>`` and ``snr/<layer>`` (means over weights alive),
+    ``best``, ``seconds``, ``multiplications``, ``paper_accuracy`` (the highest of ``paper/accuracy``),
+    ``energy_j``, ``cost_s`` (seconds of all levels up to this one, those that found a ticket included),
+    ``cost_saved`` (part of the search in ``compare`` that a transplanted ticket saves).
 
     Args:
         levels: Prunings; levels 0 to ``levels`` are trained. Of a run that begins with a ticket: further prunings.
@@ -267,16 +268,22 @@ class IterativePruning(pl.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._keep_best(trainer, pl_module)
+        self._keep_highest(trainer)
         if trainer.is_last_batch:
             self._end_of_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._ended:
+            self._keep_highest(trainer)
         self._end_of_epoch(trainer, pl_module)  # without a validation, or stopped after it
 
+    def _keep_highest(self, trainer: pl.Trainer) -> None:
+        """The highest accuracy on the test images, which `lightning_modules.lottery` reports as published."""
+        if (accuracy := trainer.callback_metrics.get("paper/accuracy")) is not None:
+            self._best["paper"] = max(float(accuracy), self._best["paper"] or 0.0)
+
     def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if (published := trainer.callback_metrics.get("paper/accuracy")) is not None:
-            self._best["paper"] = max(float(published), self._best["paper"] or 0.0)
         value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
         if value is None or not math.isfinite(float(value)):
             return

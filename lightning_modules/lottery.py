@@ -67,8 +67,9 @@ class Lottery(BayesClassifier):
         test_levels: Levels that are tested; None: all.
         evaluate: Weights of tickets that are tested: ``trained`` (of the last epoch) or ``best`` (in validation).
         evaluation_seeds: Passes over the test images.
-        report: ``paper``: accuracy and NLL on the test images are logged after every validation as ``paper/...``,
-            as published numbers are maxima over epochs of these. ``validation``: the test images are for the end.
+        report: ``paper``: accuracy and NLL on the test images are logged as ``paper/...`` after every validation, or
+            every epoch if there is none: published numbers are maxima over epochs of these. ``validation``: the test
+            images are for the end.
         **options: Arguments of `BayesClassifier`.
 
     Raises:
@@ -265,6 +266,14 @@ class Lottery(BayesClassifier):
         if self.report == "paper" and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._report_test()
 
+    @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        if self.report == "paper" and self.trainer.is_last_batch and not sum(self.trainer.num_val_batches):
+            self.eval()
+            self._report_test()
+            self.train()
+
     def _report_test(self) -> None:
         """Accuracy and NLL on the test images, in the middle of a training."""
         self._reset("test")
@@ -272,7 +281,9 @@ class Lottery(BayesClassifier):
             for batch in self.trainer.datamodule.test_dataloader():
                 self._evaluation_step(self.trainer.strategy.batch_to_device(batch, dataloader_idx=0), "test")
         scores = self.scores("test")
-        self._log_exact({f"paper/{name}": scores[name] for name in _SPREAD})
+        for name in _SPREAD:  # equal on all ranks
+            options = {"on_step": False, "on_epoch": True, "sync_dist": True, "rank_zero_only": True}
+            self.log(f"paper/{name}", scores[name], batch_size=1, **options)
 
 
 def _stage(level: int, seed: int) -> str:
