@@ -249,16 +249,15 @@ def test_tables_of_forecasts(tmp_path):
     ids=str,
 )
 def test_it_learns_forecast_and_uncertainty(kwargs):
-    """The noise of the series is 0.16 and 0.14 on the scaled axis; the profile alone is off by more."""
+    """The noise of the series is 0.15 on the scaled axis: sigma_y comes near it, intervals hold what they promise."""
     net = Dropping(outputs=2 if "observation" in kwargs else 1, dropout=0.05)
     small = Init(sigma_scale=0.05, mu="keep")
-    found = run(make(net, init=small, num_eval_samples=30, **kwargs), TinySeries(), "fit", "test", max_epochs=20)
-    assert found["test/rmse_scaled"] < 0.5 and found["test/crps_scaled"] < 0.27
-    assert found["test/nll_scaled"] < 0.7
-    assert 0.6 < found["test/coverage_90"] <= 1
-    assert found["test/crps_scaled"] < found["test/mae_scaled"]
-    if "observation" not in kwargs:
-        assert 0.1 < found["train/sigma_y"] < 0.45
+    module, options = make(net, init=small, num_eval_samples=30, **kwargs), {"max_epochs": 15, "limit_val_batches": 0}
+    found = run(module, TinySeries(), "fit", "test", **options)
+    assert found["test/rmse_scaled"] < 0.23 and found["test/crps_scaled"] < 0.13  # 0.085 with all known
+    assert found["test/nll_scaled"] < -0.05
+    assert 0.82 < found["test/coverage_90"] < 0.96 and 0.42 < found["test/coverage_50"] < 0.58
+    assert 0.14 < found["train/sigma_y"] < 0.22
 
 
 def test_masks_of_dropout_are_samples():
