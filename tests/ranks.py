@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 POOL_NAME = "rank-pool"  # how the names of its processes begin
+BEGIN_TIMEOUT = 110.0  # until all ranks run the function: a busy machine takes long to start them and to import
 
 
 class RankError(AssertionError):
@@ -48,18 +49,19 @@ def _serve(rank: int, size: int, store: str, inbox: Any, outbox: Any) -> None:
         os.environ.update(env)  # Lightning's teardown removes WORLD_SIZE
         try:
             fn, args = pickle.loads(job)
-            outbox.put((rank, True, pickle.dumps(fn(*args))))
+            outbox.put((rank, "begun", None))
+            outbox.put((rank, "returned", pickle.dumps(fn(*args))))
         except BaseException:
-            outbox.put((rank, False, traceback.format_exc()))
+            outbox.put((rank, "raised", traceback.format_exc()))
     dist.destroy_process_group()
 
 
 class Ranks:
     """``Ranks(2)(fn, *args)`` runs ``fn(*args)`` on two ranks and returns their results, rank 0 first.
 
-    Starts on first use. A rank that raises, or that is silent past the timeout, fails the test with its own traceback
-    and ends the pool (the other ranks may hang in a collective); the next call starts a fresh one. ``fn`` must be
-    defined at the top level of a module, since it is pickled by name.
+    Starts on first use. A rank that raises, or that is silent past the timeout (seconds, from when all ranks run the
+    function), fails the test with its own traceback and ends the pool (the other ranks may hang in a collective); the
+    next call starts a fresh one. ``fn`` must be defined at the top level of a module, since it is pickled by name.
     """
 
     def __init__(self, size: int) -> None:
@@ -91,18 +93,22 @@ class Ranks:
             self._start()
         for box in self._inboxes:
             box.put(pickle.dumps((fn, args)))
-        results: dict[int, Any] = {}
+        begun, results = set(), {}
         while len(results) < self.size:
+            limit = timeout if len(begun) == self.size else BEGIN_TIMEOUT
             try:
-                rank, ok, value = self._outbox.get(timeout=timeout)
+                rank, event, value = self._outbox.get(timeout=limit)
             except queue.Empty:
                 silent = sorted(set(range(self.size)) - set(results))
                 self.close(kill=True)
-                raise RankError(f"ranks {silent} were silent for {timeout} s") from None
-            if not ok:
+                raise RankError(f"ranks {silent} were silent for {limit} s") from None
+            if event == "raised":
                 self.close(kill=True)
                 raise RankError(f"rank {rank}:\n{value}")
-            results[rank] = pickle.loads(value)
+            if event == "begun":
+                begun.add(rank)
+            else:
+                results[rank] = pickle.loads(value)
         return [results[rank] for rank in range(self.size)]
 
     def close(self, kill: bool = False) -> None:

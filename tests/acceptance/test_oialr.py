@@ -115,17 +115,41 @@ def test_a_late_conversion_does_not_make_the_loss_jump(late, mode):
 # --- 8: accuracy at fewer stored parameters -------------------------------------------------------------------------
 
 
+def digits_accuracy(folder: Path, *options: str) -> tuple[list[float], dict[str, float]]:
+    """Test accuracy of three seeds that train on all 1,437 digits, and the metrics of the last."""
+    runs = [
+        run(folder / str(seed), "experiment=oialr", "data.val_fraction=0", f"seed={seed}", *options)
+        for seed in range(3)
+    ]
+    return [metrics["test/accuracy"] for metrics in runs], runs[-1]
+
+
+@pytest.fixture(scope="module")
+def dense_digits(tmp_path_factory) -> list[float]:
+    return digits_accuracy(tmp_path_factory.mktemp("dense"), *BASELINE)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_digits_keep_their_accuracy(tmp_path):
-    accuracy: dict[str, list[float]] = {"dense": [], "oialr": []}
-    for seed in (0, 1, 2):
-        for name, overrides in (("dense", BASELINE), ("oialr", ())):
-            metrics = run(tmp_path / f"{name}{seed}", "experiment=oialr", f"seed={seed}", *overrides)
-            accuracy[name].append(metrics["test/accuracy"])
-        assert metrics["test/stored_fraction"] <= 0.70
-        assert metrics["test/trainable_fraction"] <= 0.25
-    assert sum(accuracy["oialr"]) >= sum(accuracy["dense"]) - 3 / 360, accuracy  # one image a seed
+@pytest.mark.parametrize(
+    ("options", "stored", "trainable", "images"),
+    [
+        ((), 0.30, 0.05, 3),  # the experiment as it is, which drops more than the acceptance line asks for
+        (("callbacks.oialr.frequency=200", "callbacks.oialr.progressive=0.2"), 0.35, 0.06, 2),
+        (("callbacks.oialr.frequency=400",), 0.70, 0.11, 1),
+    ],
+    ids=["preset", "slower", "slowest"],
+)
+def test_digits_keep_their_accuracy(tmp_path, dense_digits, options, stored, trainable, images):
+    """Of 3 x 360 test images at most so many more are wrong than with the dense network.
+
+    Measured, mean of the seeds: dense 0.9815; 0.9806 at 0.25 to 0.29 of the stored parameters, 0.9815 at 0.27 to 0.31,
+    0.9824 at 0.64.
+    """
+    accuracy, metrics = digits_accuracy(tmp_path, *options)
+    assert metrics["test/stored_fraction"] <= stored
+    assert metrics["test/trainable_fraction"] <= trainable
+    assert round(360 * (sum(dense_digits) - sum(accuracy))) <= images, (dense_digits, accuracy)
 
 
 # --- 9: it does not overfit where the dense network does ------------------------------------------------------------
