@@ -22,17 +22,14 @@ def read_sweep(folder: Path, metric: str = METRIC) -> list[dict[str, Any]]:
         For every job ``label`` (what distinguishes it from the others, seeds aside), ``epochs`` of its history,
         ``metric`` and ``metric_name``, and ``inter_node_bytes`` of all ranks.
     """
-    rows = _completed(folder)
-    chosen = list(rows[0])[: list(rows[0]).index("parameters")] if rows else []
-    differing = [c for c in chosen if c not in ("job", "seed") and len({row[c] for row in rows}) > 1]
     found = []
-    for row in rows:
+    for row, differing in finished_jobs(folder):
         run_dir = Path(row["run_dir"])
         path = run_dir / "history.json"
         if not path.is_file():
             continue
         sent = json.loads((run_dir / "results.json").read_text()).get("communication", {}).get("inter_node_bytes")
-        values = [row[c] if len(differing) == 1 else f"{c}={row[c]}" for c in differing]
+        values = [value if len(differing) == 1 else f"{name}={value}" for name, value in differing.items()]
         found.append(
             {
                 "label": " ".join(values) or "all",
@@ -43,6 +40,14 @@ def read_sweep(folder: Path, metric: str = METRIC) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def finished_jobs(folder: Path) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Rows of the table of a sweep, each with the settings that not all finished jobs share, seeds aside."""
+    rows = _completed(folder)
+    chosen = list(rows[0])[: list(rows[0]).index("parameters")] if rows else []
+    differing = [c for c in chosen if c not in ("job", "seed") and len({row[c] for row in rows}) > 1]
+    return [(row, {c: row[c] for c in differing}) for row in rows]
 
 
 def _completed(folder: Path) -> list[dict[str, str]]:

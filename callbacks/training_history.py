@@ -28,8 +28,9 @@ class TrainingHistory(pl.Callback):
     - ``epochs``: a row per epoch. ``epoch`` (from 1) and ``step`` when it ended, ``seconds`` of training so far
       (evaluations and earlier interruptions left out), ``loss`` (mean over batches and ranks), ``metric``, bytes of all
       ranks since the training began (``inter_node_bytes``, ``intra_node_bytes``, where the strategy counts), ``drift``
-      (largest of all nodes and exchanges of the epoch, where the strategy measures it), and in ``strategy`` the numbers
-      that the strategy reported when the epoch began;
+      (largest of all nodes and exchanges of the epoch, where the strategy measures it), ``metrics`` (those of
+      ``more_metrics`` that were logged), and in ``strategy`` the numbers that the strategy reported when the epoch
+      began;
     - ``phases``: ``step`` and ``epoch`` at which a phase of the strategy began, its name, and its report at that time;
     - ``curve``: training loss of every batch over optimizer steps, thinned to ``2 * curve_points`` at most by means
       over neighbours;
@@ -44,6 +45,7 @@ class TrainingHistory(pl.Callback):
         figures_dir: Their folder; None draws nothing.
         metric: Logged metric that is noted after every epoch.
         curve_points: Points of the loss curve that are kept at least, once there are as many batches.
+        more_metrics: Further logged metrics that are noted after every epoch.
 
     Raises:
         ValueError: For an unknown figure, or fewer than one point.
@@ -56,6 +58,7 @@ class TrainingHistory(pl.Callback):
         figures_dir: str | None = None,
         metric: str = "val/accuracy",
         curve_points: int = 500,
+        more_metrics: Sequence[str] = (),
     ) -> None:
         if unknown := [name for name in figures if name not in exchanges.FIGURES]:
             raise ValueError(
@@ -65,7 +68,7 @@ class TrainingHistory(pl.Callback):
         if curve_points < 1:
             raise ValueError(f"callbacks.training_history.curve_points={curve_points}: at least 1")
         self.path, self.figures, self.figures_dir = Path(path), tuple(figures), figures_dir
-        self.metric, self.curve_points = metric, curve_points
+        self.metric, self.curve_points, self.more_metrics = metric, curve_points, tuple(more_metrics)
         self.history: dict[str, Any] = {
             "metric": metric, "epochs": [], "phases": [], "sides": {},
             "curve": {"width": 1, "filled": 0, "step": [], "loss": []},
@@ -177,6 +180,9 @@ class TrainingHistory(pl.Callback):
         row |= {"loss": row["loss"] / batches if batches else None, "step": trainer.global_step, "seconds": self._now()}
         value = trainer.callback_metrics.get(self.metric) if self._fresh_metric else None
         row["metric"] = None if value is None else float(value)
+        if self.more_metrics:
+            logged = trainer.callback_metrics if self._fresh_metric else {}
+            row["metrics"] = {name: float(logged[name]) for name in self.more_metrics if name in logged}
         row |= self._bytes(trainer)
         if (drift := self._largest_drift()) is not None:
             row["drift"] = drift

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 GROUPS = (
     "experiment", "data", "model", "optimizer", "scheduler", "trainer", "strategy", "callbacks", "logger", "hydra",
-    "hparams_search", "debug", "local", "node",
+    "hparams_search", "debug", "local", "node", "parallel",
 )  # fmt: skip
 # What a checkpoint of the same run must have in common with the configuration that continues it.
 IDENTITY = ("name", "seed", "data", "model")

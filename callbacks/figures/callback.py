@@ -25,7 +25,8 @@ class FiguresCallback(pl.Callback):
     """Calls plot functions with the outputs of a stage and stores what they draw.
 
     A plot is a function ``(outputs, datamodule) -> matplotlib.figure.Figure``. ``outputs`` are the step outputs of all
-    ranks on the CPU, joined along the batch and sorted by ``origin``. At the end of the stage rank 0 writes
+    ranks on the CPU, joined along the batch and sorted by ``origin``; those of a second test loader, of images that the
+    network cannot know (``data.ood``), have names that begin with ``unknown_``. At the end of the stage rank 0 writes
     ``<dirpath>/<name>.<format>`` and hands the PNG to every logger with ``log_image`` (W&B) or whose experiment has
     ``add_figure`` (TensorBoard). A plot that fails is reported and skipped: figures never cost a run its results.
 
@@ -64,24 +65,27 @@ class FiguresCallback(pl.Callback):
         self.dirpath, self.stage, self.max_batches = Path(dirpath), stage, max_batches
         self.formats, self.dpi = tuple(formats), dpi
         self._outputs: list[dict[str, Tensor]] = []
+        self._unknown: list[dict[str, Tensor]] = []
 
     def _start(self, stage: str) -> None:
         if stage == self.stage:
-            self._outputs = []
+            self._outputs, self._unknown = [], []
 
-    def _collect(self, stage: str, outputs: Any, batch_idx: int) -> None:
+    def _collect(self, stage: str, outputs: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         if stage == self.stage and (self.max_batches is None or batch_idx < self.max_batches):
             tensors = {key: value for key, value in outputs.items() if isinstance(value, Tensor)}
-            self._outputs.append({key: value.detach().cpu() for key, value in tensors.items()})
+            kept, prefix = (self._unknown, "unknown_") if dataloader_idx else (self._outputs, "")
+            kept.append({prefix + key: value.detach().cpu() for key, value in tensors.items()})
 
     def _draw(self, trainer: pl.Trainer, stage: str) -> None:
         if stage != self.stage or trainer.sanity_checking:
             return
-        parts = gather_to_rank_zero([] if repeats_items(trainer) else self._outputs)
-        self._outputs = []
-        if parts is None or not any(parts):
+        parts = gather_to_rank_zero(([], []) if repeats_items(trainer) else (self._outputs, self._unknown))
+        self._outputs, self._unknown = [], []
+        known, unknown = ([out for part in parts or () for out in part[i]] for i in (0, 1))
+        if not known:
             return
-        outputs = concatenate([out for part in parts for out in part])
+        outputs = concatenate(known) | (concatenate(unknown) if unknown else {})
         for name, plot in self.plots.items():
             try:
                 figure = plot(outputs, trainer.datamodule)
@@ -112,8 +116,7 @@ class FiguresCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if dataloader_idx == 0:  # another one has other data (``data.ood``)
-            self._collect("test", outputs, batch_idx)
+        self._collect("test", outputs, batch_idx, dataloader_idx)
 
     @override
     def on_validation_batch_end(
@@ -137,11 +140,11 @@ class FiguresCallback(pl.Callback):
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._outputs = []
+        self._outputs, self._unknown = [], []
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._outputs = []
+        self._outputs, self._unknown = [], []
 
 
 def _function(plot: Plot | str) -> Plot:

@@ -87,6 +87,46 @@ def quantile_fan(outputs: Outputs, datamodule: Any, *, channel: int = 0, window:
     return figure
 
 
+def interval_fan(outputs: Outputs, datamodule: Any, *, channel: int = 0, window: int | None = None) -> Figure:
+    """Central intervals of a forecast by samples (``lower_<percent>``, ``upper_<percent>``) around its mean.
+
+    The title has the coverage of each interval over all windows.
+    """
+    percents = sorted((int(key.removeprefix("lower_")) for key in outputs if key.startswith("lower_")), reverse=True)
+    if not percents:
+        raise ValueError("the outputs have no lower_<percent>: a module of lightning_modules.bayes gives them.")
+    window = _typical_window(outputs, channel) if window is None else window
+    times = _times(outputs, datamodule, window)
+    truth, point, _ = _course(outputs, window, channel)
+    figure, axes = _figure(7.5, 3.2)
+    covered = []
+    for depth, percent in enumerate(percents):
+        lower, upper = (outputs[f"{side}_{percent}"] for side in ("lower", "upper"))
+        inside = ((outputs["target"] >= lower) & (outputs["target"] <= upper)).double().numpy()
+        missing = np.broadcast_to(~outputs["valid"].numpy()[:, None], inside.shape)
+        covered.append(f"{percent} %: {100 * np.ma.masked_array(inside, missing)[..., channel].mean():.0f} %")
+        axes.fill_between(
+            times,
+            lower[window, :, channel].double().numpy(),
+            upper[window, :, channel].double().numpy(),
+            color=FORECAST,
+            alpha=0.2 + 0.3 * depth / max(len(percents) - 1, 1),
+            linewidth=0,
+            label=f"{percent} % interval",
+        )
+    axes.plot(times, point, color="white", linewidth=2.6)
+    axes.plot(times, point, color=FORECAST, linewidth=1.4, label="mean")
+    axes.plot(times, truth, color=TRUTH, linewidth=1.2, label="truth")
+    axes.set_title(
+        f"{_series(datamodule, channel)}, from {times[0]:%d %B %Y}; inside, all windows: {', '.join(covered)}",
+        fontsize="medium",
+    )
+    axes.set_ylabel(_quantity(datamodule, channel))
+    _date_axis(axes, times, datamodule)
+    _legend_below(figure, axes)
+    return figure
+
+
 def holiday_residual(outputs: Outputs, datamodule: Any, *, channel: int = 0) -> Figure:
     """What the network adds to the profile, and what it should add, in the window with the clearest public holiday.
 

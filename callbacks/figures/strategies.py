@@ -24,7 +24,7 @@ def loss_against_time(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
     drawn = [(run, rows) for run, rows in drawn if rows]
     if not drawn:
         return None
-    styles = _styles(runs)
+    looks = styles(runs)
     figure, (axes,) = make_figure(7.6, 4.2)
     if all(row["loss"] > 0 for _, rows in drawn for row in rows):
         axes.set_yscale("log")
@@ -32,7 +32,7 @@ def loss_against_time(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
     named: set[str] = set()
     for run, rows in drawn:
         label = run["label"]
-        color, marker = styles[label]
+        color, marker = looks[label]
         name = None if label in named else label
         named.add(label)
         axes.plot(
@@ -51,7 +51,7 @@ def accuracy_against_bytes(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
     points = [run for run in runs if run["metric"] is not None and run["inter_node_bytes"]]
     if not points:
         return None
-    styles = _styles(runs)
+    looks = styles(runs)
     figure, (axes,) = make_figure(7.6, 4.2)
     megabytes = [run["inter_node_bytes"] / 1e6 for run in points]
     if max(megabytes) > 5 * min(megabytes):
@@ -60,7 +60,7 @@ def accuracy_against_bytes(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
     named: set[str] = set()
     for run, x in zip(points, megabytes, strict=True):
         label = run["label"]
-        color, marker = styles[label]
+        color, marker = looks[label]
         name = None if label in named else label
         named.add(label)
         axes.plot(x, run["metric"], color=color, marker=marker, markersize=8, linestyle="", label=name)
@@ -71,7 +71,8 @@ def accuracy_against_bytes(runs: Sequence[Mapping[str, Any]]) -> Figure | None:
     return figure
 
 
-def _styles(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+def styles(runs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of every label."""
     labels = list(dict.fromkeys(run["label"] for run in runs))
     return {
         label: (_COLORS[i % len(_COLORS)], _MARKERS[(i + i // len(_COLORS)) % len(_MARKERS)])

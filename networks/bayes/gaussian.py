@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,16 @@ class Init:
         nn.init.constant_(log_sigma, math.log(self.sigma_scale / math.sqrt(spread)))
 
 
+class KLTerm(NamedTuple):
+    """A tensor of Gaussian weights and its prior, see `gaussian_kl`."""
+
+    mu: Tensor
+    log_sigma: Tensor
+    mean: float
+    std: float
+    mask: Tensor | None = None
+
+
 def gaussian_kl(mu: Tensor, log_sigma: Tensor, mean: float, std: float, mask: Tensor | None = None) -> Tensor:
     """KL(N(mu, sigma^2) || N(mean, std^2)) = ln(s0 / sigma) + (sigma^2 + (mu - m0)^2) / (2 s0^2) - 1/2, summed.
 
@@ -80,33 +92,46 @@ def gaussian_kl(mu: Tensor, log_sigma: Tensor, mean: float, std: float, mask: Te
         std: s0.
         mask: Entries that count; the others are no weights any more, whatever their parameters are.
     """
-    return _KL.apply(mu, log_sigma, mean, std, mask)
+    return sum_of_kl([KLTerm(mu, log_sigma, mean, std, mask)])
+
+
+def sum_of_kl(terms: Sequence[KLTerm]) -> Tensor:
+    """`gaussian_kl` of several tensors, one of them at least, in one node of the graph."""
+    return _KL.apply(terms, *(t.mu for t in terms), *(t.log_sigma for t in terms))
 
 
 class _KL(torch.autograd.Function):
     """In closed form in both directions: a third of the time, and pruned entries cannot make a gradient NaN."""
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, mean: float, std: float, mask: Tensor | None) -> Tensor:
-        ctx.kind = mu.dtype
-        if mu.dtype in (torch.float16, torch.bfloat16):  # sums of millions need more than 8 bits
-            mu, log_sigma = mu.float(), log_sigma.float()
-        variance = (2 * log_sigma).exp()
-        deviation = mu - mean
-        ctx.save_for_backward(deviation, variance, mask)
-        ctx.precision = std**-2
-        kl = torch.addcmul(variance, deviation, deviation).mul_(0.5 * ctx.precision).sub_(log_sigma)
-        alive = kl.numel()
-        if mask is not None:
-            kl.masked_fill_(~mask, 0.0)
-            alive = mask.sum()
-        return kl.sum() + (math.log(std) - 0.5) * alive
+    def forward(ctx: Any, terms: Sequence[KLTerm], *parameters: Tensor) -> Tensor:
+        saved, total = [], None
+        for mu, log_sigma, mean, std, mask in terms:
+            if mu.dtype in (torch.float16, torch.bfloat16):  # sums of millions need more than 8 bits
+                mu, log_sigma = mu.float(), log_sigma.float()
+            variance = (2 * log_sigma).exp_()
+            deviation = mu - mean if mean else mu
+            kl = torch.addcmul(variance, deviation, deviation).mul_(0.5 * std**-2).sub_(log_sigma)
+            alive = kl.numel()
+            if mask is not None:
+                kl.masked_fill_(~mask, 0.0)
+                alive = mask.sum()
+            kl = kl.sum() + (math.log(std) - 0.5) * alive
+            total = kl if total is None else total + kl
+            saved += [deviation, variance, mask]
+        ctx.save_for_backward(*saved)
+        ctx.kinds = [(term.std**-2, term.mu.dtype) for term in terms]
+        return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        deviation, variance, mask = ctx.saved_tensors
-        of_mu = deviation * (gradient * ctx.precision)
-        of_log_sigma = (variance * ctx.precision).sub_(1.0).mul_(gradient)
-        if mask is not None:
-            of_mu, of_log_sigma = (g.masked_fill_(~mask, 0.0) for g in (of_mu, of_log_sigma))
-        return of_mu.to(ctx.kind), of_log_sigma.to(ctx.kind), None, None, None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_mu, of_log_sigma, saved = [], [], ctx.saved_tensors
+        for i, (precision, dtype) in enumerate(ctx.kinds):
+            deviation, variance, mask = saved[3 * i : 3 * i + 3]
+            factor = gradient * precision
+            of_mu.append(deviation * factor)
+            of_log_sigma.append((variance * factor).sub_(gradient))
+            for found in (of_mu, of_log_sigma):
+                found[-1] = (found[-1] if mask is None else found[-1].masked_fill_(~mask, 0.0)).to(dtype)
+        return None, *of_mu, *of_log_sigma

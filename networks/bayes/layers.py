@@ -19,11 +19,12 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from typing_extensions import override
 
 from networks.bayes.context import SampleContext, current
-from networks.bayes.gaussian import Init, Prior, gaussian_kl
+from networks.bayes.gaussian import Init, KLTerm, Prior, sum_of_kl
 
 _SMALLEST = 1e-30  # of a variance whose square root is taken: the derivative at 0 is infinite
 _LARGE = 1 << 13  # entries of a weight above which its gradient is summed sample by sample
@@ -96,8 +97,12 @@ class BayesianLayer(nn.Module):
 
     def kl(self, prior: Prior | None = None) -> Tensor:
         """Divergence from the prior, summed over the weights that are alive."""
+        return sum_of_kl(self.kl_terms(prior))
+
+    def kl_terms(self, prior: Prior | None = None) -> list[KLTerm]:
+        """What `kl` is the sum of."""
         mean, std = (prior or self.prior).of_layer(self.fan_in)
-        return sum(gaussian_kl(t.mu, t.log_sigma, mean, std, t.mask) for t in self.random_tensors())
+        return [KLTerm(t.mu, t.log_sigma, mean, std, t.mask) for t in self.random_tensors()]
 
     def mean_weight(self) -> Tensor:
         """Mean of the weight, zero where it is pruned."""
@@ -113,10 +118,10 @@ class BayesianLayer(nn.Module):
     def sample(self, context: SampleContext) -> tuple[Tensor, Tensor | None]:
         """Weights ``(S, out, ...)`` and biases ``(S, out)`` of the context's samples."""
         noise, bias_noise = self._noise(context)
-        weight = _Reparametrized.apply(self.mean_weight(), self.weight_sigma(), noise)
+        weight = _Reparametrized.apply(self.weight_mu, self.weight_log_sigma, self.weight_mask, noise)
         if self.bias_mu is None:
             return weight, None
-        return weight, _Reparametrized.apply(self.bias_mu, self.bias_log_sigma.exp(), bias_noise)
+        return weight, _Reparametrized.apply(self.bias_mu, self.bias_log_sigma, None, bias_noise)
 
     def _noise(self, context: SampleContext) -> tuple[Tensor, Tensor]:
         """Of the weight ``(S, out, ...)``, and of the bias ``(S, out)`` or empty, in one draw."""
@@ -403,21 +408,33 @@ class MCDropout(nn.Module):
 
 
 class _Reparametrized(torch.autograd.Function):
-    """w_s = mu + sigma eps_s for all samples, ``(S, ...)``; gradients of large tensors are summed without a copy."""
+    """w_s = mu + exp(log_sigma) eps_s, ``(S, ...)``, zero outside of the mask.
+
+    One node of the graph in place of four; gradients of large tensors are summed over samples without a copy.
+    """
 
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, sigma: Tensor, noise: Tensor) -> Tensor:
-        ctx.save_for_backward(noise)
+    def forward(ctx: Any, mu: Tensor, log_sigma: Tensor, mask: Tensor | None, noise: Tensor) -> Tensor:
+        sigma = log_sigma.exp()
+        if mask is not None:
+            mu, sigma = (torch.where(mask, t, 0.0) for t in (mu, sigma))
         if noise.stride(-1) != 1:  # in the order of the noise in memory, once for all samples
             mu, sigma = (t.mT.contiguous().mT for t in (mu, sigma))
+        ctx.save_for_backward(noise, sigma, mask)
         return torch.addcmul(mu, sigma, noise)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
-        (noise,) = ctx.saved_tensors
-        if gradient[0].numel() < _LARGE:
-            return gradient.sum(0), (gradient * noise).sum(0), None
-        of_sigma = gradient[0] * noise[0]
-        for one, eps in zip(gradient[1:], noise[1:], strict=True):
-            of_sigma.addcmul_(one, eps)
-        return gradient.sum(0), of_sigma, None
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        noise, sigma, mask = ctx.saved_tensors
+        of_mu = gradient.sum(0)
+        if of_mu.numel() < _LARGE:
+            of_log_sigma = (gradient * noise).sum(0)
+        else:
+            of_log_sigma = gradient[0] * noise[0]
+            for one, eps in zip(gradient[1:], noise[1:], strict=True):
+                of_log_sigma.addcmul_(one, eps)
+        of_log_sigma.mul_(sigma)
+        if mask is not None:
+            of_mu, of_log_sigma = (g.masked_fill_(~mask, 0.0) for g in (of_mu, of_log_sigma))
+        return of_mu, of_log_sigma, None, None

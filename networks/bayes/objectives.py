@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.bayes.convert import bayesian_layers
+from networks.bayes.gaussian import sum_of_kl
 from parallel.sample_collectives import log_mean_exp, moments
 from parallel.sample_layout import SampleShare
 
@@ -105,8 +106,8 @@ def moment_term(
 
 def kl_divergence(net: nn.Module) -> Tensor:
     """KL(q || p) of all Bayesian layers of a network, 0 where there is none."""
-    terms = [layer.kl() for _, layer in bayesian_layers(net)]
-    return torch.stack(terms).sum() if terms else torch.zeros(())
+    terms = [term for _, layer in bayesian_layers(net) for term in layer.kl_terms()]
+    return sum_of_kl(terms) if terms else torch.zeros(())
 
 
 def in_chunks(count: int, size: int | None, evaluate: Callable[[slice], Tensor]) -> Tensor:
