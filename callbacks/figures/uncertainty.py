@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from callbacks.figures.axes import make_figure
+from callbacks.figures.axes import make_figure, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ KNOWN, UNKNOWN, WRONG, MUTED = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 def reliability_diagram(outputs: Outputs, datamodule: Any, *, num_bins: int = 15) -> Figure:
     """Accuracy over confidence in bins of equal width, and below how many images there are in each.
 
-    Whiskers are one standard error of the accuracy, which in a bin of a few images says nothing. The title has the
-    expected calibration error over these bins, weighted by images, and the mean over the bins that hold an image.
+    Whiskers are 68 % intervals of the accuracy. The title has the expected calibration error over these bins, weighted
+    by images, and the mean over the bins that hold an image.
 
     Args:
         outputs: Joined step outputs.
@@ -47,13 +47,15 @@ def reliability_diagram(outputs: Outputs, datamodule: Any, *, num_bins: int = 15
     edges = np.arange(num_bins + 1) / num_bins
     width = 1 / num_bins
     left = edges[:-1][seen]
-    above.bar(left, accuracy, width, align="edge", color=KNOWN, edgecolor="white", linewidth=0.8, label="accuracy")
+    above.bar(left, accuracy, width, align="edge", color=KNOWN, alpha=0.75, linewidth=0, label="accuracy")
     above.bar(
-        left, mean - accuracy, width, bottom=accuracy, align="edge", color=UNKNOWN, alpha=0.35, linewidth=0,
-        label="gap to the mean confidence",
+        left, mean - accuracy, width, bottom=accuracy, align="edge", facecolor="none", edgecolor=UNKNOWN, hatch="////",
+        linewidth=0.8, label="gap to the mean confidence",
     )  # fmt: skip
-    error = np.sqrt((accuracy * (1 - accuracy)).clip(min=1 / 4 / count[seen]) / count[seen])
-    above.errorbar(left + width / 2, accuracy, yerr=error, fmt="none", color="black", linewidth=0.9, capsize=2)
+    # Wilson's interval, which of one image does not say that all are right.
+    middle = (accuracy + 0.5 / count[seen]) / (1 + 1 / count[seen])
+    half = np.sqrt(accuracy * (1 - accuracy) / count[seen] + 0.25 / count[seen] ** 2) / (1 + 1 / count[seen])
+    above.errorbar(left + width / 2, middle, yerr=half, fmt="none", color="black", linewidth=1.0, capsize=2)
     above.plot([0, 1], [0, 1], color=MUTED, linewidth=1.0, linestyle=(0, (4, 2)), label="calibrated")
     above.set_ylim(0, 1)
     above.set_ylabel("accuracy")
@@ -69,7 +71,9 @@ def reliability_diagram(outputs: Outputs, datamodule: Any, *, num_bins: int = 15
     below.set_xlabel("confidence")
     for axes in (above, below):
         axes.set_xlim(0, 1)
-    above.legend(frameon=False, fontsize="small", loc="upper left")
+    figure.legend(
+        *above.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize="small"
+    )
     return figure
 
 
@@ -110,9 +114,10 @@ def entropy_histograms(outputs: Outputs, datamodule: Any, *, num_bins: int = 40)
         if len(first) and len(second):
             axes.set_title(f"area under ROC curve {_larger(first, second):.3f}", fontsize="medium")
         axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
         axes.set_xlim(0, limit)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set_xlabel(name)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panels[0].set_ylabel("images of the group [%]")
     panels[-1].legend(frameon=False, fontsize="small", loc="upper right")
     return figure

@@ -27,7 +27,7 @@ from networks.bayes.context import SampleContext, current
 from networks.bayes.gaussian import Init, KLTerm, Prior, sum_of_kl
 
 _SMALLEST = 1e-30  # of a variance whose square root is taken: the derivative at 0 is infinite
-_LARGE = 1 << 13  # entries of a weight above which its gradient is summed sample by sample
+_LARGE = 1 << 19  # numbers above which their products are summed sample by sample: they do not fit into a cache
 
 
 class RandomTensor(NamedTuple):
@@ -418,23 +418,29 @@ class _Reparametrized(torch.autograd.Function):
         sigma = log_sigma.exp()
         if mask is not None:
             mu, sigma = (torch.where(mask, t, 0.0) for t in (mu, sigma))
-        if noise.stride(-1) != 1:  # in the order of the noise in memory, once for all samples
-            mu, sigma = (t.mT.contiguous().mT for t in (mu, sigma))
+        ctx.turned = noise.stride(-1) != 1
+        if ctx.turned:  # as the noise lies in memory: copied once for all samples
+            mu, sigma, noise = mu.mT.contiguous(), sigma.mT.contiguous(), noise.mT
         ctx.save_for_backward(noise, sigma, mask)
-        return torch.addcmul(mu, sigma, noise)
+        weights = torch.addcmul(mu, sigma, noise)
+        return weights.mT if ctx.turned else weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
         noise, sigma, mask = ctx.saved_tensors
+        if ctx.turned:
+            gradient = gradient.mT
         of_mu = gradient.sum(0)
-        if of_mu.numel() < _LARGE:
+        if gradient.numel() < _LARGE:
             of_log_sigma = (gradient * noise).sum(0)
         else:
             of_log_sigma = gradient[0] * noise[0]
             for one, eps in zip(gradient[1:], noise[1:], strict=True):
                 of_log_sigma.addcmul_(one, eps)
         of_log_sigma.mul_(sigma)
+        if ctx.turned:
+            of_mu, of_log_sigma = of_mu.mT, of_log_sigma.mT
         if mask is not None:
             of_mu, of_log_sigma = (g.masked_fill_(~mask, 0.0) for g in (of_mu, of_log_sigma))
         return of_mu, of_log_sigma, None, None
