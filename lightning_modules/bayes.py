@@ -265,12 +265,6 @@ class BayesRegressor(WeightSamples, Forecaster):
             raise ValueError(f"model.observation={observation!r} is unknown; choose learned, fixed or predicted")
         if observation_sigma <= 0:
             raise ValueError(f"model.observation_sigma={observation_sigma}: must be above 0")
-        for key in ("loss", "quantiles", "calibrate"):
-            if key in sampling:
-                raise ValueError(
-                    f"model.{key}={sampling[key]!r}: the likelihood of BayesRegressor is a Gaussian, and its intervals "
-                    f"come from samples; remove model.{key}, or use lightning_modules.forecasting.Forecaster"
-                )
         sampling["expand_input"] = True  # batches have entries beside the history, which meet its samples
         super().__init__(
             net,
@@ -279,6 +273,14 @@ class BayesRegressor(WeightSamples, Forecaster):
             scheduler_monitor=scheduler_monitor,
             scheduler_interval=scheduler_interval,
             log_channels=log_channels,
+            # What the Gaussian likelihood and the samples stand for here; named, so that no configuration sets them.
+            loss="l1",
+            quantiles=None,
+            quantile_set="equidistant",
+            sort_quantiles=False,
+            calibrate="none",
+            calibration_windows=56,
+            log_steps=False,
             **sampling,
         )
         if self.num_eval_samples < 2:
