@@ -249,7 +249,7 @@ def test_tables_of_forecasts(tmp_path):
     ids=str,
 )
 def test_it_learns_forecast_and_uncertainty(kwargs):
-    """The noise of the series is 0.15 on the scaled axis: sigma_y comes near it, intervals hold what they promise."""
+    """The noise of the series is 0.16 on the scaled axis: sigma_y comes near it, intervals hold what they promise."""
     net = Dropping(outputs=2 if "observation" in kwargs else 1, dropout=0.05)
     small = Init(sigma_scale=0.05, mu="keep")
     module, options = make(net, init=small, num_eval_samples=30, **kwargs), {"max_epochs": 15, "limit_val_batches": 0}
