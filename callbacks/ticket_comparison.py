@@ -103,19 +103,19 @@ def table(rows: Iterable[Mapping[str, Any]], metric: str = "accuracy") -> str:
     return "\n".join(lines)
 
 
-def compared_masks(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-    """Masks by series, of the sparsest level that most series have, for one seed and one architecture."""
+def compared_masks(rows: Iterable[Mapping[str, Any]]) -> tuple[int, dict[str, dict[str, Tensor]]]:
+    """A level and its masks by series: the sparsest one that most series have, of one seed and one architecture."""
     rows = [row for row in rows if "ticket" in row and row["level"]]
     groups: dict[tuple[int, int], dict[str, Path]] = {}
     for row in rows:
         groups.setdefault((row["level"], row["seed"]), {}).setdefault(row["series"], row["ticket"])
     if not groups:
-        return {}
+        return 0, {}
     level, seed = max(groups, key=lambda key: (len(groups[key]), key[0], -key[1]))
-    masks = {f"{name}, level {level}": load_ticket(path).masks for name, path in groups[level, seed].items()}
+    masks = {name: load_ticket(path).masks for name, path in groups[level, seed].items()}
     first = next(iter(masks.values()))
     same = {name: own for name, own in masks.items() if own.keys() == first.keys()}
-    return same if all(own[k].shape == first[k].shape for own in same.values() for k in first) else {}
+    return level, same if all(own[k].shape == first[k].shape for own in same.values() for k in first) else {}
 
 
 def draw_sweep(folder: Path) -> str:
@@ -129,7 +129,8 @@ def draw_sweep(folder: Path) -> str:
     figures = {"tickets": lottery.compared(rows, shown)}
     costs = [row for row in rows if "cost_s" in row]
     figures["cost"] = lottery.against_cost(costs, cost="cost_s") if costs else None
-    figures["overlaps"] = lottery.mask_overlaps(compared_masks(rows))
+    level, masks = compared_masks(rows)
+    figures["overlaps"] = lottery.mask_overlaps(masks, f"masks of level {level}")
     printed = [table(rows), *([table(rows, "nll")] if "nll" in shown else [])]
     for name, figure in figures.items():
         if figure is not None:

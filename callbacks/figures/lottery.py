@@ -27,15 +27,19 @@ _METRICS = (("accuracy", ACCURACY), ("nll", NLL), ("ece", ECE), ("mace", MACE))
 
 
 def metrics_against_remaining(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Accuracy and calibration in validation over the weights that remain; the dense level is a dashed line."""
+    """Accuracy and calibration in validation over the weights that remain; the dense level is a dashed line.
+
+    None for a single level.
+    """
     found = [(name, color) for name, color in _METRICS if any(f"val/{name}" in row["metrics"] for row in rows)]
-    if not found:
+    if not found or len(rows) < 2:
         return None
     figure, panels = make_figure(3.4 * len(found), 3.1, columns=len(found))
     for axes, (name, color) in zip(panels, found, strict=True):
         x = [100 * row["remaining"] for row in rows]
         axes.plot(x, [row["metrics"].get(f"val/{name}", np.nan) for row in rows], "o-", color=color, markersize=3)
-        axes.axhline(rows[0]["metrics"].get(f"val/{name}", np.nan), color=FADED, linestyle="--", linewidth=0.9)
+        if rows[0]["level"] == 0:
+            axes.axhline(rows[0]["metrics"].get(f"val/{name}", np.nan), color=FADED, linestyle="--", linewidth=0.9)
         _remaining_axis(axes, x)
         axes.set_title(name.upper() if name != "accuracy" else name, fontsize="medium")
     return figure
@@ -137,11 +141,12 @@ def against_cost(
     return figure
 
 
-def mask_overlaps(masks: Mapping[str, Mapping[str, Tensor]]) -> Figure | None:
+def mask_overlaps(masks: Mapping[str, Mapping[str, Tensor]], title: str = "") -> Figure | None:
     """Jaccard index of every pair of masks, with the index that two random masks of these densities would have below.
 
     Args:
         masks: By name of the ticket, masks by name of the weight.
+        title: Of the figure.
     """
     from networks.masks import density, jaccard
 
@@ -162,6 +167,7 @@ def mask_overlaps(masks: Mapping[str, Mapping[str, Tensor]]) -> Figure | None:
             axes.text(j, i, text, ha="center", va="center", color=color, fontsize=7)
     axes.set_xticks(range(len(names)), names, rotation=90, fontsize="small")
     axes.set_yticks(range(len(names)), names, fontsize="small")
+    axes.set_title(title, fontsize="medium")
     figure.colorbar(image, ax=axes, label="overlap (by chance)")
     return figure
 

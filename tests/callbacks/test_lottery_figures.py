@@ -47,7 +47,7 @@ def test_densities_of_levels():
 
 def test_nothing_to_show_is_none():
     assert lottery.metrics_against_remaining([{"level": 0, "remaining": 1.0, "metrics": {}}]) is None
-    assert lottery.layer_densities(rows(1)) is None
+    assert lottery.layer_densities(rows(1)) is None and lottery.metrics_against_remaining(rows(1)) is None
     assert lottery.compared([]) is None and lottery.against_cost([]) is None and lottery.mask_overlaps({}) is None
     masks = {"w": torch.zeros(2, dtype=torch.bool)}
     assert lottery.frontier({"w": torch.ones(2)}, {"w": torch.ones(2)}, masks, masks) is None
@@ -130,12 +130,12 @@ def test_a_sweep_ends_with_tables_and_figures(tmp_path):
 
 def test_masks_that_are_compared(tmp_path):
     """Of one level and one seed, the level with most series; the trained weights began with another mask here."""
-    masks = compared_masks(read_jobs(sweep(tmp_path)))
-    assert {name: mask["w"].tolist() for name, mask in masks.items()} == {
-        "weights: trained, level 3": [True, False, True],
-        "ticket (snr), level 3": [True, True, True],
+    level, masks = compared_masks(read_jobs(sweep(tmp_path)))
+    assert level == 3 and {name: mask["w"].tolist() for name, mask in masks.items()} == {
+        "weights: trained": [True, False, True],
+        "ticket (snr)": [True, True, True],
     }
-    assert compared_masks([]) == {}
+    assert compared_masks([]) == (0, {})
 
 
 def test_the_frontier_of_a_run(tmp_path):
