@@ -374,7 +374,6 @@ def test_a_resumed_training_is_the_uninterrupted_one(tmp_path):
         ({"num_eval_samples": 1}, r"model\.num_eval_samples=1: intervals need 2 samples or more"),
         ({"objective": "moments", "num_samples": 1}, r"model\.num_samples=1: model\.objective=moments needs 2 samples"),
         ({"objective": "l1"}, r"model\.objective='l1' is unknown; choose one of elbo, predictive, moments"),
-        ({"calibrate": "conformal"}, r"model\.calibrate='conformal'"),
         ({"posterior": "dropout", "net": LinearNet()}, r"model\.posterior=dropout: the network has no dropout"),
         ({"net": ConstantNet(0.0)}, r"model\.net: no linear or convolutional layer"),
     ],
