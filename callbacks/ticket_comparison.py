@@ -19,7 +19,7 @@ METRICS = ("accuracy", "nll", "brier", "ece", "mace")
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The finished jobs of a sweep, and the tickets that they began with where their run was tested.
+    """The finished jobs of a sweep, and the searches that they began with or are compared with, if these were tested.
 
     Args:
         folder: Of the sweep, with its ``table.csv``.
@@ -32,12 +32,14 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
         runs = [Path(row["run_dir"]) for row in csv.DictReader(file) if row["status"] == "completed"]
     found, sources = [], {}
     for run in runs:
-        model = _record(run)["config"]["model"]
+        config = _record(run)["config"]
         found += _levels(run, _series(run))
-        if model.get("ticket"):
-            source = Path(model["ticket"])
-            source = source.parent if source.is_file() else source
-            sources[source.parent if source.name == "tickets" else source] = None
+        pruning = config["callbacks"].get("iterative_pruning", {})
+        for path in (config["model"].get("ticket"), pruning.get("compare")):
+            if path:
+                source = Path(path)
+                source = source.parent if source.is_file() else source
+                sources[source.parent if source.name == "tickets" else source] = None
     for source in sources:
         if (source / "results.json").is_file():
             found += _levels(source, f"ticket ({_search(source)})")

@@ -92,11 +92,15 @@ def finished(folder: Path, levels: dict[int, float], seed: int = 0, cost: float 
 def sweep(tmp_path: Path) -> Path:
     source = finished(tmp_path / "search", {0: 0.97, 3: 0.96}, cost=10.0)
     folder = tmp_path / "sweep"
+    compared = finished(tmp_path / "compared", {3: 0.97}, bayesian=False, cost=30.0)
     jobs = [
         finished(folder / "0", {3: 0.90}, ticket=str(source), control="reinit"),
         finished(folder / "1", {3: 0.92}, seed=1, ticket=str(source / "tickets"), control="reinit"),
         finished(folder / "2", {3: 0.95}, ticket=str(source / "tickets" / "level_03.pt"), source="trained", cost=1.0),
     ]
+    record = json.loads((jobs[2] / "results.json").read_text())
+    record["config"]["callbacks"]["iterative_pruning"]["compare"] = str(compared)
+    (jobs[2] / "results.json").write_text(json.dumps(record))
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["job", "status", "run_dir"])
@@ -114,11 +118,13 @@ def test_jobs_beside_the_tickets_that_they_began_with(tmp_path):
         ("weights: trained", 3, 0.95),
         ("ticket (snr)", 0, 0.97),
         ("ticket (snr)", 3, 0.96),
+        ("ticket (ordinary network)", 3, 0.97),
     ]
-    assert [row.get("cost_s") for row in found] == [None, None, 4.0, 10.0, 40.0]
+    assert [row.get("cost_s") for row in found] == [None, None, 4.0, 10.0, 40.0, 120.0]
     lines = table(found).splitlines()
-    assert lines[0] == "| level (left), test accuracy | reinit | weights: trained | ticket (snr) |"
-    assert lines[2:] == ["| 0 (1.000) |  |  | 0.970 |", "| 3 (0.512) | 0.910 | 0.950 | 0.960 |"]
+    own = "| reinit | weights: trained | ticket (snr) | ticket (ordinary network) |"
+    assert lines[0] == f"| level (left), test accuracy {own}"
+    assert lines[2:] == ["| 0 (1.000) |  |  | 0.970 |  |", "| 3 (0.512) | 0.910 | 0.950 | 0.960 | 0.970 |"]
 
 
 def test_a_sweep_ends_with_tables_and_figures(tmp_path):
@@ -134,6 +140,7 @@ def test_masks_that_are_compared(tmp_path):
     assert level == 3 and {name: mask["w"].tolist() for name, mask in masks.items()} == {
         "weights: trained": [True, False, True],
         "ticket (snr)": [True, True, True],
+        "ticket (ordinary network)": [True, True, True],
     }
     assert compared_masks([]) == (0, {})
 
