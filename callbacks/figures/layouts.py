@@ -84,7 +84,8 @@ def memory_per_process(jobs: Sequence[Job]) -> Figure | None:
         middles.append(x.mean())
         tops.append((before + added).max())
         place = x[-1] + 2
-    axes.set_xticks(middles, [job["label"].replace(" ", "\n") for job in jobs], fontsize="small")
+    slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if len(jobs) > 4 else {}
+    axes.set_xticks(middles, [job["label"] for job in jobs], fontsize="small", **slanted)
     axes.tick_params(axis="x", length=0)
     axes.grid(axis="x", visible=False)
     axes.set_ylim(0, max(tops) * (1.25 if bars > 14 else 1.1))
@@ -141,7 +142,9 @@ def scaling(jobs: Sequence[Job]) -> Figure | None:
 
     handles = [
         Line2D([], [], color="black", marker="o", label="time"),
-        Line2D([], [], color="black", marker="o", markerfacecolor="white", linestyle="--", label="its CPU time"),
+        Line2D(
+            [], [], color="black", marker="o", markerfacecolor="white", linestyle="--", label="CPU time per process"
+        ),
         Line2D([], [], color=IDEAL, linestyle=":", label="ideal"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False, fontsize="small")

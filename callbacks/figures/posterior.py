@@ -5,7 +5,7 @@ A layer is a row, from input to output. A function gives None where there is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -38,7 +38,8 @@ def sigma_histograms(layers: Mapping[str, LayerWeights]) -> Figure | None:
     alive = {name: layer for name, layer in layers.items() if len(layer.sigma)}
     if not alive:
         return None
-    figure, axes = _rows({name: layer.sigma for name, layer in alive.items()}, SIGMA)
+    began = [layer.initial_sigma for layer in alive.values() if layer.initial_sigma]
+    figure, axes = _rows({name: layer.sigma for name, layer in alive.items()}, SIGMA, began)
     for row, layer in enumerate(alive.values()):
         if layer.initial_sigma:
             label = "when training began" if row == 0 else None
@@ -67,14 +68,23 @@ def signal_to_noise(layers: Mapping[str, LayerWeights]) -> Figure | None:
     return figure
 
 
-def _rows(values: Mapping[str, np.ndarray], color: str) -> tuple[Figure, Any]:
-    """Histograms over a common logarithmic axis, each in a row of its own and as high as it, medians marked."""
+def _rows(values: Mapping[str, np.ndarray], color: str, more: Sequence[float] = ()) -> tuple[Figure, Any]:
+    """Histograms over a common logarithmic axis, each in a row of its own and as high as it, medians marked.
+
+    Args:
+        values: Numbers of each row.
+        color: Of all rows.
+        more: Numbers that the axis holds as well.
+    """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (axes,) = make_figure(7.0, 1.2 + min(max(0.5 * len(values), 1.2), 9.0))
     positive = {name: x[x > 0] for name, x in values.items()}
     # The smallest of many means lie decades below the others.
-    low = min(np.quantile(x, 0.002) for x in positive.values() if len(x))
-    high = max(x.max() for x in positive.values() if len(x))
-    low, high = (low / 1.2, high * 1.2) if high < 1.5 * low else (low / 1.02, high * 1.02)
+    low = min([*(np.quantile(x, 0.002) for x in positive.values() if len(x)), *more])
+    high = max([*(x.max() for x in positive.values() if len(x)), *more])
+    margin = max((high / low) ** 0.05, 1.02)
+    low, high = low / margin, high * margin
     edges = np.geomspace(low, high, 121)
     for row, x in enumerate(positive.values()):
         count = np.histogram(x.clip(low, high), edges)[0].astype(float)
@@ -88,6 +98,8 @@ def _rows(values: Mapping[str, np.ndarray], color: str) -> tuple[Figure, Any]:
     axes.set_xlim(low, high)
     if high / low < 1e3:
         plain_log_ticks(axes.xaxis)
+    if high / low < 8:  # the numbers of a logarithmic axis would be one or two
+        axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.set_ylim(len(values) - 0.85, -1.0)
     axes.grid(axis="y", visible=False)
     if len(values) <= MAX_LABELS:

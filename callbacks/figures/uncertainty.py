@@ -88,15 +88,18 @@ def entropy_histograms(outputs: Outputs, datamodule: Any, *, num_bins: int = 40)
         datamodule: Not used.
         num_bins: Bins of each histogram.
     """
-    measures = {"entropy of the prediction [nat]": [_entropy(outputs, ""), _entropy(outputs, "unknown_")]}
+    measures = {"entropy of the prediction": [_entropy(outputs, ""), _entropy(outputs, "unknown_")]}
     if "mutual_information" in outputs:
         pair = [outputs.get(f"{prefix}mutual_information") for prefix in ("", "unknown_")]
-        measures["mutual information of class and weights [nat]"] = [x if x is None else x.numpy() for x in pair]
+        measures["mutual information of class and weights"] = [x if x is None else x.numpy() for x in pair]
     figure, panels = make_figure(4.4 * len(measures), 3.5, columns=len(measures))
     for axes, (name, (known, unknown)) in zip(panels, measures.items(), strict=True):
         found = [x for x in (known, unknown) if x is not None]
         # A handful of images with a large value must not squeeze all others into one bin.
-        limit = max(np.quantile(np.concatenate(found), 0.995), 1e-9)
+        limit = max(np.quantile(np.concatenate(found), 0.995), 1e-12)
+        power = 0 if limit > 0.05 else int(np.floor(np.log10(limit)))
+        known, unknown = (x if x is None else x / 10.0**power for x in (known, unknown))
+        limit /= 10.0**power
         edges = np.linspace(0, limit, num_bins + 1)
         groups = {"known": (known, KNOWN), "unknown": (unknown, UNKNOWN)}
         if unknown is None:
@@ -116,8 +119,7 @@ def entropy_histograms(outputs: Outputs, datamodule: Any, *, num_bins: int = 40)
         axes.set_yscale("log")
         plain_log_ticks(axes.yaxis)
         axes.set_xlim(0, limit)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set_xlabel(name)
+        axes.set_xlabel(f"{name} [{'' if not power else f'$10^{{{power}}}$ '}nat]")
     panels[0].set_ylabel("images of the group [%]")
     panels[-1].legend(frameon=False, fontsize="small", loc="upper right")
     return figure
