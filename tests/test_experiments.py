@@ -14,13 +14,14 @@ from runner import job
 from tests import cli
 from tests.composing import ROOT, SERIES, composed, experiments, plain
 
+DATA_DIR = f"data_dir={os.environ.get('WATTLIGHT_DATA', SERIES)}"
 # An experiment of many networks sweeps over other options; one job of it is what is run here.
 SMALL = (
     "debug=fast",
     "validate=true",
     "predict=true",
     "num_threads=1",
-    f"data_dir={os.environ.get('WATTLIGHT_DATA', SERIES)}",
+    DATA_DIR,
 )
 # Drawing and starting codecarbon are most of the time.
 SMALL += ("++callbacks.figures.dpi=30", "callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false")
@@ -49,6 +50,12 @@ LARGE = (
     "oialr/cifar10",
     "sampling_parallelism/cifar10_vit",
 )
+# What a batch of them computes is cut where it takes minutes.
+CUT = {
+    "sampling_parallelism/cifar10_vit": (
+        "data.batch_size=8", "data.eval_batch_size=4", "model.num_samples=2", "model.num_eval_samples=2",
+    ),
+}  # fmt: skip
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in experiments()]
 
 
@@ -65,7 +72,7 @@ def test_experiment_runs_on_its_processes(name, tmp_path):
     folder = tmp_path / "run"
     # What is on the command line is drawn or measured elsewhere.
     fewer = ("callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false", "predict=false")
-    cli.ok(f"experiment={name}", "debug=tiny", *fewer, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
+    cli.ok(f"experiment={name}", "debug=tiny", DATA_DIR, *fewer, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
     record = json.loads((folder / "results.json").read_text())
     assert record["status"] == "completed" and record["world_size"] == processes(name)
     sent = record["communication"]
@@ -79,7 +86,7 @@ def test_experiment_runs_on_its_processes(name, tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_runs(name, tmp_path):
     alone = ["trainer=cpu", "strategy=auto"] if processes(name) > 1 else []
-    config = plain(composed(f"experiment={name}", *alone, *SMALL, run_dir=tmp_path))
+    config = plain(composed(f"experiment={name}", *alone, *SMALL, *CUT.get(name, ()), run_dir=tmp_path))
     if file := missing_file(config):
         pytest.skip(f"needs {file}, which does not ship with the program")
     result = job.run(config)
