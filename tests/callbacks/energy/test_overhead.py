@@ -90,7 +90,7 @@ def test_short_runs_of_the_benchmark():
     assert speed["at_least"] == 0.99
     for (what, variant), row in rows.items():
         if what.startswith("energy of") and variant == benchmark.OURS:
-            assert row["value"] == pytest.approx(1, abs=0.05), what  # a busy machine; the benchmark's bound is 1 %
+            assert row["at_least"] <= row["value"] <= row["at_most"], what
     (lost,) = [row for row in result.rows if "are lost" in row.get("note", "")]
     assert lost["note"].startswith(f"{100 * (1 - lost['value']):.0f} % are lost")
 

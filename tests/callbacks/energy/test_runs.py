@@ -63,7 +63,9 @@ def started(folder: Path, *more: str) -> cli.Started:
 def test_sigkill_in_training_keeps_the_last_summary(tmp_path):
     run = started(tmp_path)
     try:
-        time.sleep(1.5)
+        deadline = time.monotonic() + 60
+        while "energy" not in cli.results(tmp_path) and time.monotonic() < deadline:  # an epoch ends, and the next
+            time.sleep(0.05)
         run.signal(signal.SIGKILL)
         run.end()
     finally:
