@@ -10,7 +10,6 @@ import importlib
 import json
 import math
 import statistics
-import time
 import weakref
 
 import lightning.pytorch as pl
@@ -22,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import compare, single_thread
+from benchmarks.sampling_parallelism import SIZES, ours, torch_blue
 from datamodules.images import Images
 from lightning_modules.bayes import BayesClassifier
 from networks.bayes import (
@@ -206,11 +207,11 @@ def test_torch_blue_agrees(name, monkeypatch):
     net, shape = PEERS[name]()
     pytest.importorskip("torch_blue")
     theirs, vi = peer(PEERS[name]()[0])
-    ours = to_bayesian(net, init=Init(sigma_scale=1.0))
+    made = to_bayesian(net, init=Init(sigma_scale=1.0))
     theirs_by_name = dict(theirs.named_modules())
     samples, items, noise = 5, 6, {}
     with torch.no_grad(), SampleContext(range(samples), samples, batch=items) as context:
-        for path, layer in bayesian_layers(ours):
+        for path, layer in bayesian_layers(made):
             other = theirs_by_name[path]
             layer.weight_log_sigma.add_(torch.randn_like(layer.weight_log_sigma) * 0.3)
             drawn = layer._noise(context)
@@ -218,11 +219,11 @@ def test_torch_blue_agrees(name, monkeypatch):
                 getattr(other, f"_{tensor.name}_mean").copy_(tensor.mu)
                 getattr(other, f"_{tensor.name}_log_std").copy_(tensor.log_sigma)
                 noise[id(getattr(other, f"_{tensor.name}_mean"))] = eps
-    state = {k: v for k, v in ours.state_dict().items() if not k.endswith(("_mu", "_log_sigma"))}
+    state = {k: v for k, v in made.state_dict().items() if not k.endswith(("_mu", "_log_sigma"))}
     theirs.load_state_dict(state, strict=False)  # normalisations
     x, label = torch.randn(items, *shape), torch.randint(0, 10, (items,))
     with SampleContext(range(samples), samples, batch=items):
-        logits = ours(x).unflatten(0, (samples, items))
+        logits = made(x).unflatten(0, (samples, items))
     module = importlib.import_module("torch_blue.vi.distributions.normal")
     categorical = vi.distributions.Categorical(eps=0.0)  # else 1e-5 is added to every probability
     loss = vi.AnalyticalKullbackLeiblerLoss(theirs, categorical, dataset_size=50, heat=0.1)
@@ -235,7 +236,7 @@ def test_torch_blue_agrees(name, monkeypatch):
         outputs.append(theirs(x))
     found = torch.stack([torch.as_tensor(out) for out in outputs])
     torch.testing.assert_close(logits, found, rtol=1e-5, atol=1e-5)
-    kl = kl_divergence(ours)
+    kl = kl_divergence(made)
     torch.testing.assert_close(kl, loss.prior_matching(), rtol=1e-5, atol=0)
     mine = predictive(log_likelihood(logits, label), samples, ALONE) + 0.1 * kl / 50
     torch.testing.assert_close(mine, loss(found, label) / 50, rtol=1e-5, atol=1e-6)
@@ -296,73 +297,24 @@ def test_estimators_differ_in_the_noise_of_the_gradient():
 # --- 9: speed beside torch-blue
 
 
-def cpu_seconds(step, calls: int) -> float:
-    begin = time.process_time()
-    for _ in range(calls):
-        step()
-    return (time.process_time() - begin) / calls
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_step_costs_about_half_of_one_of_torch_blue():
-    """CPU time of a step in one thread: explicit weights against its path with log-probabilities, which the paper uses,
-    and local reparametrisation against its analytic path."""
+@pytest.mark.parametrize(("width", "samples"), SIZES)
+def test_a_step_costs_about_half_of_one_of_torch_blue(width, samples):
+    """CPU time in one thread: explicit weights beside its loss of the paper, lrt beside its loss in closed form."""
     pytest.importorskip("torch_blue")
-    torch.set_num_threads(1)
-    ratios = {}
-    for width, samples in ((128, 8), (128, 32), (512, 16)):
-        image, label = digits(64, torch.float32)
-        x = image.flatten(1)
-
-        def net(width=width):
-            return nn.Sequential(
-                nn.Linear(64, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-            )
-
-        steps = {}
-        for estimator in ("weight", "lrt"):
-            ours = to_bayesian(net())
-            optimizer = torch.optim.Adam(ours.parameters(), 1e-3)
-
-            def step(ours=ours, optimizer=optimizer, estimator=estimator, samples=samples, x=x, label=label):
-                with SampleContext(range(samples), samples, batch=64, estimator=estimator):
-                    values = log_likelihood(ours(x).unflatten(0, (samples, 64)), label)
-                loss = predictive(values, samples, ALONE) + 0.1 * kl_divergence(ours) / 1000
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-            steps[estimator] = step
-        for name in ("KullbackLeiblerLoss", "AnalyticalKullbackLeiblerLoss"):
-            theirs, vi = peer(net())
-            optimizer = torch.optim.Adam(theirs.parameters(), 1e-3)
-            options = () if name == "KullbackLeiblerLoss" else (theirs,)
-            criterion = getattr(vi, name)(*options, vi.distributions.Categorical(), dataset_size=1000, heat=0.1)
-            theirs.return_log_probs = name == "KullbackLeiblerLoss"
-
-            def step(theirs=theirs, optimizer=optimizer, criterion=criterion, samples=samples, x=x, label=label):
-                loss = criterion(theirs(x, samples=samples), label)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-
-            steps[name] = step
-        calls = 20 if width == 128 else 6
-        times: dict[str, list[float]] = {key: [] for key in steps}
-        for round_ in range(8):
-            for key, step in steps.items():
-                seconds = cpu_seconds(step, calls)
-                if round_:
-                    times[key].append(seconds)
-        best = {key: min(values) for key, values in times.items()}
-        ratios[width, samples] = (
-            best["weight"] / best["KullbackLeiblerLoss"],
-            best["lrt"] / best["AnalyticalKullbackLeiblerLoss"],
-        )
-    print("CPU time over torch-blue's (weights / sampled, lrt / analytic):", ratios)
-    for weights, lrt in ratios.values():
-        assert weights <= 0.55 and lrt <= 1.0
+    with single_thread():
+        variants = {
+            "weights": ours(width, samples),
+            "lrt": ours(width, samples, "lrt"),
+            "sampled": torch_blue(width, samples, closed_form=False),
+            "closed": torch_blue(width, samples, closed_form=True),
+        }
+        timings = compare(variants, repeats=7, calls=160 // samples if width == 128 else 4)
+    cpu = {name: statistics.median(timing.cpu) for name, timing in timings.items()}
+    weights, lrt = cpu["weights"] / cpu["sampled"], cpu["lrt"] / cpu["closed"]
+    print(f"width {width}, S = {samples}: explicit weights {weights:.2f}, lrt {lrt:.2f} of torch-blue")
+    assert weights <= 0.55 and lrt <= 1.0
 
 
 # --- 10: work of two ranks, and the hint: tests/strategies/test_sampling_parallel.py
