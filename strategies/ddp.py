@@ -50,8 +50,14 @@ class DDP(ClusterStrategy):
 
     @override
     def setup_environment(self) -> None:
+        over_gloo = self.compression == "powersgd" and self.root_device.type == "cpu"
+        if over_gloo and self._ddp_kwargs["find_unused_parameters"]:
+            raise ValueError(
+                "strategy.find_unused_parameters=true with strategy.compression=powersgd ends processes on the CPU "
+                "(torch's PowerSGD over gloo): use strategy.compression=bf16"
+            )
         super().setup_environment()
-        if self.compression == "powersgd" and self.root_device.type == "cpu":
+        if over_gloo:
             self._ddp_kwargs["bucket_cap_mb"] = _ONE_BUCKET_MB
 
     @override

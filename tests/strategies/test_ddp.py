@@ -96,6 +96,39 @@ def test_powersgd_goes_on_with_the_errors_and_factors_of_every_rank(ranks2, tmp_
         assert one["errors"] == {} == one["factors"]
 
 
+class SaveFrozen(SaveAt):
+    """The first layer learns nothing while the checkpoint is written."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        module.net[0].requires_grad_(False)
+        super().on_train_batch_end(trainer, module, *args)
+        module.net[0].requires_grad_(True)
+
+
+def frozen(folder):
+    path = f"{folder}/frozen.ckpt"
+    strategy = DDP(compression="powersgd", powersgd_start=2, local_size=1)
+    nets.fit(strategy, folder, epochs=2, callbacks=(SaveFrozen(12, path),))
+    return sorted(torch.load(path, weights_only=True)["strategy"]["powersgd"][0]["errors"])
+
+
+def test_powersgd_saves_what_is_left_of_a_layer_that_stopped_to_learn(ranks2, tmp_path):
+    names = [name for name, _ in nets.Regression().named_parameters()]
+    assert ranks2(frozen, str(tmp_path)) == [sorted(names)] * 2
+
+
+def unused(folder):
+    strategy = DDP(compression="powersgd", find_unused_parameters=True, local_size=1)
+    with pytest.raises(ValueError, match=r"strategy\.find_unused_parameters=true .* use strategy\.compression=bf16"):
+        nets.fit(strategy, folder)
+    return True
+
+
+def test_powersgd_over_gloo_cannot_look_for_unused_parameters(ranks2, tmp_path):
+    """A rank would crash, and the others wait for it."""
+    assert ranks2(unused, str(tmp_path)) == [True, True]
+
+
 def fewer_ranks(folder, path):
     strategy = DDP(compression="powersgd", powersgd_rank=1, powersgd_start=4, local_size=1)
     saved = []
