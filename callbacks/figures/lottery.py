@@ -210,7 +210,8 @@ def frontier(
             chosen = points[here[points]]
             axes.scatter(np.abs(x[chosen]), y[chosen], s=3, color=color, label=label, linewidths=0, alpha=0.6)
         axes.set_xscale("log")
-        plain_log_ticks(axes.xaxis)
+        if np.abs(x).max() < 30 * np.abs(x).min():
+            plain_log_ticks(axes.xaxis)
         if y.max() > 2 * y.min():
             axes.set_yscale("log")
             plain_log_ticks(axes.yaxis)
