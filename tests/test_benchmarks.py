@@ -452,3 +452,55 @@ def test_pcc_gain_runs(monkeypatch):
     assert rows["training step, ratio"]["at_least"] == 15
     assert rows["energy of a training step, ratio"]["value"] > 3
     assert rows["energy of a training step, ratio"]["at_least"] == 10
+
+
+# --------------------------------------------------------------------------------------------- sampling parallelism
+
+
+def test_steps_of_all_peers_are_timed_and_bounds_stand_on_cpu_time(monkeypatch):
+    from benchmarks import sampling_parallelism as sampling
+
+    # Two processes need half of the CPU time and a tenth of an epoch; no process is started here.
+    monkeypatch.setattr(sampling, "cpu_per_epoch", lambda world, *_: 1 / world + 0.1 * (world - 1))
+    result = sampling.run(repeats=2, sizes=((128, 8),), calls=1, networks=("64-256-256-10",))
+    ratios = {row["variant"]: row for row in result.rows if row["what"].endswith("ratio")}
+    assert ratios["2 / 1"]["value"] == pytest.approx(0.6) and ratios["2 / 1"]["at_most"] == 0.62
+    steps = {row["variant"] for row in result.rows if row["unit"] == "ms" and row["what"].startswith("step")}
+    assert steps >= {"explicit weights", "lrt", "flipout"}
+    compared = ratios.keys() & {f"explicit weights / {sampling.PAPER_LOSS}", f"lrt / {sampling.CLOSED_FORM}"}
+    assert len(compared) == (2 if "torch-blue" in sampling.installed() else 0)
+    assert all("at_most" in ratios[name] and ratios[name]["value"] == ratios[name]["cpu"] for name in compared)
+
+
+@pytest.mark.parametrize("peer", ["ours", "lrt", "sampled", "closed", "bayesian_torch", "blitz"])
+def test_a_step_of_a_peer_moves_all_of_the_same_network(peer, monkeypatch):
+    import torch
+
+    from benchmarks import sampling_parallelism as sampling
+
+    modules = {"sampled": "torch_blue", "closed": "torch_blue", "bayesian_torch": "bayesian_torch", "blitz": "blitz"}
+    if peer in modules:
+        pytest.importorskip(modules[peer])
+    made = {
+        "ours": lambda: sampling.ours(16, 4), "lrt": lambda: sampling.ours(16, 4, "lrt"),
+        "sampled": lambda: sampling.torch_blue(16, 4, False), "closed": lambda: sampling.torch_blue(16, 4, True),
+        "bayesian_torch": lambda: sampling.bayesian_torch(16, 4), "blitz": lambda: sampling.blitz(16, 4),
+    }  # fmt: skip
+    seen = []
+
+    def keep(net, loss):
+        seen.extend([net, loss])
+        return stepping(net, loss)
+
+    stepping = sampling.stepping
+    monkeypatch.setattr(sampling, "stepping", keep)
+    step = made[peer]()
+    net, loss = seen
+    # A mean and a deviation of 64 x 16 + 16 x 16 + 16 x 10 weights and 42 biases; blitz registers them twice.
+    parameters = {p.data_ptr(): p for p in net.parameters()}.values()
+    assert sum(p.numel() for p in parameters) == 2 * (64 * 16 + 16 * 16 + 16 * 10 + 42)
+    before = [p.detach().clone() for p in parameters]
+    with threads(1):
+        step()
+    assert torch.isfinite(loss())
+    assert all(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
