@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ from parallel.sample_layout import SampleShare, check_sample_parallel_size, mesh
 from parallel.sample_norm import share_statistics
 from strategies.cluster import ClusterStrategy
 from strategies.phase_times import PhaseTimes
+
+log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
 
 # Forward and backward of a rank that take less than this do not get shorter with fewer samples. Measured on two CPU
 # cores, two ranks: 64-128-128-10 with 16 samples, 12 ms, CPU time of a rank 0.96 of that of one process; 64-256-256-10
@@ -192,11 +195,12 @@ class SamplingParallel(ClusterStrategy):
             return
         self._hinted = True
         work = statistics.median(map(sum, zip(*phases, strict=False)))
-        if work < _SMALL_STEP_S:
-            rank_zero_info(
-                f"the model is too small for sampling parallelism to save time: a process computes {1e3 * work:.1f} ms "
+        if work < _SMALL_STEP_S and self.global_rank == 0:
+            log.info(
+                "the model is too small for sampling parallelism to save time: a process computes %.1f ms "
                 "a step on its samples, most of which (launching, drawing weights, collectives) having fewer of them "
-                "does not shrink; use fewer processes, or share the data by strategy.sample_parallel_size=1"
+                "does not shrink; use fewer processes, or share the data by strategy.sample_parallel_size=1",
+                1e3 * work,
             )
 
     @override

@@ -396,12 +396,14 @@ def hinted(folder, kwargs):
     records = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    logger = logging.getLogger("strategies.sampling_parallel")  # the console shows no notes of Lightning's loggers
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         sampled.fit(SamplingParallel(), folder, epochs=1, dtype=torch.float32, **kwargs)
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
     return [text for text in records if "too small for sampling parallelism" in text]
 
 
