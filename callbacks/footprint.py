@@ -19,8 +19,9 @@ class Footprint(pl.Callback):
     """Notes time and memory of every process of a training, under ``processes`` in results.json.
 
     A row per rank: ``wall_s`` and ``cpu_s``, a number per epoch of training without its evaluations; ``before_mib`` and
-    ``peak_mib``, memory when training began and at its peak, evaluations included. CPU time is that of all threads of
-    the process, which others on the same cores do not prolong. Memory is what torch has allocated on a CUDA device;
+    ``peak_mib``, memory when training began and at the peak of its steps until the first evaluation: what evaluations,
+    checkpoints and figures need, and only some processes make, is left out. CPU time is that of all threads of the
+    process, which others on the same cores do not prolong. Memory is what torch has allocated on a CUDA device;
     otherwise what is resident of the process, libraries and data included (Linux; elsewhere it is left out).
 
     Epochs are those since the run was started or resumed. The first one pays for what is set up once.
@@ -44,6 +45,9 @@ class Footprint(pl.Callback):
         if begin is not None and self._row["wall_s"]:
             for name, since, now in zip(("wall_s", "cpu_s"), begin, self._now(trainer), strict=True):
                 self._row[name][-1] += now - since
+            peak = peak_mib(trainer.strategy.root_device)
+            if "before_mib" in self._row and peak is not None:
+                self._row.setdefault("peak_mib", peak)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -76,8 +80,6 @@ class Footprint(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin = None
-        peak = peak_mib(trainer.strategy.root_device)
-        self._row |= {} if peak is None or "before_mib" not in self._row else {"peak_mib": peak}
         rows = gather_to_rank_zero(self._row)
         if rows is None:
             return

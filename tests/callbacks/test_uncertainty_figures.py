@@ -181,11 +181,12 @@ def test_every_process_notes_its_epochs_and_its_memory(ranks2, tmp_path):
 
 
 class Slow(pl.Callback):
-    """Evaluations that take a while."""
+    """Evaluations that take a while, and memory."""
 
     def on_validation_batch_end(self, *args):
         import time
 
+        self.large = np.ones(2**25)  # 256 MiB
         time.sleep(0.4)
 
 
@@ -194,6 +195,7 @@ def test_evaluations_do_not_count(tmp_path):
     quiet_trainer(max_epochs=2, callbacks=[noted, Slow()]).fit(classifier(), datamodule=Images(**FEW))
     (row,) = noted.processes
     assert len(row["wall_s"]) == 2 and max(row["wall_s"]) < 0.4
+    assert row["peak_mib"] - row["before_mib"] < 200
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps
