@@ -54,9 +54,8 @@ def metrics_against_time(jobs: Sequence[Job]) -> Figure | None:
     panels[-1].set_xlabel("time of training [s]")
     handles, texts = panels[0].get_legend_handles_labels()
     unique = dict(zip(texts, handles, strict=True))
-    figure.legend(
-        unique.values(), unique, loc="outside upper center", ncols=min(len(unique), 4), frameon=False, fontsize="small"
-    )
+    columns = max(1, min(len(unique), 110 // (8 + max(map(len, unique)))))
+    figure.legend(unique.values(), unique, loc="outside upper center", ncols=columns, frameon=False, fontsize="small")
     return figure
 
 
