@@ -61,7 +61,7 @@ def draw_sweep(folder: Path) -> str:
 
     runs = read_sweep(folder)
     figures = {name: getattr(strategies, name)(runs) for name in strategies.FIGURES}
-    return _saved(figures, folder) or "no job has left a history to draw"
+    return save_figures(figures, folder) or "no job has left a history to draw"
 
 
 def draw_low_rank(folder: Path) -> str:
@@ -69,10 +69,11 @@ def draw_low_rank(folder: Path) -> str:
     from callbacks.figures.low_rank import accuracy_against_stored
 
     figures = {"accuracy_against_stored": accuracy_against_stored(_completed(folder), METRIC)}
-    return _saved(figures, folder) or f"no job has both {METRIC} and test/stored_fraction to draw"
+    return save_figures(figures, folder) or f"no job has both {METRIC} and test/stored_fraction to draw"
 
 
-def _saved(figures: Mapping[str, Any], folder: Path) -> str:
+def save_figures(figures: Mapping[str, Any], folder: Path) -> str:
+    """Save figures (None: there is nothing to draw) as ``<folder>/figures/<name>.png``; lines to print."""
     paths = []
     for name, figure in figures.items():
         if figure is not None:

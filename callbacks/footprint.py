@@ -47,7 +47,8 @@ class Footprint(pl.Callback):
                 self._row[name][-1] += now - since
             peak = peak_mib(trainer.strategy.root_device)
             if "before_mib" in self._row and peak is not None:
-                self._row.setdefault("peak_mib", peak)
+                # Linux counts the pages of the peak and those in use apart, the former a little late.
+                self._row.setdefault("peak_mib", max(peak, self._row["before_mib"]))
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from callbacks.comparison import METRIC, finished_jobs
+from callbacks.comparison import METRIC, finished_jobs, save_figures
 from callbacks.figures import layouts
 
 # Columns of the table: of results.json, and how they are called.
@@ -109,11 +109,5 @@ def draw_sweep(folder: Path) -> str:
     if not jobs:
         return "no job has ended"
     printed = [table(jobs), *filter(None, [scaling_table(jobs)])]
-    for name in layouts.FIGURES:
-        figure = getattr(layouts, name)(jobs)
-        if figure is not None:
-            path = Path(folder) / "figures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=150)
-            printed.append(f"figure {path}")
-    return "\n\n".join(printed)
+    printed.append(save_figures({name: getattr(layouts, name)(jobs) for name in layouts.FIGURES}, Path(folder)))
+    return "\n\n".join(filter(None, printed))

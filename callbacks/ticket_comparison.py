@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from callbacks.comparison import save_figures
 from networks.lottery.tickets import load_ticket
 
 if TYPE_CHECKING:
@@ -134,10 +135,4 @@ def draw_sweep(folder: Path) -> str:
     level, masks = compared_masks(rows)
     figures["overlaps"] = lottery.mask_overlaps(masks, f"masks of level {level}")
     printed = [table(rows), *([table(rows, "nll")] if "nll" in shown else [])]
-    for name, figure in figures.items():
-        if figure is not None:
-            path = Path(folder) / "figures" / f"{name}.png"
-            path.parent.mkdir(exist_ok=True)
-            figure.savefig(path, dpi=150)
-            printed.append(f"figure {path}")
-    return "\n\n".join(printed)
+    return "\n\n".join([*printed, save_figures(figures, Path(folder))])

@@ -7,17 +7,20 @@ goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch.distributed as dist
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from parallel.flat import FlatTensors
 from parallel.groups import Group
 from strategies.cluster import ClusterStrategy
+
+log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
 
 SyncBuffers = Literal["mean", "own"]
 
@@ -61,9 +64,11 @@ class ReplicaStrategy(ClusterStrategy):
                 f"strategy={type(self).__name__} on one node of {self.local_size} processes is plain data parallelism; "
                 "cluster.local_size makes smaller nodes"
             )
-        elif self._local_size is None and self.num_nodes == 1:
-            rank_zero_info(
-                f"one machine, taken as {self.groups.num_nodes} nodes of {self.local_size}; cluster.local_size sets it"
+        elif self._local_size is None and self.num_nodes == 1 and self.global_rank == 0:
+            log.info(
+                "one machine, taken as %d nodes of %d; cluster.local_size sets it",
+                self.groups.num_nodes,
+                self.local_size,
             )
 
     @override

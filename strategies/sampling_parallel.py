@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.plugins import LayerSync
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
@@ -117,7 +117,8 @@ class SamplingParallel(ClusterStrategy):
             self._metric_group = self._data_group.handle or self._group_of_one()
         if self.sync_bn == "sample":
             self._layer_sync = _SharedStatistics(self._share)
-        rank_zero_info(f"{world // size} share(s) of the data, samples shared over {size} process(es)")
+        if self.global_rank == 0:
+            log.info("%d share(s) of the data, samples shared over %d process(es)", world // size, size)
 
     @property
     @override

@@ -51,11 +51,8 @@ LARGE = (
     "sampling_parallelism/cifar10_vit",
 )
 # What a batch of them computes is cut where it takes minutes.
-CUT = {
-    "sampling_parallelism/cifar10_vit": (
-        "data.batch_size=8", "data.eval_batch_size=4", "model.num_samples=2", "model.num_eval_samples=2",
-    ),
-}  # fmt: skip
+FEW = ("data.batch_size=8", "data.eval_batch_size=4", "model.num_samples=2", "model.num_eval_samples=2")
+CUT = {"bayesian_lottery/cifar10_vit": FEW, "sampling_parallelism/cifar10_vit": FEW}
 NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in experiments()]
 
 

@@ -108,23 +108,24 @@ def test_tickets_are_about_as_accurate_as_the_dense_network(study):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mask_and_initial_weights_both_matter(study):
-    """At level 15 one draw of other initial weights gives 0.64 to 0.82: there it is the mean of three draws."""
     found: dict[tuple[str, int], list[float]] = {}
-    for level, margin in ((9, 0.03), (12, 0.08), (15, 0.12)):
+    margins = {}
+    for level in (9, 12, 15):
         for seed in SEEDS:
             controls = {}
             for control in ("reinit", "shuffle_layerwise", "shuffle_even"):
-                draws = (seed, 10, 11) if (control, level) == ("reinit", 15) else (seed,)
-                options = [(f"model.control={control}", f"model.control_seed={draw}") for draw in draws]
-                values = [study.once(level, seed, "snr", *both)["test/accuracy"] for both in options]
-                controls[control] = statistics.fmean(values)
+                controls[control] = study.once(level, seed, "snr", f"model.control={control}")["test/accuracy"]
                 found.setdefault((control, level), []).append(controls[control])
-            assert study.accuracy("snr", level, seed) - max(controls.values()) >= margin, (level, seed, controls)
+            margins[level, seed] = study.accuracy("snr", level, seed) - max(controls.values())
     ordered = {
         control: statistics.fmean(value for level in (9, 12, 15) for value in found[control, level])
         for control in ("reinit", "shuffle_layerwise")
     }
     assert ordered["reinit"] > ordered["shuffle_layerwise"]
+    # The last one misses in seed 2 (0.109): one draw of other initial weights gives 0.64 to 0.82 there (the card).
+    for level, margin in ((9, 0.03), (12, 0.08), (15, 0.12)):
+        for seed in SEEDS:
+            assert margins[level, seed] >= margin, (level, seed, margins)
 
 
 # --- 7: transplants --------------------------------------------------------------------------------------------------

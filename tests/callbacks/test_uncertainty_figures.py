@@ -175,7 +175,7 @@ def test_every_process_notes_its_epochs_and_its_memory(ranks2, tmp_path):
     assert nothing is None and [row["rank"] for row in rows] == [0, 1]
     for row in rows:
         assert len(row["wall_s"]) == len(row["cpu_s"]) == 3 and min(row["cpu_s"]) > 0
-        assert 0 < row["before_mib"] <= row["peak_mib"] + 1  # the kernel counts pages of the peak a little late
+        assert 0 < row["before_mib"] <= row["peak_mib"]
     history = json.loads((tmp_path / "history.json").read_text())["epochs"]
     assert history[-1]["metrics"] == {"val/nll": nll}
 
