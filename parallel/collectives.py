@@ -102,12 +102,12 @@ class Interconnect:
         self.ledger.record(operation, group.ranks, payload)
         return self.network.book(operation, group.ranks, payload, self.local_size, sharing)
 
-    def all_reduce(self, tensor: Tensor, group: Group, sharing: int = 1) -> Transfer:
-        """Sum in place."""
+    def all_reduce(self, tensor: Tensor, group: Group, sharing: int = 1, op: Any = dist.ReduceOp.SUM) -> Transfer:
+        """Sum in place, or what ``op`` of torch.distributed says."""
         if group.size < 2:
             return Transfer(None, 0.0, self.ledger)
         ready_at = self.book("all_reduce", group, num_bytes(tensor), sharing)
-        work = dist.all_reduce(tensor, group=group.handle, async_op=True)
+        work = dist.all_reduce(tensor, op=op, group=group.handle, async_op=True)
         return Transfer(work, ready_at, self.ledger, (tensor,))
 
     def broadcast(self, tensor: Tensor, source: int, group: Group) -> Transfer:

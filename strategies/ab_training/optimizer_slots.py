@@ -79,40 +79,50 @@ class OptimizerSlots:
         return state
 
     def counts(self, parameters: list[Tensor]) -> Tensor:
-        """``(parameter, 2)``, float64: how many entries of state a parameter has, and the steps that are counted."""
+        """``(parameter, 3)``, float64: numbers in averages, other scalars added up, steps counted."""
         found = []
         for parameter in parameters:
             states = [o.state[parameter] for o in self.optimizers if o.state.get(parameter)]
-            found.append([sum(map(len, states)), sum(float(state.get("step", 0)) for state in states)])
-        return torch.tensor(found, dtype=torch.float64).view(-1, 2)
+            averages = sum(v.numel() for state in states for v in _averages(state))
+            scalars = sum(float(v) for state in states for key, v in state.items() if key != "step" and _is_scalar(v))
+            # A state without any average is one too.
+            found.append([len(states) + averages, scalars, sum(float(state.get("step", 0)) for state in states)])
+        return torch.tensor(found, dtype=torch.float64).view(-1, 3)
 
     def level(self, parameters: list[Tensor], low: Tensor, high: Tensor) -> None:
-        """Count the most steps that any rank has taken; where a rank has no state yet, all begin without one.
+        """Count the most steps that any rank has taken; where ranks keep different things, all begin without a state.
 
         Args:
             parameters: As for `counts`.
             low: Smallest counts of all ranks.
             high: Largest ones.
         """
-        for parameter, (fewest, _), (most, steps) in zip(parameters, low.tolist(), high.tolist(), strict=True):
+        same = (low[:, :2] == high[:, :2]).all(1).tolist()
+        for parameter, alike, steps in zip(parameters, same, high[:, 2].tolist(), strict=True):
             for optimizer in self.optimizers:
-                if fewest < most:
+                state = optimizer.state.get(parameter, {})
+                if not alike:
                     optimizer.state.pop(parameter, None)
-                elif isinstance(step := optimizer.state.get(parameter, {}).get("step"), Tensor):
+                elif isinstance(step := state.get("step"), Tensor):
                     step.fill_(steps)
+                elif step is not None:
+                    state["step"] = type(step)(steps)
 
     def moments(self, parameters: list[Tensor]) -> list[Tensor]:
-        """Floating-point state in the shape of its parameter, in a fixed order."""
+        """What optimizers average over steps, whatever its shape, in a fixed order."""
         found = []
         for parameter in parameters:
             for optimizer in self.optimizers:
-                state = optimizer.state.get(parameter, {})
-                found += [
-                    value
-                    for key, value in sorted(state.items())
-                    if key != "step" and isinstance(value, Tensor) and value.shape == parameter.shape
-                ]
+                found += _averages(optimizer.state.get(parameter, {}))
         return found
+
+
+def _averages(state: dict[str, Any]) -> list[Tensor]:
+    return [v for _, v in sorted(state.items()) if isinstance(v, Tensor) and v.dim() and v.is_floating_point()]
+
+
+def _is_scalar(value: Any) -> bool:
+    return not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
 
 
 def _to(value: Any, device: torch.device | str) -> Any:

@@ -334,7 +334,7 @@ class ABTrainingStrategy(ClusterStrategy):
         """Combine what the groups have learned, and train together."""
         begin = time.perf_counter()
         self.lightning_module.zero_grad(set_to_none=True)
-        self._level_scaled_steps()
+        self._level_states()
         self._angle = self.ab.end(self._all_reduce)
         self.seconds["sync"] += time.perf_counter() - begin
         self.ab = None
@@ -344,22 +344,23 @@ class ABTrainingStrategy(ClusterStrategy):
             self.phase, self.phase_begin = "full", self.steps
         self._say("synchronised")
 
-    def _level_scaled_steps(self) -> None:
-        """Make equal what differs where a group has left out steps whose scaled gradients have overflown.
+    def _level_states(self) -> None:
+        """Make alike what optimizers have counted and begun to keep of the parameters that all groups train.
 
-        That is the scale of the loss, or gradients of different scales would be averaged from now on, and what the
-        optimizers have counted and begun to keep of the parameters that all groups train.
+        Groups may have used a part of the network in different steps, or left out steps whose scaled gradients have
+        overflown. Of the latter the scale is levelled too, or gradients of different scales would be averaged.
         """
-        if self.scaler is None or self.layout.num_groups == 1:
+        if self.layout.num_groups == 1:
             return
-        state = self.scaler.state_dict()
+        counts = self.slots.counts(self.ab.common)
+        state = self.scaler.state_dict() if self.scaler is not None else {"scale": 0.0, "_growth_tracker": 0}
         scale = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float64)
-        counts = self.slots.counts(self.ab.common).flatten()
-        largest = torch.cat([scale, counts, -counts]).to(self.root_device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        scale, high, low = largest.cpu().split([2, len(counts), len(counts)])
-        self.scaler.load_state_dict(state | {"scale": -float(scale[0]), "_growth_tracker": -int(scale[1])})
-        self.slots.level(self.ab.common, -low.view(-1, 2), high.view(-1, 2))
+        largest = torch.cat([scale, counts.flatten(), -counts.flatten()]).to(self.root_device)
+        self.interconnect.all_reduce(largest, self.groups.world, op=dist.ReduceOp.MAX).wait()
+        scale, high, low = largest.cpu().split([2, counts.numel(), counts.numel()])
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state | {"scale": -float(scale[0]), "_growth_tracker": -int(scale[1])})
+        self.slots.level(self.ab.common, -low.view_as(counts), high.view_as(counts))
 
     def _enter(self, phase: Phase, starts: Sequence[Start] = ()) -> None:
         self.phase, self.phase_begin = phase, self.steps

@@ -272,23 +272,29 @@ class DASO(ReplicaStrategy):
         """Average the floating-point state of the optimizers (momenta) over the nodes."""
         for optimizer in self.optimizers:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            parameters = self._with_state_everywhere(parameters, optimizer)
-            states = [optimizer.state[p] for p in parameters if p in optimizer.state]
-            tensors = [
-                v for state in states for name, v in sorted(state.items())
-                if isinstance(v, Tensor) and v.is_floating_point() and name != "step"
+            averages = [
+                [v for key, v in sorted(optimizer.state.get(p, {}).items())
+                 if isinstance(v, Tensor) and v.is_floating_point() and key != "step"]
+                for p in parameters
             ]  # fmt: skip
+            tensors = [v for of_one in self._kept_everywhere(averages) for v in of_one]
             if tensors:
                 flat = FlatTensors(tensors)
                 flat.unpack(self.mean_over_nodes(flat.pack()))
 
-    def _with_state_everywhere(self, parameters: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
-        """Those for which the optimizer of every node has a state: a node may have left out its steps so far."""
-        if self.scaler is None or not parameters:
-            return parameters
-        known = torch.tensor([len(optimizer.state.get(p, ())) > 0 for p in parameters], device=self.root_device).int()
-        dist.all_reduce(known, op=dist.ReduceOp.MIN, group=self.groups.across.handle)
-        return [p for p, everywhere in zip(parameters, known.tolist(), strict=True) if everywhere]
+    def _kept_everywhere(self, averages: list[list[Tensor]]) -> list[list[Tensor]]:
+        """Those of the parameters of which every node keeps the same numbers.
+
+        A node may have left out all steps of a parameter so far: its part of the network was not used there, or its
+        scaled gradients have overflown.
+        """
+        if not averages:
+            return []
+        sizes = torch.tensor([sum(v.numel() for v in of_one) for of_one in averages], device=self.root_device)
+        largest = torch.stack([sizes, -sizes])
+        self.interconnect.all_reduce(largest, self.groups.across, self.local_size, dist.ReduceOp.MAX).wait()
+        alike = (largest[0] == -largest[1]).tolist()
+        return [of_one for of_one, same in zip(averages, alike, strict=True) if same]
 
     def _end_epoch(self) -> None:
         total = self._loss_sums()

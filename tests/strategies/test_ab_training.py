@@ -318,6 +318,66 @@ def test_ranks_are_equal_whenever_they_train_together(ranks4, tmp_path):
         assert all(torch.equal(final[n], results[0][0][n]) for n in final)
 
 
+# ------------------------------------------------------------------- states of optimizers that groups build differently
+
+
+class Branch(nets.Regression):
+    """A branch beside the network that the two ranks use in different steps."""
+
+    def __init__(self, used, optimizer):
+        super().__init__(network(), optimizer)
+        self.branch = nn.Linear(nets.IN, nets.OUT, dtype=torch.float64)
+        nn.init.zeros_(self.branch.weight), nn.init.zeros_(self.branch.bias)
+        self.used = used
+
+    def training_step(self, batch, batch_idx):
+        output = self.net(batch[0])
+        if self.used(self.global_rank, self.trainer.global_step):
+            output = output + self.branch(batch[0])
+        return nn.functional.mse_loss(output, batch[1])
+
+
+def every_other_step(rank, step):
+    """All steps on the first rank."""
+    return rank == 0 or step % 2 == 0
+
+
+def from_the_ab_phase_on(rank, step):
+    """Until its end by the first rank alone."""
+    return step >= 7 and (rank == 0 or step >= 11)
+
+
+BRANCH_OPTIMIZERS = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-2),
+    "NAdam": partial(torch.optim.NAdam, lr=1e-2),  # a product of momenta beside the steps
+    "Adafactor": partial(torch.optim.Adafactor, lr=1e-2),  # averages in another shape than the parameter's
+    "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+}
+
+
+def branched(folder, used):
+    found = {}
+    for name, optimizer in BRANCH_OPTIMIZERS.items():
+        module = Branch(used, optimizer)
+        _, trainer, seen = fit(
+            folder, module=module, local_size=1, find_unused_parameters=True, opt_state="hold", timeout_s=20
+        )
+        assert seen.phases == [*PHASES[1:], "full"]
+        states = [trainer.optimizers[0].state.get(p, {}) for p in module.parameters()]
+        state = [torch.as_tensor(v).double().flatten() for s in states for _, v in sorted(s.items())]
+        found[name] = nets.weights(module), torch.cat(state)
+    return found
+
+
+@pytest.mark.parametrize("used", [every_other_step, from_the_ab_phase_on])
+def test_groups_that_use_a_branch_in_different_steps_end_equal(ranks2, tmp_path, used):
+    """Their optimizers have counted different steps of it, or one has none at all."""
+    first, second = ranks2(branched, str(tmp_path), used, timeout=60)
+    for name in BRANCH_OPTIMIZERS:
+        for one, other in zip(first[name], second[name], strict=True):
+            assert torch.equal(one, other), name
+
+
 # ----------------------------------------------------------------------------------------- acceptance 5: silent groups
 
 
@@ -432,6 +492,7 @@ def test_traffic_is_that_of_the_formula(ranks4, tmp_path):
         switches += all_reduce * (factors + 3 * common)  # with AdamW's two averages
         switches += broadcast * (factors + sum(cycle.values()))  # with roots of the singular values
         switches += all_reduce * 2 * len(FACTORED)  # ranks, 8 bytes each
+        switches += all_reduce * 2 * (2 + 2 * 3 * (len(shapes) - len(FACTORED)))  # what optimizers have counted
     assert ab == pytest.approx(4 * (gradients + switches), rel=1e-3)
     assert ddp == 4 * len(PHASES) * whole * all_reduce
 

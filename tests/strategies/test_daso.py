@@ -172,6 +172,36 @@ def test_modules_that_daso_cannot_train_are_refused_on_every_rank(ranks4, tmp_pa
         assert re.search(REFUSED[kind][1], text) and seconds < 5
 
 
+class Branch(nets.Regression):
+    """A branch beside the network that only the first node uses in the first steps."""
+
+    def __init__(self):
+        super().__init__(optimizer=lambda p: torch.optim.AdamW(p, 0.01))
+        self.branch = torch.nn.Linear(nets.IN, nets.OUT, dtype=torch.float64)
+
+    def training_step(self, batch, batch_idx):
+        output = self.net(batch[0])
+        if self.global_rank == 0 or self.trainer.global_step >= 10:
+            output = output + self.branch(batch[0])
+        return F.mse_loss(output, batch[1])
+
+
+def branched(folder):
+    torch.manual_seed(1)
+    strategy = DASO(2, 0, local_size=1, sync_optimizer="every_blocking", find_unused_parameters=True, timeout_s=20)
+    module, trainer = nets.fit(strategy, folder, module=Branch(), epochs=2)  # of 8 steps, all waited for
+    (optimizer,) = trainer.optimizers
+    moments = torch.cat([optimizer.state[p]["exp_avg"].flatten() for p in module.parameters()])
+    return nets.weights(module), moments, [float(optimizer.state[p]["step"]) for p in module.branch.parameters()]
+
+
+def test_momenta_of_a_branch_that_a_node_has_not_used_yet_are_averaged_later(ranks2, tmp_path):
+    """A node that sends fewer numbers than the other would end both."""
+    (weights, moments, steps), (other, others, fewer) = ranks2(branched, str(tmp_path), timeout=40)
+    assert torch.equal(weights, other) and torch.equal(moments, others)
+    assert steps == [16, 16] and fewer == [6, 6]
+
+
 class Freeze(nets.pl.Callback):
     """The first layer stops to learn after an epoch."""
 
