@@ -197,6 +197,8 @@ class ClusterStrategy(DDPStrategy):
                 f"the ranks have {counts} training batches per epoch and must all take the same steps: build the "
                 "loader with datamodules.loading.make_loader"
             )
+        if self.steps == 0:  # unlike the Trainer's, where the checkpoint of another strategy was loaded
+            self.steps = self.lightning_module.trainer.global_step
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -270,9 +270,10 @@ class ABTrainingStrategy(ClusterStrategy):
 
     @override
     def on_train_start(self) -> None:
+        known = self.steps
         super().on_train_start()
-        if self.steps == 0 and self.lightning_module.trainer.global_step:  # the checkpoint of another strategy
-            self.steps = self.phase_begin = self.lightning_module.trainer.global_step
+        if self.steps != known:  # the checkpoint of another strategy
+            self.phase_begin = self.steps
         self._switch_if_due()  # there may be no warm-up, and a resumed run may have become longer
         self._step_begin = time.perf_counter()
 

@@ -178,13 +178,22 @@ class DASO(ReplicaStrategy):
 
     @override
     def on_train_start(self) -> None:
+        known = self.steps
         super().on_train_start()
         trainer = self.lightning_module.trainer
+        if self.steps != known:  # the checkpoint of another strategy
+            self.schedule.epoch = trainer.current_epoch
         if trainer.max_steps > 0:  # the length of an epoch is known only now
             epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             epochs = math.ceil(trainer.max_steps / epoch)
             if self.schedule.epochs is None or epochs < self.schedule.epochs:
                 self.schedule.set_length(epochs)
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        # Not what the schedule has counted: another strategy may have trained the first epochs.
+        self.schedule.epoch = self.lightning_module.trainer.current_epoch
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

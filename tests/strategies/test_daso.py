@@ -577,6 +577,39 @@ def test_one_machine_is_taken_as_two_nodes(ranks4, tmp_path):
     assert [size for size, _ in found] == [2] * 4 and sum(sent for _, sent in found) > 0
 
 
+class Phases(nets.pl.Callback):
+    """(epoch, phase, steps) before every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, *args):
+        self.seen.append((trainer.current_epoch, trainer.strategy.phase, trainer.strategy.steps))
+
+
+def after_another_strategy(folder):
+    found = []
+    for step, strategy in (
+        (28, DASO(2, 2, local_size=1)),
+        (32, DASO(2, 2, local_size=1)),
+        (32, DASO(0, 0, warmup_steps=36, local_size=1)),
+    ):
+        path, phases = f"{folder}/{step}.ckpt", Phases()
+        nets.fit(DDP(local_size=1), folder, epochs=8, callbacks=(SaveAt(step, path),))
+        nets.fit(strategy, folder, epochs=8, ckpt_path=path, callbacks=(phases,))
+        found.append(phases.seen)
+    return found
+
+
+def test_phases_belong_to_epochs_whoever_trained_the_first_ones(ranks2, tmp_path):
+    """A checkpoint of another strategy, from within its fourth epoch and from the end of it."""
+    expected = {3: "cycling", 4: "cycling", 5: "cycling", 6: "cooldown", 7: "cooldown"}
+    for within, at_end, counted in ranks2(after_another_strategy, str(tmp_path), timeout=60):
+        assert within == [(t // 8, expected[t // 8], t) for t in range(28, 64)]
+        assert at_end == [(t // 8, expected[t // 8], t) for t in range(32, 64)]
+        assert counted == [(t // 8, "warmup" if t < 36 else "cycling", t) for t in range(32, 64)]
+
+
 def other_cluster(folder):
     path = f"{folder}/x.ckpt"
     nets.fit(DASO(1, 0, local_size=2), folder, epochs=4, callbacks=(SaveAt(14, path),))
