@@ -23,6 +23,7 @@ from typing_extensions import override
 
 from callbacks.energy.callback import EnergyCallback
 from callbacks.low_rank import draw, log_exact
+from callbacks.replaced_weights import refuse_replaced_weights
 from callbacks.run_record import RunRecord
 from networks.lottery.cost import Cost, multiplications
 from networks.lottery.pruning import prune, sign_agreement
@@ -155,6 +156,7 @@ class IterativePruning(pl.Callback):
             install_masks(pl_module, self.prunable)
         if str(getattr(stage, "value", stage)) != "fit":
             return
+        refuse_replaced_weights(trainer, "iterative_pruning")
         if sum(isinstance(callback, IterativePruning) for callback in trainer.callbacks) > 1:
             raise ValueError("callbacks: two IterativePruning callbacks would prune by turns; keep one")
         order = [isinstance(c, EarlyStopping) for c in trainer.callbacks[trainer.callbacks.index(self) :]]

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from callbacks.figures.callback import hand_over
+from callbacks.replaced_weights import refuse_replaced_weights
 from networks.low_rank import (
     ForwardOrder,
     LayerChoice,
@@ -135,11 +136,7 @@ class LowRankCallback(pl.Callback):
                 f"callbacks.{self.key}: {type(strategy).__name__} does not keep whole weights on every rank, which a "
                 "decomposition needs; choose strategy=auto or another data-parallel one."
             )
-        if getattr(strategy, "replaces_weights", False) and trainer.world_size > 1:
-            raise ValueError(
-                f"callbacks.{self.key}: {type(strategy).__name__} replaces weights itself, the two cannot take turns; "
-                "choose strategy=ddp, daso or local_sgd."
-            )
+        refuse_replaced_weights(trainer, self.key)
         for optimizer in trainer.optimizers:
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise ValueError(

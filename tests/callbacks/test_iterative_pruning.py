@@ -224,6 +224,20 @@ def test_trackers_begin_anew(tmp_path):
     assert stored["epoch"] in (4, 5)
 
 
+class Replacing(pl.Callback):
+    """Marks the strategy as AB-training is marked."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        trainer.strategy.replaces_weights = True
+
+
+def test_strategies_that_replace_weights_are_refused():
+    """Whatever the network: names of weights, their masks and their optimizer state would be gone at a level's end."""
+    trainer = quiet_trainer(callbacks=[Replacing(), pruning()], max_epochs=2, enable_checkpointing=False)
+    with pytest.raises(ValueError, match=r"callbacks\.iterative_pruning: \w+ replaces weights itself"):
+        trainer.fit(mlp(), datamodule=SMALL())
+
+
 def test_early_stopping_must_come_first():
     callback = pruning()
     trainer = quiet_trainer(callbacks=[callback, EarlyStopping("val/loss")], max_epochs=-1, enable_checkpointing=False)

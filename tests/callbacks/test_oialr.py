@@ -595,6 +595,18 @@ def test_sharded_strategies_are_refused():
         fit(OIALR(), Sharding())
 
 
+class Replacing(pl.Callback):
+    """Marks the strategy as AB-training is marked, which factorises on one device as well."""
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        trainer.strategy.replaces_weights = True
+
+
+def test_strategies_that_replace_weights_are_refused_on_one_device_too():
+    with pytest.raises(ValueError, match=r"callbacks\.oialr: \w+ replaces weights itself.*strategy=auto"):
+        fit(Replacing(), OIALR(delay=2))
+
+
 def test_zero_optimizers_are_refused():
     class ZeroRedundancyOptimizer(torch.optim.SGD):
         pass
