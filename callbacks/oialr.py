@@ -236,10 +236,17 @@ class OIALR(LowRankCallback):
             dropped = float(s[rank:].double().square().sum()) / total if total else 0.0
             values[f"oialr/discarded/{weight.label}"] = dropped
             self.history["spectra"].setdefault(weight.label, {})["after"] = s[:rank].tolist()
+        self._forget_bases()
         if before != {id(w.trained) for w in (*due, *treated)}:
             self._rewrap(trainer)
         self._tell(trainer)
         self._report(trainer, pl_module, due, treated, values | {"oialr/svd_s": seconds})
+
+    def _forget_bases(self) -> None:
+        """Of weights that are converted: nobody compares them any more, and checkpoints hold them."""
+        dense = {w.name for w in self.weights if not w.converted}
+        kept = [{**e, "factors": {n: p for n, p in e["factors"].items() if n in dense}} for e in self._bases]
+        self._bases = [entry for entry in kept if entry["factors"]]
 
     def _finite(self, weight: LowRankWeight, singular_values: Tensor) -> bool:
         if bool(singular_values.isfinite().all()):
