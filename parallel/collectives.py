@@ -66,7 +66,7 @@ class Transfer:
             after.synchronize()
             return 1e-3 * before.elapsed_time(after), 1e-3 * issued.elapsed_time(after)
 
-        self._ledger.pending.append(times)
+        self._ledger.defer(times)
         self.done, self._keep = True, ()
         return 0.0
 

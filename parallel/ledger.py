@@ -10,6 +10,7 @@ from typing import Any
 from parallel.layout import crossings, ring_bytes
 
 LINKS = ("intra_node", "inter_node")
+_KEPT = 1024  # transfers whose times wait to be read
 
 
 @dataclass
@@ -79,10 +80,17 @@ class Ledger:
         finally:
             self._paused = False
 
-    def settle(self) -> None:
-        """Add the times of pending transfers; waits for the device where those have not ended."""
-        pending, self.pending = self.pending, []
-        for times in pending:
+    def defer(self, times: Callable[[], tuple[float, float]]) -> None:
+        """Add the times of a transfer, (blocked, transfer) in seconds, when they are known."""
+        self.pending.append(times)
+        if len(self.pending) > _KEPT:  # nobody reads them for long; the older half has ended long ago
+            self.settle(_KEPT // 2)
+
+    def settle(self, number: int | None = None) -> None:
+        """Add the times of the oldest pending transfers (None: of all); waits for the device where they go on."""
+        number = len(self.pending) if number is None else number
+        settled, self.pending = self.pending[:number], self.pending[number:]
+        for times in settled:
             blocked, transfer = times()
             self.blocked_s += blocked
             self.transfer_s += transfer

@@ -133,6 +133,22 @@ def test_on_a_device_the_stream_says_how_long_it_stood_still(monkeypatch):
     assert not ledger.pending
 
 
+def test_times_that_nobody_reads_do_not_pile_up(monkeypatch):
+    """An epoch may have any number of transfers; three events of each would live to its end."""
+    stream, ledger = FakeStream(), Ledger(0, 1)
+    monkeypatch.setattr(torch.cuda, "Event", stream.event)
+    most = 0
+    for _ in range(5000):
+        transfer = Transfer(
+            SimpleNamespace(wait=lambda: stream.run(2.0)), 0.0, ledger, (SimpleNamespace(is_cuda=True),)
+        )
+        stream.run(1.0)
+        transfer.wait()
+        most = max(most, len(ledger.pending))
+    assert most <= 1024
+    assert ledger.sums()["blocked_s"] == pytest.approx(10.0) and ledger.transfer_s == pytest.approx(15.0)
+
+
 def trace():
     ledger = Ledger(dist.get_rank(), 2)
     nodes = [dist.new_group([0, 1]), dist.new_group([2, 3])]
