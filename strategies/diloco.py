@@ -49,7 +49,6 @@ class DiLoCo(ReplicaStrategy):
             )
         super().__init__(sync_buffers, **cluster)
         self.period, self.outer_lr, self.outer_momentum = period, outer_lr, outer_momentum
-        self.turn = 0
         self._since = 0  # steps since the last exchange
         self._anchor: Tensor | None = None
         self._velocity: Tensor | None = None

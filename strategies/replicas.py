@@ -16,9 +16,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from parallel.collectives import Interconnect
 from parallel.flat import FlatTensors
 from parallel.groups import Group
+from parallel.ledger import Ledger
+from parallel.network_model import NetworkModel
 from strategies.cluster import ClusterStrategy
+from strategies.exchange import Exchange, Variant
 
 log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
 
@@ -39,6 +43,8 @@ class ReplicaStrategy(ClusterStrategy):
             raise ValueError(f"strategy.sync_buffers={sync_buffers!r}: choose mean or own")
         super().__init__(**cluster)
         self.sync_buffers = sync_buffers
+        self.exchange_variant: Variant = "rotate"
+        self.turn = 0  # exchanges so far, which say who sends
         self.equal = True  # whether all replicas hold the same numbers
         self._flat: FlatTensors | None = None
         self._own: tuple[Tensor, Tensor] | None = None  # parameters and buffers, while a validation sees the mean
@@ -109,10 +115,22 @@ class ReplicaStrategy(ClusterStrategy):
     def _buffers(self) -> FlatTensors:
         return FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
 
-    def mean_over_nodes(self, vector: Tensor) -> Tensor:
-        """Average a vector in place over the nodes, in full precision, and wait for it."""
-        self.interconnect.all_reduce(vector, self.groups.across).wait()
-        return vector.div_(self.groups.num_nodes)
+    def mean_over_nodes(self, vector: Tensor, interconnect: Interconnect | None = None) -> Tensor:
+        """Average a vector that all ranks of a node hold alike over the nodes, in full precision, and wait for it.
+
+        Like every exchange it crosses the slow network once per node, not once per rank.
+
+        Args:
+            vector: ``(n,)``; it may be overwritten.
+            interconnect: None: the one that counts and delays training traffic.
+        """
+        if self.groups.num_nodes == 1:
+            return vector
+        exchange = Exchange(self.groups, interconnect or self.interconnect, vector.numel(), self.exchange_variant)
+        part = exchange.part(vector, self.turn)
+        if part is not None:
+            part = exchange.start(part, None).result()
+        return exchange.distribute(part, self.turn, vector)
 
     def synchronize(self) -> None:
         """Make all replicas equal to their mean; callbacks that change weights call this first."""
@@ -145,10 +163,9 @@ class ReplicaStrategy(ClusterStrategy):
         return {name: means.get(id(named.get(name)), value) for name, value in state.items()}
 
     def _mean(self, flat: FlatTensors) -> Tensor:
-        """Of a copy, outside the ledger: a checkpoint is not training traffic."""
-        vector = flat.pack()
-        dist.all_reduce(vector, group=self.groups.across.handle)
-        return vector.div_(self.groups.num_nodes)
+        """Of a copy, neither counted nor delayed: a checkpoint is not training traffic."""
+        aside = Interconnect(self.local_size, NetworkModel(), Ledger(self.global_rank, self.local_size))
+        return self.mean_over_nodes(flat.pack(), aside)
 
     @override
     def teardown(self) -> None:

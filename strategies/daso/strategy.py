@@ -134,7 +134,6 @@ class DASO(ReplicaStrategy):
         self.schedule_rule, self.merge_rule = schedule, merge_rule
         self.wire_dtype, self.cycling_wire_dtype = wire_dtype, cycling_wire_dtype
         self.wire_encoding, self.exchange_variant, self.sync_optimizer = wire_encoding, exchange, sync_optimizer
-        self.turn = 0  # k: exchanges so far
         self.drift: Tensor | float = 0.0  # of this node at the last exchange: ||x_i - mean|| / ||mean||
         self._flight: Flight | None = None
         self._anchor: Tensor | None = None  # what all nodes had when they were last equal

@@ -742,3 +742,22 @@ def test_bytes_between_nodes_follow_the_ring_model(ranks4, tmp_path, exchange):
     # Gradients, every step, two nodes, and what spreads the result of each exchange within both.
     within = sum(f["intra_node_bytes"] for f in found) - 8 * 2 * 2 * parameters
     assert within == (3 * 2 * parameters * 2 if exchange == "rotate" else 3 * 2 * parameters)
+
+
+def traffic_of_state(folder, exchange):
+    """Eight steps that are waited for, with running statistics and the momenta of AdamW."""
+    module = nets.Regression(nets.network(torch.float32, norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+    strategy = DASO(1, 0, local_size=2, wire_dtype="fp32", exchange=exchange, sync_optimizer="warm_end")
+    nets.fit(strategy, folder, module=module, epochs=2, max_steps=8)
+    seen = torch.cat([nets.weights(module), *(b.double().reshape(-1) for b in module.buffers())])
+    return strategy.ledger.totals()["inter_node_bytes"], seen
+
+
+@pytest.mark.parametrize("exchange", ["rotate", "sharded"])
+def test_statistics_and_momenta_cross_the_slow_network_once_per_node(ranks4, tmp_path, exchange):
+    found = ranks4(traffic_of_state, str(tmp_path), exchange)
+    parameters, statistics, momenta = 90, 16, 2 * 90
+    counts = 2 * 6 * 8 * 2  # of what six parameters keep, 8 bytes each, by both ranks of a node
+    expected = 2 * 4 * (8 * (parameters + statistics) + momenta) + 2 * counts
+    assert sum(sent for sent, _ in found) == expected
+    assert all(torch.equal(seen, found[0][1]) for _, seen in found)
