@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,41 @@ class Interconnect:
         ready_at = self.book("all_to_all", group, num_bytes(parts), sharing)
         work = dist.all_to_all_single(as_bytes(out), as_bytes(parts), group=group.handle, async_op=True)
         return Transfer(work, ready_at, self.ledger, (out, parts))
+
+
+def gather_objects(mine: Any, group: Group, device: torch.device, piece_bytes: int = 1 << 26) -> list[Any] | None:
+    """Collect an object of every rank on the first rank of the group, in host memory; uncounted, for checkpoints.
+
+    `torch.distributed.gather_object` needs memory of the device for as many objects as there are ranks, each as long as
+    the longest one. Here they travel in pieces.
+
+    Args:
+        mine: What can be pickled, tensors in host memory; called on all ranks of the group together.
+        group: Ranks.
+        device: Whose memory the backend sends.
+        piece_bytes: Memory of the device for one round of pieces, on the first rank.
+
+    Returns:
+        The objects in the order of the ranks; None on all but the first.
+    """
+    if group.size < 2:
+        return [mine]
+    data = torch.frombuffer(bytearray(pickle.dumps(mine)), dtype=torch.uint8)
+    lengths = [torch.zeros(1, dtype=torch.int64, device=device) for _ in group.ranks]
+    dist.all_gather(lengths, torch.tensor([len(data)], device=device), group=group.handle)
+    sizes = [int(length) for length in lengths]
+    piece, is_first = max(1, piece_bytes // group.size), dist.get_rank() == group.ranks[0]
+    whole = [torch.empty(size, dtype=torch.uint8) for size in sizes] if is_first else []
+    sent = torch.zeros(min(piece, max(sizes)), dtype=torch.uint8, device=device)
+    received = [torch.empty_like(sent) for _ in sizes] if is_first else None
+    for begin in range(0, max(sizes), len(sent)):
+        part = data[begin : begin + len(sent)]
+        sent[: len(part)].copy_(part)
+        dist.gather(sent, received, group.ranks[0], group=group.handle)
+        for one, got in zip(whole, received or (), strict=True):
+            of_one = one[begin : begin + len(sent)]
+            of_one.copy_(got[: len(of_one)])
+    return [pickle.loads(one.numpy()) for one in whole] if is_first else None
 
 
 def num_bytes(tensor: Tensor) -> int:

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from typing_extensions import override
 
+from parallel.collectives import gather_objects
 from parallel.gradient_hooks import GradientHook, PowerSGDHook
 from strategies.cluster import ClusterStrategy
 
@@ -85,9 +85,7 @@ class DDP(ClusterStrategy):
         state = super().state_dict()
         if isinstance(self.__dict__.get("_hook"), PowerSGDHook):
             mine = self._hook.state_dict({id(p): name for name, p in self._named().items()})
-            ranks = [None] * self.groups.world.size if self.global_rank == 0 else None
-            dist.gather_object(mine, ranks, dst=0)
-            state["powersgd"] = ranks
+            state["powersgd"] = gather_objects(mine, self.groups.world, self.root_device)
         return state
 
     @override

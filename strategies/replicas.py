@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from parallel.collectives import Interconnect
+from parallel.collectives import Interconnect, gather_objects
 from parallel.flat import FlatTensors
 from parallel.groups import Group
 from parallel.ledger import Ledger
@@ -222,9 +222,7 @@ class ReplicaStrategy(ClusterStrategy):
         state = super().state_dict() | {"equal": self.equal}
         mine = self.replica_state()  # all ranks of a node take part
         if self.groups.num_nodes > 1 and self.groups.place.local == 0:
-            replicas = [None] * self.groups.num_nodes if self.global_rank == 0 else None
-            dist.gather_object(mine, replicas, dst=0, group=self.groups.across.handle)
-            state["replicas"] = replicas
+            state["replicas"] = gather_objects(mine, self.groups.across, self.root_device)
         return state
 
     @override

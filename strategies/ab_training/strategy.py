@@ -29,8 +29,9 @@ from networks.ab_factors import (
 )
 from networks.tall_view import tall_shape
 from parallel.ab_layout import ABLayout, ab_layout
-from parallel.collectives import Interconnect
+from parallel.collectives import Interconnect, gather_objects
 from parallel.groups import Group, destroy, make_group
+from parallel.layout import global_groups
 from parallel.ledger import Ledger
 from strategies.ab_training.ab_phase import ABPhase, Groups, Start
 from strategies.ab_training.optimizer_slots import OptimizerSlots, OptState
@@ -203,13 +204,11 @@ class ABTrainingStrategy(ClusterStrategy):
             )
         self.interconnect = _GroupedInterconnect(self.local_size, self.network, self.interconnect.ledger)
         self.interconnect.between = Ledger(self.global_rank, self.layout.group_size)
-        self._own_group: Group | None = None
-        if self.layout.num_groups == 1:
-            self.group = self.groups.world
-        elif self.layout.group_size == self.groups.node.size:
-            self.group = self.groups.node
-        else:
-            self.group = self._own_group = make_group(self.layout.groups(), self._timeout)
+        self._own_groups: list[Group] = []
+        self.group, self._peers = self.groups.node, self.groups.across  # peers: one rank of each group
+        if (size := self.layout.group_size) != self.groups.node.size:
+            families = self.layout.groups(), global_groups(self.groups.world.size, size)
+            self.group, self._peers = self._own_groups = [make_group(ranks, self._timeout) for ranks in families]
 
     @property
     @override
@@ -449,18 +448,12 @@ class ABTrainingStrategy(ClusterStrategy):
         }
         if self.ab is not None:
             ab["starts"] = self.ab.starts()
-            mine = self.ab.group_state() if self.global_rank in self._first_ranks() else None
-            if mine is not None and self.scaler is not None:
-                mine["scaler"] = self.scaler.state_dict()
-            states: list[Any] | None = [mine]
-            if self.groups.world.size > 1:
-                states = [None] * self.groups.world.size if self.global_rank == 0 else None
-                dist.gather_object(mine, states, dst=0)
-            ab["groups"] = [s for s in states or () if s is not None]
+            if self.layout.member(self.global_rank).member == 0:
+                mine = self.ab.group_state()
+                if self.scaler is not None:
+                    mine["scaler"] = self.scaler.state_dict()
+                ab["groups"] = gather_objects(mine, self._peers, self.root_device)
         return super().state_dict() | {"ab": ab}
-
-    def _first_ranks(self) -> list[int]:
-        return [ranks[0] for ranks in self.layout.groups()]
 
     def _must_agree(self) -> dict[str, Any]:
         """Settings that a checkpoint from within an AB phase depends on."""
@@ -534,10 +527,10 @@ class ABTrainingStrategy(ClusterStrategy):
         if self.ab is not None:  # an error, or a signal
             self.ab.abandon()
             self.ab, self.phase = None, "full"
-        own = self.__dict__.pop("_own_group", None)
+        own = self.__dict__.pop("_own_groups", [])
         super().teardown()
-        if own is not None and dist.is_initialized():
-            destroy(own)
+        if dist.is_initialized():
+            destroy(*own)
 
     # -------------------------------------------------------------------------------------------------------- report
 

@@ -2,14 +2,15 @@
 
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from parallel.collectives import Interconnect, Transfer
+from parallel.collectives import Interconnect, Transfer, gather_objects
 from parallel.flat import FlatTensors
-from parallel.groups import destroy, make_cluster_groups
+from parallel.groups import Group, destroy, make_cluster_groups, make_group
 from parallel.ledger import Ledger
 from parallel.network_model import NetworkModel
 from parallel.tracing import CollectiveTrace
@@ -88,6 +89,34 @@ def test_an_emulated_link_delays_the_end_and_not_the_begin(ranks4):
         assert issued < 0.1
         assert counted == pytest.approx(blocked)
         assert blocked <= taken
+
+
+def gathered():
+    """A small and a large object, in pieces of ten bytes and at once; the most that was sent in a round."""
+    group, rank = make_group([range(4)]), dist.get_rank()
+    mine = {"rank": rank, "numbers": torch.arange(100.0 if rank == 2 else 3.0, dtype=torch.float64)}
+    rounds, gather = [], dist.gather
+
+    def noted(sent, *args, **kwargs):
+        rounds.append(len(sent))
+        gather(sent, *args, **kwargs)
+
+    with mock.patch.object(dist, "gather", noted):
+        found = [gather_objects(mine, group, torch.device("cpu"), size) for size in (40, 1 << 26)]
+    alone = gather_objects(mine, Group((rank,), None), torch.device("cpu"))
+    return found, rounds, alone[0]["rank"]
+
+
+def test_objects_of_all_ranks_travel_in_pieces(ranks4):
+    results = ranks4(gathered)
+    assert [alone for *_, alone in results] == [0, 1, 2, 3]
+    assert all(found == [None, None] for found, *_ in results[1:])
+    found, rounds, _ = results[0]
+    for objects in found:
+        assert [one["rank"] for one in objects] == [0, 1, 2, 3]
+        assert [len(one["numbers"]) for one in objects] == [3, 3, 100, 3]
+        assert torch.equal(objects[2]["numbers"], torch.arange(100.0, dtype=torch.float64))
+    assert len(rounds) > 50 and set(rounds[:-1]) == {10} and rounds[-1] > 800
 
 
 class FakeStream:
