@@ -160,7 +160,11 @@ class ReplicaStrategy(ClusterStrategy):
         if self.sync_buffers == "mean" and len(buffers := self._buffers()):
             named |= dict(self.lightning_module.named_buffers(remove_duplicate=False))
             means |= {id(b): v for b, v in zip(buffers.tensors, buffers.split(self._mean(buffers)), strict=True)}
-        return {name: means.get(id(named.get(name)), value) for name, value in state.items()}
+        # In the types of the module: those that are loaded take over the type of some buffers.
+        return {
+            name: means[key].to(value.dtype, copy=True) if (key := id(named.get(name))) in means else value
+            for name, value in state.items()
+        }
 
     def _mean(self, flat: FlatTensors) -> Tensor:
         """Of a copy, neither counted nor delayed: a checkpoint is not training traffic."""

@@ -468,6 +468,27 @@ def test_a_run_that_stops_in_the_cycle_goes_on_as_if_it_had_not(ranks4, tmp_path
     assert not torch.equal(found[0][5], found[0][0])
 
 
+def mixed_types(folder):
+    """Types of what a checkpoint holds while the nodes differ, beside those of the module, which has several."""
+    module = nets.Regression(nets.network(torch.float32, norm=True))
+    module.register_buffer("units", torch.tensor([3.0]))
+    module.register_buffer("exact", torch.tensor([0.1], dtype=torch.float64))
+    path = f"{folder}/m.ckpt"
+    nets.fit(DASO(0, 0, local_size=1), folder, module=module, epochs=2, callbacks=(SaveAt(13, path),))
+    content = torch.load(path, weights_only=True)
+    assert not content["strategy"]["equal"]
+    types = {name: (value.dtype, module.state_dict()[name].dtype) for name, value in content["state_dict"].items()}
+    return types, [float(content["state_dict"][name]) for name in ("units", "exact")]
+
+
+def test_a_checkpoint_has_the_types_of_the_module(ranks2, tmp_path):
+    """Sums over nodes are in the widest of them."""
+    for types, values in ranks2(mixed_types, str(tmp_path)):
+        assert {found for found, _ in types.values()} == {torch.float32, torch.float64, torch.int64}
+        assert all(found == expected for found, expected in types.values())
+        assert values == [3.0, 0.1]
+
+
 class SaveInValidation(nets.pl.Callback):
     """What ModelCheckpoint does: it saves while the module shows the mean of the nodes."""
 
