@@ -29,6 +29,9 @@ class Communication(pl.Callback):
     ``comm/inter_node_calls``, ``comm/intra_node_calls`` of each epoch; to the loggers also ``comm/blocked_s`` and
     ``comm/transfer_s`` (means over ranks) and what the strategy reports of itself.
 
+    results.json holds the sums over the training as ``communication``, with ``between_groups_bytes`` under strategies
+    whose ranks train in groups that need not be nodes (AB-training).
+
     A run in one process, or under a strategy without a ledger, reports nothing unless ``trace``.
 
     Args:
@@ -121,11 +124,22 @@ class Communication(pl.Callback):
             "local_size": self._ledger.local_size,
             "inter_node_bytes_per_step": found["inter_node_bytes"] / steps,
             **found,
+            **self._between_groups(trainer),
             "operations": _added(operations),
         }
         for callback in trainer.callbacks:
             if isinstance(callback, RunRecord):
                 callback.record["communication"] = self.summary
+
+    def _between_groups(self, trainer: pl.Trainer) -> dict[str, float]:
+        """What crossed from group to group, where the strategy has groups beside nodes; a collective call then."""
+        groups: Ledger | None = getattr(trainer.strategy, "group_ledger", None)
+        if groups is None:
+            return {}
+        sent = torch.tensor([groups.totals()["inter_node_bytes"]], dtype=torch.float64)
+        sent = sent.to(trainer.strategy.root_device)
+        dist.all_reduce(sent)
+        return {"group_size": groups.local_size, "between_groups_bytes": float(sent)}
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

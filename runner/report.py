@@ -26,22 +26,25 @@ def summary(result: dict[str, Any]) -> str:
     for label, pattern in (("figure", "figures/*.png"), ("predictions", "predictions/*.csv")):
         lines += [f"{label:<15}  {_nearby(path)}" for path in sorted(run_dir.glob(pattern))]
     lines += _energy(stored.get("energy"))
-    lines += _communication(stored.get("communication"))
+    lines += _communication(stored.get("communication"), stored.get("world_size"))
     if seconds := stored.get("seconds", {}).get("total"):
         lines.append(f"{'seconds':<15}  {seconds:.1f}")
     lines.append(f"{'resume':<15}  {resume_command(run_dir)}")
     return "\n".join(lines)
 
 
-def _communication(found: dict[str, Any] | None) -> list[str]:
+def _communication(found: dict[str, Any] | None, processes: int | None) -> list[str]:
     """What the processes of training sent to each other."""
     if not found:
         return []
-    between, within = found["inter_node_bytes"] / 1e6, found["intra_node_bytes"] / 1e6
-    return [
-        f"{'communication':<15}  {between:.4g} MB between nodes, {within:.4g} MB within; "
-        f"{found['blocked_s']:.3g} s waited for, in {found['steps']} steps"
-    ]
+    within = f"{found['intra_node_bytes'] / 1e6:.4g} MB within"
+    if processes == found["local_size"]:  # nothing can pass between nodes, which is no merit of a strategy
+        sent = f"{within} the one node (cluster.local_size makes several)"
+    else:
+        sent = f"{found['inter_node_bytes'] / 1e6:.4g} MB between nodes, {within}"
+    if (groups := found.get("between_groups_bytes")) is not None:
+        sent += f", of these {groups / 1e6:.4g} MB between groups of {found['group_size']}"
+    return [f"{'communication':<15}  {sent}; {found['blocked_s']:.3g} s waited for, in {found['steps']} steps"]
 
 
 def _energy(energy: dict[str, Any] | None) -> list[str]:

@@ -177,6 +177,13 @@ class ClusterStrategy(DDPStrategy):
     def check_module(self) -> None:
         """Raise for modules that the strategy cannot train; called when they are set up to be trained."""
 
+    @property
+    def cut_short(self) -> bool:
+        """Whether the training was cut short on purpose (a debug run): then it may be too short for some phases."""
+        trainer = self.lightning_module.trainer
+        limit = trainer.limit_train_batches  # 1 is one batch, 1.0 are all
+        return bool(trainer.fast_dev_run) or isinstance(limit, int) or (limit is not None and limit < 1)
+
     def refuse_manual_optimization(self) -> None:
         """For strategies that act after each step of the Trainer's own optimisation."""
         if not self.lightning_module.automatic_optimization:

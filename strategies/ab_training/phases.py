@@ -82,6 +82,10 @@ class PhaseSchedule:
         """Steps of all phases of this kind, of a training of known length."""
         return sum(s.end - s.begin for s in self.segments() if s.phase == phase)
 
+    def has_no_ab_phase(self) -> bool:
+        """Whether a training of known length is over before its first AB phase."""
+        return self.total is not None and all(segment.phase != "ab" for segment in self.segments())
+
     def _has_room(self, begin: int) -> bool:
         """Whether an AB phase may begin there: one shorter than a full-rank phase is not worth two switches."""
         if self.total is None:
@@ -134,7 +138,7 @@ def make_schedule(
                 f"strategy.ab_steps={ab_steps} is longer than the training of {total} optimizer steps: lower it, or "
                 "raise trainer.max_epochs"
             )
-        if not any(segment.phase == "ab" for segment in schedule.segments()):
+        if schedule.has_no_ab_phase():
             raise ValueError(
                 f"strategy.warmup_steps={int(warmup_steps)} and strategy.final_full_steps={final} leave no room for an "
                 f"AB phase in a training of {total} optimizer steps: lower them, or raise trainer.max_epochs"

@@ -215,6 +215,11 @@ class ABTrainingStrategy(ClusterStrategy):
     def gradient_group(self) -> Group:
         return self.group if self.phase == "ab" else self.groups.world
 
+    @property
+    def group_ledger(self) -> Ledger | None:
+        """What has crossed from group to group, as if these were nodes; None: there is one group. Callbacks look."""
+        return self.interconnect.between if self.layout.num_groups > 1 else None
+
     # ------------------------------------------------------------------------------------------------------ set-up
 
     @override
@@ -245,10 +250,7 @@ class ABTrainingStrategy(ClusterStrategy):
         Lightning gives a loader the state that a checkpoint has of it when it builds the loader, so a resumed run must
         have read that state before.
         """
-        trainer = self.lightning_module.trainer
-        total = trainer.estimated_stepping_batches
-        limit = trainer.limit_train_batches  # 1 is one batch, 1.0 are all
-        short = bool(trainer.fast_dev_run) or isinstance(limit, int) or (limit is not None and limit < 1)
+        total = self.lightning_module.trainer.estimated_stepping_batches
         self.schedule = make_schedule(
             self.warmup_steps,
             self.ab_steps,
@@ -256,7 +258,7 @@ class ABTrainingStrategy(ClusterStrategy):
             self.final_full_steps,
             int(total) if 0 <= total < math.inf else None,
             self.rule,
-            short,
+            self.cut_short,
         )
 
     def _from_all(self, value: Any) -> list[Any]:
@@ -273,6 +275,11 @@ class ABTrainingStrategy(ClusterStrategy):
         super().on_train_start()
         if self.steps != known:  # the checkpoint of another strategy
             self.phase_begin = self.steps
+        if self.schedule.has_no_ab_phase():
+            self._say(
+                f"a training of {self.schedule.total} steps is too short for an AB phase after {self.schedule.warmup} "
+                "steps of warm-up: all ranks train whole weights together, as by strategy=ddp"
+            )
         self._switch_if_due()  # there may be no warm-up, and a resumed run may have become longer
         self._step_begin = time.perf_counter()
 

@@ -77,6 +77,8 @@ class Schedule:
         wait: W of it.
         max_skip: B after the reset.
         reduction: Divisor at a plateau.
+        short: Whether the training was cut short on purpose (a debug run): then its phases are too, where they do not
+            fit.
         rule: ``paper`` divides W by ``reduction`` at a plateau, ``code`` (the published one) subtracts 1, ``fixed``
             keeps B and W.
         plateau: Detector.
@@ -96,9 +98,10 @@ class Schedule:
         reduction: int = 2,
         rule: Rule = "paper",
         plateau: Plateau | None = None,
+        short: bool = False,
     ) -> None:
         check(warmup_epochs, cooldown_epochs, skip, wait, max_skip, reduction, rule)
-        self.warmup_epochs, self.cooldown_epochs = warmup_epochs, cooldown_epochs
+        self.warmup_epochs, self.cooldown_epochs, self.short = warmup_epochs, cooldown_epochs, short
         self.set_length(epochs)
         self.first, self.max_skip, self.reduction, self.rule = Values(skip, wait), max_skip, reduction, rule
         self.plateau = plateau or Plateau()
@@ -108,16 +111,33 @@ class Schedule:
     def set_length(self, epochs: int | None) -> None:
         """Spread the phases over this many epochs; None: nobody knows.
 
+        Shares of all epochs, which count at least one each, give way where there are too few epochs.
+
         Raises:
-            ValueError: If nothing is left between warm-up and cool-down.
+            ValueError: If numbers of epochs were given that do not fit.
         """
         self.epochs = epochs
         self.warmup, self.cooldown = _count(self.warmup_epochs, epochs), _count(self.cooldown_epochs, epochs)
-        if epochs is not None and self.warmup + self.cooldown > epochs:
+        if epochs is None or self.warmup + self.cooldown <= epochs:
+            return
+        given = [count for count in (self.warmup_epochs, self.cooldown_epochs) if count >= 1]
+        if sum(given) > epochs and not self.short:
             raise ValueError(
                 f"strategy.warmup_epochs={self.warmup_epochs} and strategy.cooldown_epochs={self.cooldown_epochs} are "
-                f"{self.warmup} + {self.cooldown} epochs, trainer.max_epochs={epochs}: nothing is left between them"
+                f"{self.warmup} + {self.cooldown} epochs, trainer.max_epochs={epochs}: lower them (shares such as 0.1 "
+                "fit any length), or train longer"
             )
+        if self.cooldown_epochs >= 1 > self.warmup_epochs:
+            self.cooldown = min(self.cooldown, epochs)
+            self.warmup = epochs - self.cooldown
+        else:
+            self.warmup = min(self.warmup, epochs)
+            self.cooldown = epochs - self.warmup
+
+    @property
+    def cycles(self) -> bool:
+        """Whether any epoch is left between warm-up and cool-down."""
+        return self.epochs is None or self.warmup + self.cooldown < self.epochs
 
     @property
     def phase(self) -> Literal["warmup", "cycling", "cooldown"]:
@@ -179,6 +199,11 @@ def check(
     for name, value in (("warmup_epochs", warmup_epochs), ("cooldown_epochs", cooldown_epochs)):
         if value < 0 or (value > 1 and value != int(value)):
             raise ValueError(f"strategy.{name}={value}: give a number of epochs, or a fraction of all between 0 and 1")
+    if warmup_epochs < 1 and cooldown_epochs < 1 and warmup_epochs + cooldown_epochs > 1:
+        raise ValueError(
+            f"strategy.warmup_epochs={warmup_epochs} and strategy.cooldown_epochs={cooldown_epochs} are more than all "
+            "epochs together: lower them"
+        )
     if skip < 1:
         raise ValueError(f"strategy.skip={skip}: it counts steps between two exchanges, 1 or more")
     if not 0 <= wait <= skip:

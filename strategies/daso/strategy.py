@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from strategies.daso.merging import MergeRule, merge
 from strategies.daso.schedule import Plateau, Rule, Schedule, check
 from strategies.exchange import WIRE_TYPES, Exchange, Mean, Variant
 from strategies.replicas import ReplicaStrategy, SyncBuffers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -156,7 +159,7 @@ class DASO(ReplicaStrategy):
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
         self.schedule = Schedule(
             epochs, self.warmup_epochs, self.cooldown_epochs, self.skip, self.wait, self.max_skip, self.reduction,
-            self.schedule_rule, Plateau(self.plateau_patience, self.plateau_threshold),
+            self.schedule_rule, Plateau(self.plateau_patience, self.plateau_threshold), self.cut_short,
         )  # fmt: skip
         self._flight, self._losses, self.equal, self._cautious = None, [0.0, 0.0], True, False
         _ = self.flat
@@ -180,13 +183,21 @@ class DASO(ReplicaStrategy):
         known = self.steps
         super().on_train_start()
         trainer = self.lightning_module.trainer
-        if self.steps != known:  # the checkpoint of another strategy
-            self.schedule.epoch = trainer.current_epoch
         if trainer.max_steps > 0:  # the length of an epoch is known only now
             epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
             epochs = math.ceil(trainer.max_steps / epoch)
             if self.schedule.epochs is None or epochs < self.schedule.epochs:
                 self.schedule.set_length(epochs)
+        if self.steps != known:  # the checkpoint of another strategy
+            self.schedule.epoch = trainer.current_epoch
+        if self.groups.num_nodes > 1 and self.global_rank == 0 and not self.schedule.cycles:
+            log.info(
+                "a training of %d epochs is all warm-up (%d) and cool-down (%d): nodes exchange parameters after every "
+                "step and wait; only longer ones cycle, or with strategy.warmup_epochs=0 strategy.cooldown_epochs=0",
+                self.schedule.epochs,
+                self.schedule.warmup,
+                self.schedule.cooldown,
+            )
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

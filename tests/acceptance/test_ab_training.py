@@ -139,5 +139,8 @@ def test_recycle_is_killed_in_an_ab_phase_and_ends_as_if_nothing_had_happened(tm
     final = torch.load(whole / "checkpoints" / "last.ckpt", weights_only=True)
     assert final["strategy"]["ab"]["phase"] == "full" and final["strategy"]["ab"]["cycles"] >= 1
     record = cli.results(whole)
-    assert record["communication"]["intra_node_bytes"] > 0 and record["communication"]["steps"] == final["global_step"]
+    sent = record["communication"]  # the machine is one node, and two groups
+    assert sent["steps"] == final["global_step"] and sent["group_size"] == 2
+    assert 0 < sent["between_groups_bytes"] < 0.5 * sent["intra_node_bytes"] and sent["inter_node_bytes"] == 0
+    assert record["energy"]["it_j"] > 0
     assert record["parameters"] == sum(t.numel() for n, t in final["state_dict"].items() if n.startswith("net."))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from callbacks.energy.record import Counts
 from runner import report
 from tests.callbacks.energy.finished_runs import channel, finish, record
@@ -27,3 +29,24 @@ def test_energy_of_a_run_that_was_resumed_or_interrupted(tmp_path):
     assert total in lines and before in lines and lines[-1].startswith("interrupted; resume: ")
     path.unlink()  # a run that was interrupted before it had begun
     assert report.interrupted(tmp_path).startswith("\ninterrupted; resume: ")
+
+
+SENT = {"inter_node_bytes": 2.5e6, "intra_node_bytes": 4e6, "blocked_s": 1.25, "steps": 7, "local_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("changed", "processes", "expected"),
+    [
+        ({}, 4, "2.5 MB between nodes, 4 MB within; 1.25 s waited for, in 7 steps"),
+        ({"inter_node_bytes": 0.0, "local_size": 4}, 4,
+         "4 MB within the one node (cluster.local_size makes several); 1.25 s waited for, in 7 steps"),
+        ({"inter_node_bytes": 0.0, "local_size": 4, "group_size": 2, "between_groups_bytes": 3e6}, 4,
+         "4 MB within the one node (cluster.local_size makes several), of these 3 MB between groups of 2; "
+         "1.25 s waited for, in 7 steps"),
+    ],
+)  # fmt: skip
+def test_what_processes_sent_to_each_other(tmp_path, changed, processes, expected):
+    """A single node sends nothing between nodes, whatever the strategy."""
+    (tmp_path / "results.json").write_text(json.dumps({"communication": SENT | changed, "world_size": processes}))
+    lines = report.summary({"run_dir": str(tmp_path), "metrics": {}}).splitlines()
+    assert f"communication    {expected}" in lines

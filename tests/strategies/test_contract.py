@@ -7,6 +7,9 @@ refused by name; nothing is left behind.
 
 from __future__ import annotations
 
+import json
+import logging
+import re
 import threading
 from pathlib import Path
 from unittest import mock
@@ -15,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from runner import job
 from runner.job import instantiate
 from tests.composing import ROOT, composed, plain
 from tests.strategies import nets
@@ -97,3 +101,62 @@ def test_strategy(ranks4, tmp_path, option):
         assert torch.equal(rank["again"][0], found[0]["again"][0])
         torch.testing.assert_close(rank["again"][0], state, atol=ROUNDING.get(option, 1e-6), rtol=0)
         assert rank["threads"] == [] and rank["groups"] == 0
+
+
+# --------------------------------------------------------------------------------------- one batch, to see that it runs
+
+EXPERIMENTS = {
+    option: "ab_training" if option.startswith("ab") else "daso"
+    for option in ("daso", "daso_paper", "local_sgd", "diloco", "ab_training", "ab_training_paper")
+}
+LEFT_OUT = {
+    "daso": r"all warm-up \(1\) and cool-down \(0\): nodes exchange parameters after every step and wait",
+    "ab_training": r"a training of 1 steps is too short for an AB phase .*as by strategy=ddp",
+}
+LEFT_OUT |= {
+    "daso_paper": LEFT_OUT["daso"],
+    "local_sgd": LEFT_OUT["daso"],
+    "ab_training_paper": LEFT_OUT["ab_training"],
+}
+
+
+class Lines(logging.Handler):
+    """What strategies tell the user."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def emit(self, record):
+        self.found.append(record.getMessage())
+
+
+def one_batch(folder):
+    found = {}
+    for option, experiment in EXPERIMENTS.items():
+        lines, logger = Lines(), logging.getLogger("strategies")
+        before = logger.level
+        logger.addHandler(lines), logger.setLevel(logging.INFO)
+        overrides = ("debug=fast", f"strategy={option}", "~callbacks.energy", "logger=none")
+        # The groups of the one are nodes, those of the other halves of the only node.
+        overrides += ("cluster.local_size=4",) if option == "ab_training_paper" else ()
+        config = plain(composed(f"experiment={experiment}", *overrides, run_dir=f"{folder}/{option}"))
+        result = job.run(config)
+        logger.removeHandler(lines), logger.setLevel(before)
+        sent = json.loads(Path(folder, option, "results.json").read_text())["communication"]
+        found[option] = result["status"], result.get("error"), lines.found, sent
+    return found
+
+
+def test_debug_runs_say_what_they_leave_out(ranks4, tmp_path):
+    """One batch, by an experiment's own command: phases do not fit, which is no mistake there."""
+    for rank, found in enumerate(ranks4(one_batch, str(tmp_path))):
+        for option, (status, error, lines, sent) in found.items():
+            assert status == "completed", (option, error)
+            assert sent["steps"] == 1 and (sent["inter_node_bytes"] > 0) == (option != "ab_training_paper")
+            assert ("between_groups_bytes" in sent) == option.startswith("ab_training")
+            if option.startswith("ab_training"):
+                assert sent["group_size"] == 2 and sent["between_groups_bytes"] > 0
+            wanted = LEFT_OUT.get(option) if rank == 0 else None
+            said = [line for line in lines if re.search(wanted, line)] if wanted else []
+            assert len(said) == (wanted is not None), (option, lines)

@@ -85,8 +85,40 @@ def test_fractions_of_epochs():
 
 
 @pytest.mark.parametrize(
+    ("epochs", "warmup", "cooldown", "short", "expected"),
+    [
+        (1, 0.1, 0.1, False, (1, 0)),  # shares of all epochs give way, the cool-down first
+        (2, 0.1, 0.1, False, (1, 1)),
+        (3, 0.5, 0.5, False, (2, 1)),
+        (3, 0.1, 3, False, (0, 3)),
+        (3, 3, 0.1, False, (3, 0)),
+        (1, 4, 4, True, (1, 0)),  # numbers in a training that was cut short on purpose
+        (6, 4, 4, True, (4, 2)),
+        (4, 0.1, 0.1, False, (1, 1)),
+    ],
+)
+def test_phases_of_short_trainings(epochs, warmup, cooldown, short, expected):
+    schedule = Schedule(epochs, warmup, cooldown, short=short)
+    assert (schedule.warmup, schedule.cooldown) == expected and schedule.cycles == (sum(expected) < epochs)
+    phases = []
+    for _ in range(epochs):
+        phases.append(schedule.phase)
+        schedule.end_epoch(1.0)
+    between = ["cycling"] * (epochs - sum(expected))
+    assert phases == ["warmup"] * expected[0] + between + ["cooldown"] * expected[1]
+
+
+def test_numbers_of_epochs_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"warmup_epochs=4 .*are 4 \+ 4 epochs, trainer\.max_epochs=7: lower them"):
+        Schedule(7, 4, 4)
+    with pytest.raises(ValueError, match=r"cooldown_epochs=4 .*are 1 \+ 4 epochs, trainer\.max_epochs=3"):
+        Schedule(3, 0.1, 4)
+
+
+@pytest.mark.parametrize(
     ("kwargs", "text"),
     [
+        ({"warmup_epochs": 0.6, "cooldown_epochs": 0.6}, r"warmup_epochs=0\.6 .* are more than all epochs together"),
         ({"skip": 2, "wait": 3}, r"strategy\.wait=3 is not between 0 and strategy\.skip=2"),
         ({"skip": 0}, r"strategy\.skip=0"),
         ({"warmup_epochs": -1}, r"strategy\.warmup_epochs=-1"),
