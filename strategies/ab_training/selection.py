@@ -42,6 +42,8 @@ def select(
             if not any(_matches(pattern, *name) for name in names):
                 known = ", ".join(owner for _, owner in names)
                 raise ValueError(f"strategy.keep_full names {pattern!r}, which matches no layer; there are: {known}")
+    if not found:
+        raise ValueError(f"nothing can be factorised: {_strange_owners(module)}; use strategy=ddp, daso or local_sgd")
     layers = [
         ABFactor(owner, name, path)
         for path, _, owner, name in found
@@ -69,6 +71,24 @@ def _candidates(module: nn.Module, factor_embeddings: bool) -> Iterator[tuple[st
             if weight is None or isinstance(weight, UninitializedParameter) or not weight.requires_grad:
                 continue
             yield f"{path}.{name}" if path else name, path, owner, name
+
+
+def _strange_owners(module: nn.Module) -> str:
+    """Who has the matrices of a network without any layer that could be factorised."""
+    kinds = sorted(
+        {
+            type(owner).__name__
+            for owner in module.modules()
+            for p in owner.parameters(recurse=False)
+            if p.requires_grad and not isinstance(p, UninitializedParameter) and p.dim() > 1
+        }
+    )
+    if not kinds:
+        return "no trainable weight has two axes"
+    return (
+        f"the weights of {', '.join(kinds)} are none of linear, convolutional or attention layers (a distribution of "
+        "weights, as Bayesian layers have, is no matrix with factors)"
+    )
 
 
 def _matches(pattern: str, path: str, owner: str) -> bool:

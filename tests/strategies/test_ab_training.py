@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from networks.ab_factors import num_factored
+from networks.bayes.convert import to_bayesian
 from parallel.ab_layout import ab_layout
 from strategies.ab_training import ABTrainingStrategy
 from strategies.ab_training.phases import PhaseSchedule, make_schedule
@@ -196,6 +197,11 @@ def test_what_cannot_be_factored_is_named():
         select(net, ["head*"], 16)
     with pytest.raises(ValueError, match=r"nothing is left to factorise.*strategy\.min_dim=64"):
         select(net, None, 64)
+    bayesian = to_bayesian(nn.Sequential(nn.Linear(20, 20), nn.Tanh(), nn.Linear(20, 20)))
+    with pytest.raises(ValueError, match=r"nothing can be factorised: the weights of BayesLinear are none of linear"):
+        select(bayesian, None, 16)
+    with pytest.raises(ValueError, match=r"nothing can be factorised: no trainable weight has two axes"):
+        select(nn.BatchNorm1d(20), None, 16)
     net[2].weight = net[1].weight
     with pytest.raises(ValueError, match=r"1\.weight and 2\.weight are one weight.*strategy\.keep_full"):
         select(net, [], 16)
