@@ -123,7 +123,8 @@ class SparseBayesLinear(BayesianLayer):
             raise ValueError(f"noise={noise!r} is unknown; choose alive or dense")
         mask, rows, cols = _places(layer, rows, cols)
         pattern = _Pattern(mask, rows, cols)
-        super().__init__((pattern.nnz, layer.in_features), False, layer.prior, layer.init)
+        # Nothing to draw: the values, one vector of those alive, come from the layer.
+        super().__init__((0,), False, layer.prior, layer.init)
         self.pattern, self.noise = pattern, noise
         for part in ("mu", "log_sigma"):
             weight = getattr(layer, f"weight_{part}").detach().flatten()[pattern.flat].clone()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from networks.bayes import SampleContext, to_bayesian
 from networks.lottery.compact import SparseBayesLinear, SparseLinear, compact, sparse
@@ -92,6 +93,33 @@ def test_only_weights_alive_draw_noise():
     with context, torch.no_grad():
         layer(torch.randn(7, 64))
     assert drawn == [(int(net.layers[0].weight_mask.sum()) + 40,)]  # and the biases
+
+
+def test_sparse_layers_are_made_of_what_is_alive_alone():
+    """No allocation and no draw beyond the values: the global generator stays where it is."""
+    net = ticket(0.05, bayesian=True, hidden=(200, 150), dead=False)
+    allocated: list[int] = []
+    before = torch.get_rng_state()
+    with Allocations(allocated):
+        small = sparse(net, max_density=0.2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert isinstance(small.layers[1], SparseBayesLinear)
+    largest = max(m.numel() for m in (net.layers[0].weight_mask, net.layers[1].weight_mask))
+    assert max(allocated) <= largest  # nnz x in_features would be 7 times as many
+
+
+class Allocations(TorchFunctionMode):
+    """Notes the numbers of entries of what functions of torch return."""
+
+    def __init__(self, found: list[int]) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.found.append(out.numel())
+        return out
 
 
 def test_samples_have_the_right_moments():
