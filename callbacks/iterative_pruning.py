@@ -60,8 +60,11 @@ class IterativePruning(pl.Callback):
     where ``rewind`` says; optimizers and schedulers get back the state that they had there; `EarlyStopping` and the
     best values of `ModelCheckpoint` begin anew. `EarlyStopping` ends a level, not the run.
 
-    ``trainer.max_epochs: -1`` stands for what all levels need. A stopped run goes on in its level exactly: checkpoints
-    hold masks, rewind point and level. Masks are computed on every rank from equal weights and compared over ranks.
+    Levels decide how long the fit is: ``trainer.max_epochs`` is one training, as everywhere, which is a level; it may
+    be -1 where ``epochs_per_level`` is given. Learning-rate schedules of another length than a level's are refused.
+
+    A stopped run goes on in its level exactly: checkpoints hold masks, rewind point and level. Masks are computed on
+    every rank from equal weights and compared over ranks.
 
     Logged after every validation: ``lottery/`` ``level``, ``remaining``, ``cumulative_epochs`` and
     ``density/<layer>``. To the loggers at the end of every level: ``lottery/`` ``rank_correlation/<score>``
@@ -74,7 +77,7 @@ class IterativePruning(pl.Callback):
 
     Args:
         levels: Prunings; levels 0 to ``levels`` are trained. Of a run that begins with a ticket: further prunings.
-        epochs_per_level: E. With ``rewind=epoch_k`` levels after the first have E - k.
+        epochs_per_level: E; null: ``trainer.max_epochs``. With ``rewind=epoch_k`` levels after the first have E - k.
         rate: Part of the weights alive that a pruning removes, between 0 and 1.
         score: One of `networks.lottery.scores.SCORES`; ``auto``: ``snr`` for Bayesian networks, else ``magnitude``.
         rewind: ``init``: back to the weights at the start of the fit. ``epoch_k`` (``epoch_2``): to those after k
@@ -88,8 +91,9 @@ class IterativePruning(pl.Callback):
         prunable: Which weights, where the module has not given masks to some already; null: all linear and
             convolutional layers but the last.
         dirpath: Folder of the tickets.
-        monitor: Metric by which the best epoch of a level is kept in the ticket; null: none is kept.
-        mode: Whether ``min`` or ``max`` of it is best.
+        monitor: Metric by which the best epoch of a level is kept in the ticket: ``auto``, the highest
+            ``val/accuracy`` where there is one, else the lowest ``val/loss``; a name; null: none is kept.
+        mode: Whether ``min`` or ``max`` of a metric that is named is best.
         compare: A run with tickets (or its folder) whose masks are compared with those of this one; null: none.
         figures: Functions of `callbacks.figures.lottery` that draw the levels at the end of the fit.
         figures_dir: Their folder; null: no figures.
@@ -101,7 +105,7 @@ class IterativePruning(pl.Callback):
     def __init__(
         self,
         levels: int = 15,
-        epochs_per_level: int = 15,
+        epochs_per_level: int | None = None,
         rate: float = 0.2,
         score: str = "auto",
         rewind: str = "init",
@@ -111,7 +115,7 @@ class IterativePruning(pl.Callback):
         seed: int = 0,
         prunable: PruneChoice | None = None,
         dirpath: str = "tickets",
-        monitor: str | None = "val/accuracy",
+        monitor: str | None = "auto",
         mode: Mode = "max",
         compare: str | None = None,
         figures: Sequence[str] = ("metrics_against_remaining", "layer_densities", "pruning_frontier"),
@@ -120,7 +124,7 @@ class IterativePruning(pl.Callback):
         key = "callbacks.iterative_pruning"
         if levels < 0:
             raise ValueError(f"{key}.levels={levels}: must not be negative; 0 trains once, without pruning")
-        if epochs_per_level < 1:
+        if epochs_per_level is not None and epochs_per_level < 1:
             raise ValueError(f"{key}.epochs_per_level={epochs_per_level}: must be at least 1")
         if not 0 < rate < 1:
             raise ValueError(f"{key}.rate={rate}: must lie between 0 and 1, the part of the weights that a level loses")
@@ -131,6 +135,7 @@ class IterativePruning(pl.Callback):
         if mode not in ("min", "max"):
             raise ValueError(f"{key}.mode={mode!r} is unknown; choose min or max")
         self.rewind_epoch = _rewind_epoch(rewind, epochs_per_level, key)
+        self._warned = False  # that the metric is not there
         self.levels, self.epochs_per_level, self.rate, self.score = levels, epochs_per_level, rate, score
         self.rewind, self.stop_at, self.compared_scores = rewind, stop_at, tuple(compared_scores)
         self.c, self.seed, self.prunable = c, seed, prunable
@@ -164,10 +169,22 @@ class IterativePruning(pl.Callback):
             raise ValueError(
                 "callbacks.iterative_pruning: must stand behind callbacks.early_stopping, whose levels end"
             )
-        if trainer.max_epochs in (None, -1) and trainer.max_steps in (None, -1):
-            trainer.fit_loop.max_epochs = self.num_epochs
+        self._decide_length(trainer)
         if self.compare is not None:
             self._compared = find_tickets(self.compare)
+
+    def _decide_length(self, trainer: pl.Trainer) -> None:
+        """Take the length of a level from the Trainer where it is not given, and tell the Trainer that of them all."""
+        if self.epochs_per_level is None:
+            if trainer.max_epochs is None or trainer.max_epochs < 1:
+                raise ValueError(
+                    f"callbacks.iterative_pruning.epochs_per_level=null takes trainer.max_epochs, which is "
+                    f"{trainer.max_epochs}: set one of them to the epochs of a level"
+                )
+            self.epochs_per_level = trainer.max_epochs
+            _rewind_epoch(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
+        if not trainer.fast_dev_run:
+            trainer.fit_loop.max_epochs = self.num_epochs
 
     @property
     def number(self) -> int:
@@ -203,13 +220,6 @@ class IterativePruning(pl.Callback):
             self._take_point(trainer, pl_module)
             self._first = self._initial = dict(self._point["weights"])
             self._point["epoch"] = 0
-        if 0 < trainer.fit_loop.max_epochs < self.num_epochs and not trainer.fast_dev_run:
-            log.info(
-                "trainer.max_epochs=%d ends before level %d of callbacks.iterative_pruning (%d epochs)",
-                trainer.fit_loop.max_epochs,
-                self.levels,
-                self.num_epochs,
-            )
 
     def _score_name(self, weights: Sequence[MaskedWeight]) -> str:
         if self.score != "auto":
@@ -226,8 +236,29 @@ class IterativePruning(pl.Callback):
             "epoch": trainer.current_epoch,
         }
 
+    def _check_schedules(self, trainer: pl.Trainer) -> None:
+        """Refuse schedules that are made for a training of another length than a level.
+
+        Raises:
+            ValueError: Names the argument of the schedule, and both lengths.
+        """
+        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
+        steps = max(1, math.ceil(steps)) if math.isfinite(steps) else math.inf
+        for config in trainer.lr_scheduler_configs:
+            length = self.epochs_per_level * (1 if config.interval == "epoch" else steps)
+            for name in _LENGTHS:
+                found = getattr(config.scheduler, name, None)
+                if found is not None and found != length:
+                    raise ValueError(
+                        f"model.scheduler: {type(config.scheduler).__name__} is made for {found} {config.interval}s "
+                        f"({name}), a level of callbacks.iterative_pruning has {length} ({self.epochs_per_level} "
+                        f"epochs): set trainer.max_epochs={self.epochs_per_level}, or give the schedule that length"
+                    )
+
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.fast_dev_run:
+            self._check_schedules(trainer)
         self._since = time.perf_counter()
         if self._over:
             trainer.should_stop = True
@@ -286,11 +317,21 @@ class IterativePruning(pl.Callback):
             self._best["paper"] = max(float(accuracy), self._best["paper"] or 0.0)
 
     def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        value = trainer.callback_metrics.get(self.monitor) if self.monitor else None
+        name, mode = self.monitor, self.mode
+        if name == "auto":
+            highest = "val/accuracy" in trainer.callback_metrics
+            name, mode = ("val/accuracy", "max") if highest else ("val/loss", "min")
+        value = trainer.callback_metrics.get(name) if name else None
         if value is None or not math.isfinite(float(value)):
+            if name and value is None and not self._warned:
+                self._warned = True
+                rank_zero_warn(
+                    f"callbacks.iterative_pruning.monitor={self.monitor}: validation has not logged {name}, so no best "
+                    f"weights are kept; it logs {', '.join(sorted(_metrics(trainer))) or 'nothing'}"
+                )
             return
         value, best = float(value), self._best["value"]
-        if best is None or (value > best if self.mode == "max" else value < best):
+        if best is None or (value > best if mode == "max" else value < best):
             self._best |= {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
 
     def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> None:
@@ -557,6 +598,8 @@ class IterativePruning(pl.Callback):
         self._over = state_dict["over"] and self._is_last()
 
 
+# Attributes of schedulers that hold how long a training they are made for: cosine, warm-up and cosine, one cycle.
+_LENGTHS = ("T_max", "total_steps")
 _NOT_LOGGED = ("metrics", "best_metrics", "densities", "score", "level", "cumulative_epochs", "remaining")
 
 
@@ -565,14 +608,14 @@ def _nothing_yet() -> dict[str, Any]:
     return {"value": None, "state": None, "metrics": {}, "paper": None}
 
 
-def _rewind_epoch(rewind: str, epochs_per_level: int, key: str) -> int:
+def _rewind_epoch(rewind: str, epochs_per_level: int | None, key: str) -> int:
     """K of ``epoch_k``, 0 for the others."""
     if rewind in ("init", "lr_only"):
         return 0
     match = re.fullmatch(r"epoch_(\d+)", str(rewind))
     if match is None or int(match[1]) < 1:
         raise ValueError(f"{key}.rewind={rewind!r} is unknown; choose init, lr_only or epoch_k (epoch_1, epoch_2, ...)")
-    if int(match[1]) >= epochs_per_level:
+    if epochs_per_level is not None and int(match[1]) >= epochs_per_level:
         raise ValueError(
             f"{key}.rewind={rewind}: level 0 has {epochs_per_level} epochs (epochs_per_level), so the latest is "
             f"epoch_{epochs_per_level - 1}"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from networks.lottery.tickets import find_tickets, load_ticket
 from runner import job
 from tests import cli
 from tests.composing import ROOT, SERIES, composed, experiments, plain
@@ -49,11 +50,16 @@ LARGE = (
     "ab_training/cifar10",
     "oialr/cifar10",
     "sampling_parallelism/cifar10_vit",
+    "bayesian_lottery/cifar10_vgg11",
+    "bayesian_lottery/cifar10_vit",
 )
 # What a batch of them computes is cut where it takes minutes.
 FEW = ("data.batch_size=8", "data.eval_batch_size=4", "model.num_samples=2", "model.num_eval_samples=2")
-CUT = {"bayesian_lottery/cifar10_vit": FEW, "sampling_parallelism/cifar10_vit": FEW}
-NAMES = [pytest.param(name, marks=[pytest.mark.slow] if name in LARGE else []) for name in experiments()]
+CUT = {"sampling_parallelism/cifar10_vit": FEW}
+TICKETS = (*FEW, "model.evaluation_seeds=1")  # two tickets are tested
+CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
+SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
+NAMES = [pytest.param(name, marks=SLOW if name in LARGE else []) for name in experiments()]
 
 
 def is_sweep(name: str) -> bool:
@@ -99,6 +105,10 @@ def test_experiment_runs(name, tmp_path):
     trains = config["train"] and any(p.requires_grad for p in job.build(config)[0].parameters())
     assert (tmp_path / "checkpoints/last.ckpt").is_file() == trains
     assert (tmp_path / "checkpoints/best.ckpt").is_file() == trains
+    if "_target_" in config["callbacks"].get("iterative_pruning", {}):  # it has pruned once
+        tickets = {level: load_ticket(path) for level, path in find_tickets(tmp_path).items()}
+        assert list(tickets) == [0, 1] and tickets[1].about["remaining"] == pytest.approx(0.8, abs=1e-3)
+        assert {f"test/level_0{level}/accuracy" for level in tickets} <= record["metrics"].keys()
     if "predictions" in config["callbacks"]:
         assert (tmp_path / "predictions" / config["callbacks"]["predictions"]["filename"]).stat().st_size > 0
     if "_target_" in config["callbacks"].get("figures", {}):  # a value for figures alone makes none

@@ -29,9 +29,12 @@ _METRICS = (("accuracy", ACCURACY), ("nll", NLL), ("ece", ECE), ("mace", MACE))
 def metrics_against_remaining(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Accuracy and calibration in validation over the weights that remain; the dense level is a dashed line.
 
-    None for a single level.
+    Where nothing is classified: the first few metrics of validation. None for a single level.
     """
     found = [(name, color) for name, color in _METRICS if any(f"val/{name}" in row["metrics"] for row in rows)]
+    if "accuracy" not in (name for name, _ in found):
+        names = dict.fromkeys(name[4:] for row in rows for name in row["metrics"] if name.startswith("val/"))
+        found = list(zip(names, SERIES[: len(_METRICS)], strict=False))
     if not found or len(rows) < 2:
         return None
     figure, panels = make_figure(3.4 * len(found), 3.1, columns=len(found))
@@ -41,7 +44,7 @@ def metrics_against_remaining(rows: Sequence[Mapping[str, Any]]) -> Figure | Non
         if rows[0]["level"] == 0:
             axes.axhline(rows[0]["metrics"].get(f"val/{name}", np.nan), color=FADED, linestyle="--", linewidth=0.9)
         _remaining_axis(axes, x)
-        axes.set_title(name.upper() if name != "accuracy" else name, fontsize="medium")
+        axes.set_title(name.upper() if name in ("nll", "ece", "mace") else name, fontsize="medium")
     return figure
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from callbacks.energy.callback import EnergyCallback
 from callbacks.iterative_pruning import IterativePruning, weights_of
 from callbacks.rng_state import RngState
+from lightning_modules.schedules import WarmupCosine
 from networks.lottery.tickets import find_tickets, load_ticket
 from networks.masks import MASK, density, jaccard, masked_weights, masks_of
 from strategies.ddp import DDP
@@ -172,6 +173,59 @@ def test_late_rewinding():
         mine, then = start["optimizer"]["state"], seen[1]["optimizer"]["state"]
         assert mine.keys() == then.keys() and mine
         assert all(torch.equal(mine[i][key], then[i][key]) for i in then for key in then[i])
+
+
+# ------------------------------------------------------------------------------------------------- lengths of schedules
+
+
+COSINE = functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=3)
+
+
+def test_a_level_is_one_training():
+    """``epochs_per_level: null`` is ``trainer.max_epochs``, of which the fit has as many as levels; cosines fit."""
+    callback = pruning(epochs_per_level=None)
+    _, trainer, seen = fit(callback, module=mlp(scheduler=COSINE), max_epochs=3)
+    assert trainer.current_epoch == 9 and [s["level"] for s in seen] == [0] * 3 + [1] * 3 + [2] * 3
+    rates = [s["optimizer"]["param_groups"][0]["lr"] for s in seen]
+    assert rates == pytest.approx([3e-3, 2.25e-3, 0.75e-3] * 3)
+    with pytest.raises(ValueError, match=r"epochs_per_level=null takes trainer\.max_epochs, which is -1"):
+        fit(pruning(epochs_per_level=None), max_epochs=-1)
+    with pytest.raises(ValueError, match=r"rewind=epoch_3: level 0 has 3 epochs"):
+        fit(pruning(epochs_per_level=None, rewind="epoch_3"), max_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "found"),
+    [
+        (functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=-1), "CosineAnnealingLR is made for -1"),
+        (functools.partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=9), "CosineAnnealingLR is made for 9"),
+        (functools.partial(WarmupCosine, total_epochs=9), "WarmupCosine is made for 9"),
+    ],
+)
+def test_schedules_of_another_length_are_refused(schedule, found):
+    message = rf"{found} epochs \(\w+\), a level .* has 3 \(3 epochs\): set trainer\.max_epochs=3"
+    with pytest.raises(ValueError, match=message):
+        fit(pruning(), module=mlp(scheduler=schedule))
+    fit(pruning(levels=1), module=mlp(scheduler=functools.partial(WarmupCosine, total_epochs=3)))
+
+
+def test_the_best_epoch_is_by_accuracy_or_by_loss(tmp_path):
+    """A network without an accuracy keeps the weights of its lowest loss; a metric that is not there is a warning."""
+
+    class LossAlone(DigitsMLP):
+        def validation_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> None:
+            # Worse from epoch to epoch: the first one is the best.
+            self.log("val/loss", torch.tensor(1.0 + self.current_epoch), batch_size=len(batch["label"]))
+
+    callback = pruning(tmp_path, levels=0)
+    fit(callback, module=LossAlone(widths=(48, 32), optimizer=ADAM))
+    losses = callback.history[0]["metrics"]["val/loss"], callback.history[0]["best_metrics"]["val/loss"]
+    assert losses == (3, 1)
+    ticket = load_ticket(tmp_path / "level_00.pt")
+    assert not torch.equal(ticket.best["0.weight"], ticket.trained["0.weight"])
+    with pytest.warns(UserWarning, match=r"monitor=val/f1: validation has not logged .* it logs val/accuracy, val/loss"):
+        fit(pruning(tmp_path / "b", levels=0, monitor="val/f1"))
+    assert load_ticket(tmp_path / "b" / "level_00.pt").best is None
 
 
 def test_pruned_weights_do_not_move_again():

@@ -38,6 +38,14 @@ def test_metrics_show_what_was_measured():
     assert left > 100 and right < 51.2, "dense is at the left"
 
 
+def test_metrics_of_a_forecast():
+    """Where nothing is classified, what validation has."""
+    forecasts = [row | {"metrics": {"val/loss": 0.3, "val/mae": 2.0 + row["level"]}} for row in rows()]
+    figure = lottery.metrics_against_remaining(forecasts)
+    assert [axes.get_title() for axes in figure.axes] == ["loss", "mae"]
+    assert list(figure.axes[1].lines[0].get_ydata()) == [2, 3, 4, 5]
+
+
 def test_densities_of_levels():
     figure = lottery.layer_densities(rows(16))
     lines = [line for line in figure.axes[0].lines if len(line.get_xdata()) == 2 and line.get_linestyle() == "-"]
