@@ -171,7 +171,7 @@ class IterativePruning(pl.Callback):
             )
         self._decide_length(trainer)
         if self.compare is not None:
-            self._compared = find_tickets(self.compare)
+            self._compared = find_tickets(self.compare, "callbacks.iterative_pruning.compare")
 
     def _decide_length(self, trainer: pl.Trainer) -> None:
         """Take the length of a level from the Trainer where it is not given, and tell the Trainer that of them all."""
@@ -185,6 +185,11 @@ class IterativePruning(pl.Callback):
             _rewind_epoch(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
         if not trainer.fast_dev_run:
             trainer.fit_loop.max_epochs = self.num_epochs
+
+    @property
+    def tickets_dir(self) -> Path:
+        """Folder of the tickets, by which a module that tests them finds those of its run."""
+        return self.dirpath
 
     @property
     def number(self) -> int:

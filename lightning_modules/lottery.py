@@ -63,7 +63,8 @@ class Lottery(BayesClassifier):
             or ``shuffle_layerwise`` (other masks, see `networks.lottery.controls`).
         control_seed: Of the exchange.
         source: Weights to begin with: those that the level began with (``init``) or its ``trained`` ones.
-        tickets: Where a test looks for tickets: a run or a folder; None, or nothing there: the checkpoint alone.
+        tickets: Where a test looks for tickets: a run, a folder or a file; ``own``: where the callback that prunes
+            (`callbacks.iterative_pruning`) has written some, if there is one; None: the checkpoint alone.
         test_levels: Levels that are tested; None: all.
         evaluate: Weights of tickets that are tested: ``trained`` (of the last epoch) or ``best`` (in validation).
         evaluation_seeds: Passes over the test images.
@@ -91,7 +92,7 @@ class Lottery(BayesClassifier):
         control: Control = "none",
         control_seed: int = 0,
         source: Source = "init",
-        tickets: str | None = None,
+        tickets: str | None = "own",
         test_levels: Sequence[int] | None = None,
         evaluate: Literal["trained", "best"] = "trained",
         evaluation_seeds: int = 5,
@@ -110,6 +111,11 @@ class Lottery(BayesClassifier):
             raise ValueError(
                 f"model.level={level}: needs model.ticket, a run that pruned (experiment=bayesian_lottery) or one of "
                 "its files tickets/level_NN.pt; level 0 is the dense network"
+            )
+        if ticket is None and control != "none":
+            raise ValueError(
+                f"model.control={control}: is a control of a ticket; needs model.ticket, a run that pruned "
+                "(experiment=bayesian_lottery) or one of its files tickets/level_NN.pt"
             )
         if evaluation_seeds < 1:
             raise ValueError(f"model.evaluation_seeds={evaluation_seeds}: must be at least 1")
@@ -183,16 +189,17 @@ class Lottery(BayesClassifier):
 
     def _find_tickets(self) -> None:
         """Read the tickets to test, and make metrics for each of them and each evaluation seed."""
-        found = {}
-        if self.tickets_path is not None:
-            try:
-                found = find_tickets(self.tickets_path)
-            except FileNotFoundError:
-                if self.test_levels is not None:
-                    raise
+        found, where = {}, self.tickets_path
+        if where == "own":
+            folders = [c.tickets_dir for c in self.trainer.callbacks if hasattr(c, "tickets_dir")]
+            where = next((folder for folder in folders if any(folder.glob("level_*.pt"))), None)
+        if where is not None:
+            found = find_tickets(where, "model.tickets")
         for level in self.test_levels or ():
             if level not in found:
-                raise ValueError(f"model.test_levels: {level} is not in {self.tickets_path}; there are {list(found)}")
+                raise ValueError(
+                    f"model.test_levels: {level} is not in model.tickets={self.tickets_path}; there are {list(found)}"
+                )
         chosen = found if self.test_levels is None else self.test_levels
         self._tested = {}
         for level in chosen:

@@ -118,15 +118,17 @@ def ticket_path(folder: Path | str, level: int) -> Path:
     return Path(folder) / f"level_{level:02d}.pt"
 
 
-def find_tickets(path: Path | str) -> dict[int, Path]:
+def find_tickets(path: Path | str, key: str = "") -> dict[int, Path]:
     """Ticket files by level.
 
     Args:
         path: A run, its folder ``tickets``, or one file.
+        key: The setting that gave it, for the message.
 
     Raises:
         FileNotFoundError: Nothing is there.
     """
+    setting = f"{key}={path}: " if key else ""
     path = Path(path).expanduser()
     if path.is_file():
         return {load_ticket(path).level: path}
@@ -134,7 +136,8 @@ def find_tickets(path: Path | str) -> dict[int, Path]:
     found = {int(match[1]): file for file in folder.glob("level_*.pt") if (match := _NAME.fullmatch(file.name))}
     if not found:
         raise FileNotFoundError(
-            f"no tickets in {path}: give a run that pruned (experiment=bayesian_lottery), its folder tickets, or a file"
+            f"{setting}no tickets in {path}: give a run that pruned (experiment=bayesian_lottery), its folder tickets, "
+            "or a file"
         )
     return dict(sorted(found.items()))
 
@@ -146,7 +149,7 @@ def select_ticket(path: Path | str, level: int | None) -> Path:
         ValueError: The level is not there.
         FileNotFoundError: Nothing is there.
     """
-    found = find_tickets(path)
+    found = find_tickets(path, "model.ticket")
     if level is None:
         return found[max(found)]
     if level not in found:

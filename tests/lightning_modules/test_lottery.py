@@ -175,6 +175,14 @@ def test_a_test_goes_through_the_tickets(searches, evaluate):
     assert "test/level_01/nll" not in metrics and metrics["test/remaining"] == 1
 
 
+def test_own_tickets_are_those_of_the_callback(searches, tmp_path):
+    """By default a test goes through what this run has written, and through nothing where nothing was."""
+    for folder, levels in ((searches[True] / "tickets", {0, 1, 2}), (tmp_path / "none", set())):
+        trainer = quiet_trainer(callbacks=[IterativePruning(dirpath=str(folder))])
+        (metrics,) = trainer.test(module(evaluation_seeds=1), datamodule=FEW(), verbose=False)
+        assert {int(name.split("/")[1][6:]) for name in metrics if "/level_" in name} == levels
+
+
 def test_a_ticket_is_evaluated_without_training(searches):
     """What test, validation and prediction see where nothing was trained and no checkpoint is given."""
     ticket = load_ticket(searches[True] / "tickets/level_02.pt")
@@ -222,6 +230,7 @@ def test_published_numbers_are_maxima_on_test_images(tmp_path, val_fraction):
         ({"report": "all"}, r"model\.report='all'"),
         ({"level": -1}, r"model\.level=-1"),
         ({"level": 3}, r"model\.level=3: needs model\.ticket"),
+        ({"control": "reinit"}, r"model\.control=reinit: is a control of a ticket; needs model\.ticket"),
         ({"evaluation_seeds": 0}, r"model\.evaluation_seeds=0"),
         ({"init": Init()}, r"model\.init\.mu=init: must be keep"),
         ({"prunable": PruneChoice(include=["layer.*"])}, r"model\.prunable\.include: 'layer\.\*' matches no layer"),
@@ -235,8 +244,11 @@ def test_mistakes(options, message):
 
 def test_mistakes_with_tickets(searches, tmp_path):
     folder = str(searches[True])
-    with pytest.raises(FileNotFoundError, match=r"no tickets in .*nowhere: give a run that pruned"):
-        begun(module(ticket=str(tmp_path / "nowhere")))
+    nowhere = str(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"model\.ticket=.*no tickets in .*nowhere: give a run that pruned"):
+        begun(module(ticket=nowhere))
+    with pytest.raises(FileNotFoundError, match=r"model\.tickets=.*nowhere: no tickets in .*nowhere: give a run"):
+        quiet_trainer().test(module(tickets=nowhere), datamodule=FEW(), verbose=False)
     with pytest.raises(ValueError, match=r"model\.level=7: .* has the levels 0, 1, 2"):
         begun(module(ticket=folder, level=7))
     with pytest.raises(
@@ -245,7 +257,7 @@ def test_mistakes_with_tickets(searches, tmp_path):
         begun(module(ticket=folder, hidden=(30, 16)))
     with pytest.raises(ValueError, match=r"model\.tickets=.*, level 0: .*layers\.2\.weight may be pruned here"):
         quiet_trainer().test(module(tickets=folder, prunable=PruneChoice(keep_last=False), hidden=(24,) * 4), FEW())
-    with pytest.raises(ValueError, match=r"model\.test_levels: 5 is not in .* there are \[0, 1, 2\]"):
+    with pytest.raises(ValueError, match=r"model\.test_levels: 5 is not in model\.tickets=.* there are \[0, 1, 2\]"):
         quiet_trainer().test(module(tickets=folder, test_levels=[5]), datamodule=FEW())
     save_ticket(ticket_path(tmp_path, 0), Ticket({}, {}, about={"level": 0}))
     with pytest.raises(ValueError, match="the ticket has no mask for it"):
