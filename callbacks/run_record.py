@@ -74,7 +74,9 @@ class RunRecord(pl.Callback):
     """Keeps ``<run_dir>/results.json`` current and puts the configuration into every checkpoint.
 
     The file is rewritten when a stage starts, after every validation and at the end, so that a killed run leaves its
-    last state. ``status`` is ``running``, ``completed``, ``interrupted`` or ``failed`` (a killed run stays
+    last state. A run that ends before its first stage begins (a refused ``resume``) leaves the record as it found it.
+
+    ``status`` is ``running``, ``completed``, ``interrupted`` or ``failed`` (a killed run stays
     ``running``). Times are in seconds; a resumed run keeps the records of its earlier parts under ``earlier``.
 
     Args:
@@ -90,6 +92,7 @@ class RunRecord(pl.Callback):
         self._begin = time.monotonic()
         self._stage_begin = self._begin
         earlier = self._earlier()
+        self._found = earlier[-1] if earlier else None  # the record of the run that this one continues
         self.record: dict[str, Any] = {
             "status": "running",
             "name": config.get("name"),
@@ -115,6 +118,13 @@ class RunRecord(pl.Callback):
             last = json.loads(self.path.read_text())
             return [*last.get("earlier", []), last]
         return []
+
+    def withdraw(self) -> bool:
+        """Put back the record that this run has found, if it has computed nothing; whether it has."""
+        if self.computing or self._found is None:
+            return False
+        write_json(self.path, self._found)
+        return True
 
     def update(self, **values: Any) -> None:
         """Set fields of the record and write the file."""

@@ -74,9 +74,11 @@ def _search(run: Path) -> str:
 
 
 def _levels(run: Path, series: str) -> list[dict[str, Any]]:
-    """The tickets of one run that were tested."""
+    """The tickets of one run that were tested, by its last test."""
     record = _record(run)
-    metrics, rows = record["metrics"], []
+    parts = [record, *reversed(record.get("earlier", []))]
+    metrics = next((p["metrics"] for p in parts if any(n.startswith("test/level_") for n in p["metrics"])), {})
+    rows = []
     levels = sorted({name.split("/")[1] for name in metrics if name.startswith("test/level_")})
     for level in levels:
         row = {"series": series, "seed": record["config"]["seed"], "level": int(level.removeprefix("level_"))}

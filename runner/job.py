@@ -131,13 +131,13 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             # Without our callback of that name Lightning itself stops at SIGTERM.
             signum = getattr(stop, "signum", signal.SIGTERM if isinstance(stop, SIGTERMException) else signal.SIGINT)
             _call(callbacks, "end_run", "interrupted")
-            if trainer is None or trainer.is_global_zero:
+            if (trainer is None or trainer.is_global_zero) and not record.withdraw():
                 record.update(status="interrupted", error=str(stop) or "interrupted")
             metrics = record.record["metrics"]
             return {"status": "interrupted", "signum": signum, "metrics": metrics, "run_dir": config["run"]["dir"]}
         except Exception as error:
             _call(callbacks, "end_run", "failed")
-            if trainer is None or trainer.is_global_zero:
+            if (trainer is None or trainer.is_global_zero) and not record.withdraw():
                 # A message is enough for a mistake in the input; past the set-up the traceback matters.
                 record.update(status="failed", error=f"{type(error).__name__}: {error}")
             error.computing = record.computing

@@ -15,11 +15,16 @@ def read(run_dir: str | Path) -> dict[str, Any]:
         return {}
 
 
+def restore(run_dir: Path, record: dict[str, Any]) -> None:
+    """Put back a record: that of a run which a job could not continue."""
+    temporary = run_dir / ".results.json.supervisor"
+    temporary.write_text(json.dumps(record, indent=2))
+    temporary.replace(run_dir / "results.json")
+
+
 def mark(run_dir: Path, status: str, error: str) -> None:
     """Set status and error of a run's record, which is created if the job never wrote one."""
     record = read(run_dir) or {"run_dir": str(run_dir), "metrics": {}}
     record |= {"status": status, "error": error}
     run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / ".results.json.supervisor"
-    temporary.write_text(json.dumps(record, indent=2))
-    temporary.replace(run_dir / "results.json")
+    restore(run_dir, record)

@@ -71,9 +71,10 @@ def _here(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _isolated(config: dict[str, Any], processes: int) -> dict[str, Any]:
-    from runner.record import mark
+    from runner.record import mark, read, restore
 
     run_dir = Path(config["run"]["dir"])
+    found = read(run_dir)
     outcome: dict[str, Any] = {"metrics": {}, "run_dir": str(run_dir)}
     try:
         with exclusive(run_dir):
@@ -82,7 +83,10 @@ def _isolated(config: dict[str, Any], processes: int) -> dict[str, Any]:
         mark(run_dir, "interrupted", str(stop))
         return outcome | {"status": "interrupted", "signum": stop.signum}
     except (JobFailed, TimeoutError) as error:
-        mark(run_dir, "failed", str(error))
+        if found and getattr(error, "hopeless", False):  # refused before anything was computed
+            restore(run_dir, found)
+        else:
+            mark(run_dir, "failed", str(error))
         details = {name: getattr(error, name, None) for name in ("trace", "hopeless")}
         return outcome | {"status": "failed", "error": str(error), **details}
 

@@ -97,6 +97,16 @@ def finished(folder: Path, levels: dict[int, float], seed: int = 0, cost: float 
     return folder
 
 
+def test_a_run_that_went_on_is_compared_by_its_last_test(tmp_path):
+    """A part of it that tested nothing does not hide the part that did."""
+    run = finished(tmp_path / "run", {0: 0.9, 1: 0.8})
+    record = json.loads((run / "results.json").read_text())
+    part = {"metrics": {"val/loss": 1.0}, "config": record["config"], "earlier": [{"metrics": record["metrics"]}]}
+    (run / "results.json").write_text(json.dumps(part))
+    (tmp_path / "table.csv").write_text(f"status,run_dir\ncompleted,{run}\n")
+    assert [row["accuracy"] for row in read_jobs(tmp_path)] == [0.9, 0.8]
+
+
 def sweep(tmp_path: Path) -> Path:
     source = finished(tmp_path / "search", {0: 0.97, 3: 0.96}, cost=10.0)
     folder = tmp_path / "sweep"

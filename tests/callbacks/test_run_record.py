@@ -68,6 +68,20 @@ def test_resumed_run_keeps_the_earlier_record(tmp_path):
     assert not any("earlier" in e or "config" in e for e in record["earlier"])
 
 
+def test_a_refused_run_leaves_the_record_as_it_was(tmp_path):
+    """What goes wrong before anything is computed is no news of the run in the folder."""
+    job.run(tiny(tmp_path))
+    before = read(tmp_path)
+    for mistake in ("model.width=0", "trainer.precision=7"):
+        assert job.run(tiny(tmp_path, mistake, "ckpt_path=last"))["status"] == "failed"
+        assert read(tmp_path) == before and before["status"] == "completed"
+    result = job.run(
+        tiny(tmp_path, "ckpt_path=last", "trainer.max_epochs=4", "model.fault=raise", "model.fault_step=20")
+    )
+    assert result["status"] == read(tmp_path)["status"] == "failed", "this one had begun"
+    assert read(tmp_path)["earlier"][0]["metrics"] == before["metrics"]
+
+
 def test_a_damaged_record_does_not_stop_a_run(tmp_path):
     (tmp_path / "results.json").write_text("{half")
     RunRecord(str(tmp_path), {"name": "x"}).update()
