@@ -480,6 +480,7 @@ class IterativePruning(pl.Callback):
                 None if w.log_sigma is None else w.log_sigma.cpu(),
                 w.fan_in,
                 _gradient_sq(trainer, w),
+                *w.prior,
                 c=self.c,
                 generator=generator,
             )

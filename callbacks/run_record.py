@@ -76,8 +76,8 @@ class RunRecord(pl.Callback):
     The file is rewritten when a stage starts, after every validation and at the end, so that a killed run leaves its
     last state. A run that ends before its first stage begins (a refused ``resume``) leaves the record as it found it.
 
-    ``status`` is ``running``, ``completed``, ``interrupted`` or ``failed`` (a killed run stays
-    ``running``). Times are in seconds; a resumed run keeps the records of its earlier parts under ``earlier``.
+    ``status`` is ``running``, ``completed``, ``interrupted`` or ``failed`` (a killed run stays ``running``). Times are
+    in seconds; a resumed run keeps the records of its earlier parts under ``earlier``.
 
     Args:
         run_dir: Folder of the run.

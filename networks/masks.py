@@ -108,6 +108,11 @@ class MaskedWeight:
         return self.mu[0].numel()
 
     @property
+    def prior(self) -> tuple[float, float]:
+        """Mean and standard deviation of the prior of the weight; N(0, 1) for an ordinary layer."""
+        return self.module.prior.of_layer(self.fan_in) if self.bayesian else (0.0, 1.0)
+
+    @property
     def mask(self) -> Tensor:
         """Boolean, of the weight's shape; all True where no mask was set."""
         mask = getattr(self.module, MASK, None)

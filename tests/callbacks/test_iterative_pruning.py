@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,8 +20,9 @@ from callbacks.energy.callback import EnergyCallback
 from callbacks.iterative_pruning import IterativePruning, weights_of
 from callbacks.rng_state import RngState
 from lightning_modules.schedules import WarmupCosine
+from networks.bayes import Init, Prior, to_bayesian
 from networks.lottery.tickets import find_tickets, load_ticket
-from networks.masks import MASK, density, jaccard, masked_weights, masks_of
+from networks.masks import MASK, density, install_masks, jaccard, masked_weights, masks_of
 from strategies.ddp import DDP
 from tests.callbacks.digits_mlp import DigitsData, DigitsMLP
 from tests.lightning_modules.tiny_series import quiet_trainer
@@ -173,6 +175,20 @@ def test_late_rewinding():
         mine, then = start["optimizer"]["state"], seen[1]["optimizer"]["state"]
         assert mine.keys() == then.keys() and mine
         assert all(torch.equal(mine[i][key], then[i][key]) for i in then for key in then[i])
+
+
+def test_kl_gain_knows_the_prior_of_the_layer():
+    """Priors that are scaled by the fan-in are other numbers in every layer: the score is log p(0) - log q(0)."""
+    net = nn.Sequential(nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
+    to_bayesian(net, init=Init(0.5), prior=Prior(0.1, 2.0, rescale=True))
+    weights = install_masks(net)
+    found = pruning(score="kl_gain")._scores(SimpleNamespace(optimizers=[]), weights, "kl_gain")
+    for weight in weights:
+        factor = 1 / (3 * weight.fan_in) ** 0.5
+        prior = torch.distributions.Normal(0.1 * factor, 2.0 * factor)
+        mu, sigma = weight.mu.double(), weight.log_sigma.double().exp()
+        expected = prior.log_prob(torch.zeros(())) - torch.distributions.Normal(mu, sigma).log_prob(torch.zeros(()))
+        torch.testing.assert_close(found[weight.name], expected.detach(), rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------- lengths of schedules
