@@ -130,6 +130,7 @@ class Lottery(BayesClassifier):
         self.tickets_path, self.test_levels = tickets, None if test_levels is None else list(test_levels)
         self.evaluation_seeds = evaluation_seeds if bayesian else 1
         self.ticket: Ticket | None = None  # that training began with
+        self._missing: FileNotFoundError | None = None
         if not bayesian:
             options |= {"num_samples": 1, "num_eval_samples": 1, "antithetic": False, "sample_chunk": None}
         super().__init__(net, optimizer, scheduler, **options)
@@ -150,11 +151,32 @@ class Lottery(BayesClassifier):
         super().setup(stage)
         if self.ticket_path is not None and self.ticket is None:
             if stage == "fit":
-                self._begin_with(load_ticket(select_ticket(self.ticket_path, self.level)))
+                try:
+                    self._begin_with(load_ticket(select_ticket(self.ticket_path, self.level)))
+                except FileNotFoundError as error:  # a run that goes on has all of it in its checkpoint
+                    self._missing = error
             elif self.trainer.ckpt_path is None:  # nothing was trained here
                 self._evaluate_as(load_ticket(select_ticket(self.ticket_path, self.level)))
         if stage == "test":
             self._find_tickets()
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if self.ticket is not None:  # a run goes on without the file that it began with
+            checkpoint["ticket"] = self.ticket.about
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "ticket" in checkpoint:
+            self.ticket = Ticket({}, {}, about=checkpoint["ticket"])
+
+    @override
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.ticket is None and self._missing is not None:
+            raise self._missing
 
     def _require_fit(self, ticket: Ticket, key: str | None = None) -> None:
         try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from callbacks.iterative_pruning import IterativePruning
@@ -134,6 +136,26 @@ def test_the_cost_of_a_transplant(searches, tmp_path, source):
     cost = sum(searched["seconds_by_level"][: 3 if source == "trained" else 2]) + once
     assert load_ticket(tmp_path / "level_02.pt").about["cost_s"] == pytest.approx(cost)
     assert callback.history[0]["cost_saved"] == pytest.approx(1 - cost / full["cost_s"])
+
+
+def test_a_run_that_began_with_a_ticket_goes_on_without_it(searches, tmp_path):
+    """Its level and its cost are in the checkpoint, with mask and weights."""
+    moved = tmp_path / "moved"
+    shutil.copytree(searches[True], moved)
+    options = {"ticket": str(moved), "level": 1, "control": "reinit"}
+    keep = ModelCheckpoint(dirpath=tmp_path, filename="last", enable_version_counter=False)
+
+    def run(levels: int, ckpt: Path | None) -> IterativePruning:
+        callback = IterativePruning(levels, epochs_per_level=1, dirpath=str(tmp_path / "own"))
+        trainer = quiet_trainer(callbacks=[callback, keep], max_epochs=-1, enable_checkpointing=True)
+        trainer.fit(module(**options), datamodule=FEW(), ckpt_path=ckpt)
+        return callback
+
+    run(0, None)
+    shutil.rmtree(moved)
+    callback = run(1, tmp_path / "last.ckpt")
+    assert [row["level"] for row in callback.history] == [1, 2]
+    assert len(load_ticket(tmp_path / "own/level_02.pt").about["seconds_by_level"]) == 3
 
 
 # -------------------------------------------------------------------------------------------------------------- a test
