@@ -71,12 +71,12 @@ def _permuted(word: int, key: int) -> int:
     return word
 
 
-def counter_normal(key: Sequence[int], samples: Sequence[int], items: Tensor, shape: Sequence[int]) -> Tensor:
-    """Standard normal numbers that belong to (sample, item, entry), whoever asks, ``(S, B, *shape)`` float64.
+def counter_uniform(key: Sequence[int], samples: Sequence[int], items: Tensor, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in (0, 1) that belong to (sample, item, entry), whoever asks, ``(S, B, *shape)`` float64.
 
     Args:
         key: Of the run and the purpose.
-        samples: Numbers of the weight samples.
+        samples: Numbers of the samples.
         items: Numbers of the items, ``(B,)`` int64; the result lies on their device.
         shape: Of an item.
     """
@@ -84,8 +84,12 @@ def counter_normal(key: Sequence[int], samples: Sequence[int], items: Tensor, sh
     seeds = torch.tensor([_signed(mix64(*key, s)) for s in samples], device=items.device)
     words = _finalized(_finalized(seeds[:, None] ^ items[None])[..., None] ^ entries)
     uniform = ((words >> 12) & ((1 << 52) - 1)).double().add_(0.5).mul_(2.0**-52)  # exact: neither 0 nor 1
-    normal = torch.special.ndtri(uniform)
-    return normal.view(len(seeds), len(items), *shape)
+    return uniform.view(len(seeds), len(items), *shape)
+
+
+def counter_normal(key: Sequence[int], samples: Sequence[int], items: Tensor, shape: Sequence[int]) -> Tensor:
+    """Standard normal numbers by the same rule as `counter_uniform`, ``(S, B, *shape)`` float64."""
+    return torch.special.ndtri(counter_uniform(key, samples, items, shape))
 
 
 def _signed(word: int) -> int:
