@@ -1,0 +1,1 @@
+"""Simulators and solvers in plain PyTorch: float64 by default, units in names."""

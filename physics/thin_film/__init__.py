@@ -1,0 +1,1 @@
+"""Optics of multilayer thin films: simulator, materials, tokens, stacks, targets, refinement."""
