@@ -1,12 +1,13 @@
 """Masked (absorbing) diffusion over token sequences: schedules, masking, losses and samplers.
 
 Time runs from 0 (clean) to 1 (everything is masked). At time t every position is masked independently with
-probability beta(t). References: Austin et al., NeurIPS 2021 (absorbing diffusion); Sahoo et al., NeurIPS 2024 (the bound
-used here); Chang et al., CVPR 2022 (confidence order); Schaible et al., arXiv 2604.01106 (re-masking).
+probability beta(t). References: Austin et al., NeurIPS 2021 (absorbing diffusion); Sahoo et al., NeurIPS 2024 (the
+bound used here); Chang et al., CVPR 2022 (confidence order); Schaible et al., arXiv 2604.01106 (re-masking).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Schedule:
         return (1 - T_MIN) * shape[self.name]()
 
     def slope(self, t: Tensor) -> Tensor:
-        """d beta / d t."""
+        """Derivative of beta by t."""
         shape = {
             "quadratic": lambda: 2 * t,
             "linear": lambda: torch.ones_like(t),
@@ -103,8 +104,8 @@ def denoising_loss(
     """Loss of a denoiser.
 
     ``all``: mean cross-entropy over all positions, visible ones included, as published. ``masked``: over the masked
-    ones. ``elbo``: masked ones weighted with beta'/beta and divided by the number of all positions: with ``ignore=None``
-    its expectation over t and masks bounds -log p / L from above.
+    ones. ``elbo``: masked ones weighted with beta'/beta and divided by the number of all positions: with
+    ``ignore=None`` its expectation over t and masks bounds -log p / L from above.
 
     Args:
         logits: ``(B, L, V)``.
@@ -188,7 +189,7 @@ class Sampler:
             grid = torch.linspace(1.0, T_MIN, self.steps, dtype=torch.float64).tolist()
             return [(t, t) for t in grid[:-1]] + [(grid[-1], None)]
         grid = [1.0 - (1.0 - T_MIN) * i / self.steps for i in range(self.steps)]
-        return [*zip(grid, grid[1:], strict=False), (grid[-1], None)]
+        return [*itertools.pairwise(grid), (grid[-1], None)]
 
 
 Denoise = Callable[[Tensor, float], Tensor]

@@ -477,7 +477,7 @@ class MaskedDiffusionDenoiser(StackGenerator):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the condition, feed-forward layer, each behind a norm and beside a shortcut."""
+    """Causal self-attention, attention to the condition, feed-forward layer; norms before, shortcuts beside them."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float, activation: str) -> None:
         super().__init__()
@@ -608,7 +608,7 @@ class OptoGPT(StackGenerator):
         constraints: Constraints | None = None,
         record: list[Tensor] | None = None,
     ) -> Tensor:
-        """See `StackGenerator`; keys and values of earlier places are kept, those of the spectrum shared by its draws."""
+        """See `StackGenerator`; keys and values of earlier places are kept, those of the spectrum are shared."""
         choice = (sampler or self.sampler).choice
         allowed, memory = self._table(constraints, spectrum.device), self._memory(spectrum)
         shape = (len(spectrum), len(draws))

@@ -81,9 +81,8 @@ class Choice:
         point = uniform.to(total.dtype)[..., None] * total[..., -1:]
         place = (total <= point).sum(-1, keepdim=True)
         # Rounding may put the point on the total itself, behind the last token that is kept.
-        place = torch.minimum(
-            place, (kept > 0).long().mul(torch.arange(kept.shape[-1], device=kept.device)).amax(-1, True)
-        )
+        last = torch.where(kept > 0, torch.arange(kept.shape[-1], device=kept.device), 0).amax(-1, keepdim=True)
+        place = torch.minimum(place, last)
         return (place if order is None else order.gather(-1, place))[..., 0]
 
 

@@ -170,7 +170,7 @@ END = torch.tensor([0.0, 0.2, 0.3, 0.4, 0.1])  # chance that EOS stands at a pos
 
 
 def posterior(tokens, t):
-    """What is known of every position, given the visible ones: layers are independent, EOS has the probabilities above."""
+    """What is known of every position, given the visible ones: independent layers, EOS as above."""
     place = torch.arange(L)
     inside = (tokens != SPECIAL.mask) & (tokens != SPECIAL.pad)
     pads = tokens == SPECIAL.pad
@@ -203,7 +203,7 @@ def test_samples_have_the_distribution_that_the_denoiser_knows(kind, redraw, ste
 
 
 def test_masks_have_the_rate_of_the_time_that_follows():
-    """The state that a step sees is masked as training has it at that time; as published it is that of the step before."""
+    """A step sees what training shows at its time; as published it sees what the step before saw."""
     seen = {}
 
     def denoise(tokens, t):
