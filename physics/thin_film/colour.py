@@ -6,5 +6,5 @@ from torch import Tensor
 
 
 def srgb(reflectance: Tensor, wavelength_nm: Tensor) -> Tensor:
-    """sRGB in [0, 1] of reflectances ``(..., W)`` under D65, ``(..., 3)``."""
+    """Colour as sRGB in [0, 1] of reflectances ``(..., W)`` under D65, ``(..., 3)``."""
     raise NotImplementedError

@@ -1,6 +1,6 @@
-"""The vocabulary of layer tokens: ``<material>_<thickness in nm>`` and the special tokens (paper, section 2.1).
+"""The vocabulary of layer tokens, ``<material>_<thickness in nm>``, and the special tokens (paper, section 2.1).
 
-Which token has which id is the order of the list in ``tokens.json``, and nothing else: ids are looked up, never assumed.
+Which token has which id is the order of the list in ``tokens.json`` and nothing else: ids are looked up, never assumed.
 """
 
 from __future__ import annotations
