@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,7 +74,7 @@ def summary(values: Tensor) -> dict[str, Tensor]:
     ordered = values.sort().values  # a sum that does not depend on the order of the samples
     middle = len(ordered) - 1
     median = (ordered[middle // 2] + ordered[-(-middle // 2)]) / 2
-    return {"mean": ordered.mean(), "median": median, "p90": ordered[min(int(0.9 * len(ordered)), middle)]}
+    return {"mean": ordered.mean(), "median": median, "p90": ordered[math.ceil(0.9 * len(ordered)) - 1]}
 
 
 class RateBuckets(Sums):
