@@ -150,6 +150,29 @@ def spectrum(waves: list[Waves], thickness_nm: Tensor, media: Media) -> Tensor:
 
     Where the same layers are simulated again with other thicknesses, this saves all that depends on their index.
     """
+    reflectance, transmittance = _mean(waves, thickness_nm[..., None], media)
+    return torch.stack([reflectance, 1 - reflectance - transmittance, transmittance], dim=-2)
+
+
+def spectrum_and_slopes(waves: list[Waves], thickness_nm: Tensor, media: Media) -> tuple[Tensor, Tensor]:
+    """R, A and T ``(..., 3, W)`` and their derivatives with respect to the thicknesses, ``(..., L, 3, W)`` in 1 / nm.
+
+    At each wavelength the spectrum depends on the thickness at this wavelength alone, so that two adjoints, of R and
+    of T, give the whole Jacobian.
+    """
+    wavelengths = len(media.wavenumber)
+    with torch.enable_grad():
+        varied = thickness_nm.detach()[..., None].repeat_interleave(wavelengths, dim=-1).requires_grad_()
+        reflectance, transmittance = _mean(waves, varied, media)
+        (of_r,) = torch.autograd.grad(reflectance.sum(), varied, retain_graph=True)
+        (of_t,) = torch.autograd.grad(transmittance.sum(), varied)
+    reflectance, transmittance = reflectance.detach(), transmittance.detach()
+    found = torch.stack([reflectance, 1 - reflectance - transmittance, transmittance], dim=-2)
+    return found, torch.stack([of_r, -of_r - of_t, of_t], dim=-2)
+
+
+def _mean(waves: list[Waves], thickness_nm: Tensor, media: Media) -> tuple[Tensor, Tensor]:
+    """R and T, the mean over the polarizations; thickness ``(..., L, 1)`` or, by wavelength, ``(..., L, W)``."""
     pairs = [
         _coherent(wave, thickness_nm, media, polarization)
         if media.plate is None
@@ -157,7 +180,7 @@ def spectrum(waves: list[Waves], thickness_nm: Tensor, media: Media) -> Tensor:
         for wave, polarization in zip(waves, media.polarizations, strict=True)
     ]
     reflectance, transmittance = (sum(part) / len(pairs) for part in zip(*pairs, strict=True))
-    return torch.stack([reflectance, 1 - reflectance - transmittance, transmittance], dim=-2)
+    return reflectance, transmittance
 
 
 def _coherent(wave: Waves, thickness_nm: Tensor, media: Media, polarization: str) -> tuple[Tensor, Tensor]:
@@ -169,7 +192,7 @@ def _on_plate(wave: Waves, thickness_nm: Tensor, media: Media, polarization: str
     """The stack on a plate whose faces do not interfere: the sum over all round trips of intensity."""
     incident, plate, exit = (media.of_medium(n, polarization) for n in (media.incident, media.plate, media.exit))
     front = intensities(*fields(wave, thickness_nm, media.wavenumber, plate), incident, plate)
-    backwards = fields(wave.reversed(), thickness_nm.flip(-1), media.wavenumber, incident)
+    backwards = fields(wave.reversed(), thickness_nm.flip(-2), media.wavenumber, incident)
     back = intensities(*backwards, plate, incident)
     return through_plate(front, back, media, plate, exit)
 
@@ -221,18 +244,18 @@ def fields(wave: Waves, thickness_nm: Tensor, wavenumber: Tensor, exit: Tensor) 
 
     Args:
         wave: Layers, ``(..., L, W)``.
-        thickness_nm: ``(..., L)`` real.
+        thickness_nm: ``(..., L, 1)`` real, or ``(..., L, W)`` where it differs by wavelength.
         wavenumber: 4 pi / wavelength, ``(W,)``.
         exit: Admittance behind the layers, ``(W,)``.
     """
     layers, wavelengths = wave.eta.shape[-2:]
-    batch = torch.broadcast_shapes(wave.eta.shape[:-2], thickness_nm.shape[:-1])
+    batch = torch.broadcast_shapes(wave.eta.shape[:-2], thickness_nm.shape[:-2])
 
     def flat(part: Tensor | None, *shape: int) -> Tensor | None:
         return None if part is None else part.expand(*batch, *shape).reshape(-1, *shape)
 
     waves = [flat(part, layers, wavelengths) for part in wave]
-    found = _Recursion.apply(*waves, flat(thickness_nm, layers), wavenumber, exit)
+    found = _Recursion.apply(*waves, flat(thickness_nm, *thickness_nm.shape[-2:]), wavenumber, exit)
     return tuple(part.reshape(*batch, wavelengths) for part in found)
 
 
@@ -281,8 +304,9 @@ class _Recursion(torch.autograd.Function):
         number, layers, wavelengths = eta.shape
         needs_q, needs_eta, _, needs_thickness, _, needs_exit = ctx.needs_input_grad
         of_q, of_eta = (eta.new_empty(eta.shape) if need else None for need in (needs_q, needs_eta))
-        of_thickness = thickness.new_empty(number, layers) if needs_thickness else None
+        of_thickness = thickness.new_empty(thickness.shape) if needs_thickness else None
         of_exit = eta.new_zeros(wavelengths) if needs_exit else None
+        by_wavelength = thickness.shape[-1] > 1
         for part in _chunks(number, wavelengths, eta.device):
             gb, gc = (g[part].conj().resolve_conj().clone() for g in (grad_b, grad_c))
             gm, product, scratch = torch.empty_like(gb), torch.empty_like(gb), _Scratch.like(grad_damping[part])
@@ -306,9 +330,10 @@ class _Recursion(torch.autograd.Function):
                 # X = exp(i wavenumber q d). So far with respect to its exponent, whose real part is the damping, negated.
                 product.sub_(grad_damping[part]).mul_(wavenumber)
                 if needs_q:
-                    torch.mul(product, 1j * thickness[part, layer, None], out=of_q[part, layer])
+                    torch.mul(product, 1j * thickness[part, layer], out=of_q[part, layer])
                 if needs_thickness:
-                    of_thickness[part, layer] = -product.mul_(q[part, layer]).imag.sum(-1)
+                    slope = product.mul_(q[part, layer]).imag
+                    of_thickness[part, layer] = -slope if by_wavelength else -slope.sum(-1, keepdim=True)
             if needs_exit:
                 of_exit += gc.sum(0) * 0.5**layers
         of_q, of_eta, of_exit = (None if g is None else g.conj() for g in (of_q, of_eta, of_exit))
@@ -331,7 +356,7 @@ class _Scratch(NamedTuple):
     def exponential(self, q: Tensor, thickness: Tensor, wavenumber: Tensor, total: Tensor, out: Tensor) -> None:
         """X = exp(i wavenumber q d) by the real functions, which are faster; adds the damping to ``total``."""
         length, damping = self.first, self.second
-        torch.mul(thickness[:, None], wavenumber, out=length)
+        torch.mul(thickness, wavenumber, out=length)
         torch.mul(length, q.imag, out=damping)
         total.add_(damping)
         damping.neg_().exp_()
