@@ -20,42 +20,44 @@ class Refinement:
     """How thicknesses are refined by gradients through the simulator.
 
     Args:
-        method: ``adam`` (all candidates at once) or ``lbfgs``.
-        steps: Steps of Adam, or iterations of L-BFGS-B at most.
+        method: ``adam``, ``levenberg_marquardt`` (both for all candidates at once) or ``lbfgs``.
+        steps: Of Adam or Levenberg-Marquardt, or iterations of L-BFGS-B at most.
         lr_nm: Step of Adam at the start, nm; decays to 0.
+        polish_steps: Of Levenberg-Marquardt afterwards.
         bounds_nm: Least and largest thickness.
         grid_nm: Round the result to multiples of this; None: continuous.
         drop_below_nm: Thinner layers are dropped and equal neighbours merged.
     """
 
-    method: Literal["adam", "lbfgs"] = "adam"
+    method: Literal["adam", "levenberg_marquardt", "lbfgs"] = "adam"
     steps: int = 120
     lr_nm: float = 8.0
+    polish_steps: int = 0
     bounds_nm: Sequence[float] = (1.0, 400.0)
     grid_nm: float | None = None
     drop_below_nm: float = 1.0
 
-    def __post_init__(self) -> None:
-        if self.method not in ("adam", "lbfgs"):
-            raise ValueError(f"model.refinement.method={self.method!r} is unknown; choose adam or lbfgs")
-        if self.steps < 0 or self.lr_nm <= 0:
-            raise ValueError("model.refinement: steps must not be negative, lr_nm must be above 0")
-        if not 0 <= self.bounds_nm[0] < self.bounds_nm[1]:
-            raise ValueError(f"model.refinement.bounds_nm={list(self.bounds_nm)}: give the least and the largest")
-
     def refiner(self, data: Any, device: torch.device) -> Refiner:
-        """For the materials, wavelengths and surroundings of a DataModule."""
-        return Refiner(
-            data.index.to(device),
-            data.wavelength_nm.to(device),
-            data.surroundings,
-            method=self.method,
-            steps=self.steps,
-            lr_nm=self.lr_nm,
-            bounds_nm=tuple(self.bounds_nm),
-            grid_nm=self.grid_nm,
-            drop_below_nm=self.drop_below_nm,
-        )
+        """For the materials, wavelengths and surroundings of a DataModule.
+
+        Raises:
+            ValueError: Names the argument and the remedy.
+        """
+        try:
+            return Refiner(
+                data.index.to(device),
+                data.wavelength_nm.to(device),
+                data.surroundings,
+                method=self.method,
+                steps=self.steps,
+                lr_nm=self.lr_nm,
+                polish_steps=self.polish_steps,
+                bounds_nm=tuple(self.bounds_nm),
+                grid_nm=self.grid_nm,
+                drop_below_nm=self.drop_below_nm,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("refine.", "model.refinement.", 1)) from None
 
 
 @dataclass(frozen=True)

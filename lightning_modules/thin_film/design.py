@@ -196,6 +196,8 @@ class InverseDesign(Supervised):
         special = SpecialTokens(vocabulary.eos, vocabulary.pad, vocabulary.msk)
         for net in (*every.values(), self.designer):
             net.special = special
+        if stage in ("test", "predict"):
+            self.refiner = self.refinement.refiner(self.data, self.device)
         if stage == "test":
             self._prepare_test()
         if stage == "predict":
@@ -394,7 +396,7 @@ class InverseDesign(Supervised):
             stacks[name] = hits[:, : self.refine_top]
             if self.hybrid and name == "template_equal":
                 stacks["hybrid/template"] = self._best(hits, errors(self.data.simulate(hits), target, weight))
-        chosen = refine(self.refinement.refiner(self.data, self.device), self.data.vocabulary, stacks, target, weight)
+        chosen = refine(self.refiner, self.data.vocabulary, stacks, target, weight)
         self._test_refined(chosen, batch, row, outputs)
         self.test_table.update(batch["index"], row)
         return outputs
@@ -566,8 +568,7 @@ class InverseDesign(Supervised):
         ]
         places = torch.cat(places, 1)
         stacks = take(tokens, places).masked_fill(places[..., None] < 0, -1)
-        refiner = self.refinement.refiner(self.data, self.device)
-        found = refine(refiner, self.data.vocabulary, {"all": stacks}, target, weight)["all"]
+        found = refine(self.refiner, self.data.vocabulary, {"all": stacks}, target, weight)["all"]
         recipe = self._recipes(found, stacks)
         again = alike(recipe["material"], recipe["thickness_nm"])
         order = recipe["mae"].masked_fill(again, torch.inf).sort(dim=1, stable=True).indices[:, : self.num_candidates]
@@ -575,7 +576,7 @@ class InverseDesign(Supervised):
         out["mae"] = out["mae"].masked_fill(take(again, order), torch.inf)
         out |= {"tokens": take(stacks, order), "raw_mae": take(take(mae, places), order)}
         out["source"] = take(source.expand(len(target), -1), take(places, order))
-        out |= self._robustness(refiner, out, target, weight)
+        out |= self._robustness(out, target, weight)
         return out | {"index": batch["index"], "target": target, "weight": weight, "prediction": out["spectrum"][:, 0]}
 
     def _recipes(self, found: Chosen, stacks: Tensor) -> dict[str, Tensor]:
@@ -591,14 +592,12 @@ class InverseDesign(Supervised):
             "mae": found.mae,
         }
 
-    def _robustness(
-        self, refiner: Any, recipes: Mapping[str, Tensor], target: Tensor, weight: Tensor
-    ) -> dict[str, Tensor]:
+    def _robustness(self, recipes: Mapping[str, Tensor], target: Tensor, weight: Tensor) -> dict[str, Tensor]:
         """Mean and 95th percentile of the error when every layer is off by a random part of its thickness."""
         candidates = recipes["mae"].shape[1]
         wanted = [x.double().repeat_interleave(candidates, 0) for x in (target, weight)]
         material, thickness = recipes["material"].flatten(0, 1), recipes["thickness_nm"].flatten(0, 1)
-        off = refiner.robustness(
+        off = self.refiner.robustness(
             material, thickness, *wanted, relative=self.thickness_error, seed=self.evaluation_seed
         ).view(*recipes["mae"].shape, -1)
         return {"robust_mae": off.mean(-1), "robust_mae_p95": off.quantile(0.95, -1)}
