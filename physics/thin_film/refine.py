@@ -10,8 +10,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from physics.thin_film.errors import weighted_mae
 from physics.thin_film.surroundings import Surroundings
+from physics.thin_film.targets import weighted_mae
 from physics.thin_film.transfer_matrix import Media, Waves, spectrum, spectrum_and_slopes
 
 CHUNK_ELEMENTS = 1 << 15  # (candidate, wavelength) at a time: what fits into the cache of a core
@@ -89,9 +89,7 @@ class Refiner:
         # Of materials, gathered for the layers of candidates.
         self._waves = [Waves.of(index, self._media, p).with_inverse() for p in self._media.polarizations]
 
-    def __call__(
-        self, material: Tensor, thickness_nm: Tensor, target: Tensor, weight: Tensor | None = None
-    ) -> Refined:
+    def __call__(self, material: Tensor, thickness_nm: Tensor, target: Tensor, weight: Tensor | None = None) -> Refined:
         """Refine candidates.
 
         Args:
@@ -193,9 +191,7 @@ class Refiner:
         material = torch.nn.functional.pad(material, pad, value=-1)
         return Refined(material, torch.nn.functional.pad(thickness, pad), found, mae, start_mae)
 
-    def _adam(
-        self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor, steps: int
-    ) -> Tensor:
+    def _adam(self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor, steps: int) -> Tensor:
         """The best of all steps, candidate by candidate."""
         waves, layer = self._of(material), material >= 0
         low, high = self.bounds_nm
@@ -257,9 +253,7 @@ class Refiner:
             matrix = torch.where(accept[:, None, None], new[2], matrix)
         return value
 
-    def _lbfgs(
-        self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor, steps: int
-    ) -> Tensor:
+    def _lbfgs(self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor, steps: int) -> Tensor:
         low, high = self.bounds_nm
         out = torch.zeros_like(thickness)
         for i in range(len(material)):
