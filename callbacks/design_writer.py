@@ -43,7 +43,7 @@ class DesignWriter(pl.Callback):
         dirpath: str | Path,
         filename: str = "designs.csv",
         figures_dir: str | Path | None = None,
-        max_figures: int = 20,
+        max_figures: int = 6,
     ) -> None:
         self.dirpath, self.filename = Path(dirpath), filename
         self.figures_dir, self.max_figures = None if figures_dir is None else Path(figures_dir), max_figures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -23,7 +23,7 @@ from datamodules.readers.target_spectra import on_grid, read_target_spectra
 from datamodules.stack_set import Batch, Numbers, StackSet, TargetSet, fingerprints, take_unlike
 from networks.bayes.noise import counter_normal
 from physics.thin_film.generator import StackGenerator
-from physics.thin_film.layout import Shard, read_shard, write_shard
+from physics.thin_film.layout import Shard, read_layout, read_shard, write_layout, write_shard
 from physics.thin_film.materials import MaterialCatalog
 from physics.thin_film.robustness import restore_sum, variants
 from physics.thin_film.surroundings import Polarization, Surroundings
@@ -272,24 +272,21 @@ class ThinFilms(LightningDataModule):
         """Vocabulary, materials, surroundings and simulator."""
         if self._ready:
             return
-        root = None if self.folder is None else self.data_dir / self.folder
-        if root is None:
+        if self.folder is None:
             self.vocabulary = Vocabulary.build(self.materials, _grid(self.thickness_nm, "thickness_nm").tolist())
+            self.catalog = MaterialCatalog.default()
         else:
-            if not (root / "tokens.json").is_file():
-                raise FileNotFoundError(f"data.folder={self.folder}: there is no {root / 'tokens.json'}")
-            self.vocabulary = Vocabulary.load(root / "tokens.json")
+            self._layout = read_layout(self.data_dir / self.folder)
+            self.vocabulary, self.catalog = self._layout.vocabulary, self._layout.catalog
         if len(self.vocabulary) != self.num_tokens:
             count = len(self.vocabulary)
             raise ValueError(
                 f"data.num_tokens={self.num_tokens}, but the data have {count}: set data.num_tokens={count}"
             )
-        self.catalog = MaterialCatalog.default()
-        for folder in (None if root is None else root / "materials", self.material_folder):
-            if folder is not None and Path(folder).is_dir():
-                self.catalog = self.catalog.with_folder(folder)
-            elif folder is not None and folder == self.material_folder:
-                raise FileNotFoundError(f"data.material_folder={folder}: there is no such folder")
+        if self.material_folder is not None:
+            if not Path(self.material_folder).expanduser().is_dir():
+                raise FileNotFoundError(f"data.material_folder={self.material_folder}: there is no such folder")
+            self.catalog = self.catalog.with_folder(Path(self.material_folder).expanduser())
         self.surroundings = Surroundings.parse(
             self.substrate, self.catalog, self.wavelength_nm, self.angle_deg, self.polarization
         )
@@ -383,11 +380,9 @@ class ThinFilms(LightningDataModule):
 
     def _published(self) -> dict[str, StackSet]:
         """All parts of files; validation is the end of the training files without the stacks of the test part."""
-        root = self.data_dir / self.folder
-        files = {part: sorted((root / part).glob("*.safetensors"), key=_number) for part in ("train", "test")}
-        for part, found in files.items():
-            if not found:
-                raise FileNotFoundError(f"data.folder={self.folder}: there is no {root / part}/*.safetensors")
+        if self._layout.test is None:
+            raise FileNotFoundError(f"data.folder={self.folder}: there is no test/test.safetensors")
+        files = {"train": self._layout.train, "test": (self._layout.test,)}
         shards = {part: [self._checked(path) for path in found] for part, found in files.items()}
         whole = {part: StackSet(own) for part, own in shards.items()}
         test = whole["test"]
@@ -543,26 +538,19 @@ class ThinFilms(LightningDataModule):
             folder: Where; made if it does not exist.
         """
         self._open()
+        train, test, count = self.part("train"), self.part("test"), self.num["train"] or len(self.part("train"))
+
+        def shards() -> Iterator[Shard]:
+            for first in range(0, count, _SHARD):
+                last = min(first + _SHARD, count)
+                made = isinstance(train, Numbers)
+                shard = self._make(first, last) if made else train.gather(torch.arange(first, last))
+                yield Shard(shard.spectra.half(), shard.tokens.long())
+
+        targets = test.gather(torch.arange(len(test)))
         folder = Path(folder).expanduser()
-        for name in ("materials", "train", "test"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        self.vocabulary.save(folder / "tokens.json")
-        nm = self.wavelength_nm
-        tables = dict(zip(self.vocabulary.materials, self.index, strict=True))
-        tables["EVA"] = torch.full_like(self.index[0], 1.48)  # the authors' filler, always of thickness 0
-        for name, index in tables.items():
-            rows = zip(nm.tolist(), index.real.tolist(), index.imag.tolist(), strict=True)
-            lines = ["nm,n,k", *(f"{w:g},{n:.10g},{k:.10g}" for w, n, k in rows)]
-            (folder / "materials" / f"{name}.csv").write_text("\n".join(lines) + "\n")
-        count = self.num["train"] or len(self.part("train"))
-        for number, first in enumerate(range(0, count, _SHARD)):
-            last = min(first + _SHARD, count)
-            train = self.part("train")
-            shard = self._make(first, last) if isinstance(train, Numbers) else train.gather(torch.arange(first, last))
-            write_shard(folder / "train" / f"train-{number}.safetensors", shard.spectra.half(), shard.tokens.long())
-        test = self.part("test").gather(torch.arange(len(self.part("test"))))
-        write_shard(folder / "test" / "test.safetensors", test.spectra.half(), test.tokens.long())
-        log.info("wrote %d training stacks and %d test targets to %s", count, len(test.tokens), folder)
+        write_layout(folder, self.vocabulary, self.catalog, self.wavelength_nm, shards(), targets)
+        log.info("wrote %d training stacks and %d test targets to %s", count, len(test), folder)
 
 
 def _grid(limits: Sequence[float], key: str) -> Tensor:
@@ -573,11 +561,6 @@ def _grid(limits: Sequence[float], key: str) -> Tensor:
     if abs(count - round(count)) > 1e-9:
         raise ValueError(f"data.{key}={list(limits)}: the step does not lead from {limits[0]:g} to {limits[1]:g}")
     return torch.from_numpy(limits[0] + limits[2] * np.arange(round(count) + 1, dtype=np.float64))
-
-
-def _number(path: Path) -> tuple[int, str]:
-    digits = "".join(c for c in path.stem if c.isdigit())
-    return int(digits or 0), path.name
 
 
 def _first(shards: Sequence[Shard], count: int) -> list[Shard]:

@@ -180,7 +180,7 @@ def mae_histogram(outputs: Outputs, datamodule: Any, label: str = "network", num
     floor = 1e-5
     finite = np.concatenate([v[np.isfinite(v)] for group in (raw, refined) for v in group.values()])
     edges = np.geomspace(floor, max(float(finite.max()) if len(finite) else 1.0, 1e-3), num_bins + 1)
-    figure, panels = make_figure(7.2, 3.2, 1, 2)
+    figure, panels = make_figure(7.2, 4.0, 1, 2)
     for axes, group, title in zip(panels, (raw, refined), ("best draw", "refined"), strict=True):
         for colour, (name, values) in zip(METHODS, group.items(), strict=False):
             values = values[np.isfinite(values)]
@@ -193,7 +193,10 @@ def mae_histogram(outputs: Outputs, datamodule: Any, label: str = "network", num
         axes.set_xscale("log")
         axes.set_title(title, fontsize="small")
         axes.set_xlabel("spectral MAE")
-        axes.legend(frameon=False, fontsize="x-small", title="mean", title_fontsize="x-small", loc="upper left")
+        axes.legend(
+            frameon=False, fontsize="x-small", title="mean over targets", title_fontsize="x-small", loc="lower center",
+            bbox_to_anchor=(0.5, 1.06),
+        )  # fmt: skip
     panels[0].set_ylabel("targets [%]")
     return figure
 
@@ -230,7 +233,7 @@ def denoising_trajectory(outputs: Outputs, datamodule: Any, target: int = 0) -> 
     seen = [vocabulary.materials[m] for m in np.unique(material[material >= 0])]
     for name in seen:
         left.bar(0, 0, color=material_colour(name), label=name)
-    left.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0, -0.22), ncols=6)
+    left.legend(frameon=False, fontsize="x-small", loc="upper left", bbox_to_anchor=(0, -0.14), ncols=6)
     n = np.arange(1, steps + 1)
     right.plot(n, np.median(mae, 0), color=METHODS[0], label="median over targets")
     right.fill_between(n, *np.quantile(mae, (0.25, 0.75), axis=0), color=METHODS[0], alpha=0.2, linewidth=0)

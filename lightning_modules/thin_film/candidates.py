@@ -163,7 +163,9 @@ def refine(
     owner = torch.arange(len(joined), device=joined.device)[:, None].expand(joined.shape[:2])
     rows, place = torch.cat([owner[..., None], joined.clamp(min=0)], -1)[there].unique(dim=0, return_inverse=True)
     material, thickness = vocabulary.layers(rows[:, 1:])
-    found = refiner(material[:, :-1], thickness[:, :-1], target[rows[:, 0]].double(), weight[rows[:, 0]].double())
+    inputs = (material[:, :-1], thickness[:, :-1], target[rows[:, 0]].double(), weight[rows[:, 0]].double())
+    with torch.inference_mode(False), torch.enable_grad():  # evaluation has no gradients, refinement needs them
+        found = refiner(*(x.clone() for x in inputs))
     where = torch.zeros(joined.shape[:2], dtype=torch.int64, device=joined.device)
     where[there] = place
     result, begin = {}, 0

@@ -385,6 +385,7 @@ class InverseDesign(Supervised):
         loss = self._token_loss(batch, self.test_tokens, "test")
         row: dict[str, Tensor] = {}
         outputs = {"loss": loss, "target": target, "weight": weight, "index": batch["index"]}
+        outputs["origin"] = batch["index"]  # by which figures sort
         stacks: dict[str, Tensor] = {}
         for name, net in self.methods().items():
             outputs |= self._test_network(name, net, batch, row, stacks)
@@ -397,7 +398,7 @@ class InverseDesign(Supervised):
             if self.hybrid and name == "template_equal":
                 stacks["hybrid/template"] = self._best(hits, errors(self.data.simulate(hits), target, weight))
         chosen = refine(self.refiner, self.data.vocabulary, stacks, target, weight)
-        self._test_refined(chosen, batch, row, outputs)
+        self._test_refined(chosen, stacks, batch, row, outputs)
         self.test_table.update(batch["index"], row)
         return outputs
 
@@ -443,7 +444,12 @@ class InverseDesign(Supervised):
         }
 
     def _test_refined(
-        self, chosen: Mapping[str, Chosen], batch: Batch, row: dict[str, Tensor], outputs: dict[str, Tensor]
+        self,
+        chosen: Mapping[str, Chosen],
+        stacks: Mapping[str, Tensor],
+        batch: Batch,
+        row: dict[str, Tensor],
+        outputs: dict[str, Tensor],
     ) -> None:
         """Fill in what refinement gave."""
         for name in self.methods():
@@ -459,14 +465,12 @@ class InverseDesign(Supervised):
             net, template = (chosen[f"hybrid/{part}"].mae.amin(1) for part in ("net", "template"))
             row["hybrid/refined_net_alone"], row["hybrid/refined_template_alone"] = net, template
             row["hybrid/refined"] = torch.minimum(net, template)
-        found = chosen[f"net/{self.report_draws[-1]}"]
-        best = found.mae.argmin(1, keepdim=True)
-        spectrum = take(found.refined.spectrum, best)[:, 0]
-        outputs |= {
-            "prediction": spectrum,
-            "material": take(found.refined.material, best)[:, 0],
-            "thickness_nm": take(found.refined.thickness_nm, best)[:, 0],
-        }
+        last = f"net/{self.report_draws[-1]}"
+        best = chosen[last].mae.argmin(1, keepdim=True)
+        recipes = self._recipes(chosen[last], stacks[last])
+        spectrum = take(recipes["spectrum"], best)[:, 0]
+        outputs |= {"prediction": spectrum}
+        outputs |= {name: take(recipes[name], best)[:, 0] for name in ("material", "thickness_nm")}
         off = (spectrum - batch["spectrum"]).abs()
         for c, channel in enumerate("RAT"):
             own = batch["weight"][:, c].double()
