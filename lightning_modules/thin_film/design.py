@@ -145,7 +145,7 @@ class InverseDesign(Supervised):
         self.save_hyperparameters(ignore=list(self.objects))
         self.label = label
         self.baselines = nn.ModuleDict(dict(baselines or {}))
-        self.ema = None if ema_decay is None else copy.deepcopy(net).requires_grad_(False).eval()
+        self.ema = None if ema_decay is None else copy.deepcopy(net).requires_grad_(False)
         self.ema_decay = ema_decay
         self.num_draws, self.report_draws, self.refine_top = num_draws, sorted(set(report_draws)), refine_top
         self.refinement, self.templates, self.hybrid = refinement or Refinement(), list(templates), hybrid
@@ -159,7 +159,7 @@ class InverseDesign(Supervised):
         self.libraries: dict[str, TemplateLibrary] = {}
         self.sampled: dict[str, list[float]] = {}  # by method: stacks of a test, and the seconds they took
         self._updated_at = -1
-        self._loaded = False
+        self._trained = False  # here, or before the checkpoint was written
 
     # ----------------------------------------------------------------------------------------------- network and data
 
@@ -201,7 +201,7 @@ class InverseDesign(Supervised):
         if stage == "test":
             self._prepare_test()
         if stage == "predict":
-            self._prepare_prediction()
+            self.constraints = self.limits.constraints(vocabulary)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -214,7 +214,7 @@ class InverseDesign(Supervised):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self._loaded = True
+        self._trained = True
         stored = checkpoint.get("thin_film")
         if self._trainer is None or stored is None:
             return
@@ -268,6 +268,7 @@ class InverseDesign(Supervised):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._trained = True
         if self.ema is None or self.global_step == self._updated_at:  # accumulated batches make one step
             return
         self._updated_at = self.global_step
@@ -516,11 +517,11 @@ class InverseDesign(Supervised):
 
     # ----------------------------------------------------------------------------------------------------- prediction
 
-    def _prepare_prediction(self) -> None:
-        self.constraints = self.limits.constraints(self.data.vocabulary)
-        trained = self._loaded or self.trainer.ckpt_path is not None or self.global_step > 0
-        self.draws = self.num_draws if trained else 0
-        if not trained:
+    @override
+    def on_predict_start(self) -> None:
+        """Open the sources of proposals; a checkpoint has been read by now."""
+        self.draws = self.num_draws if self._trained else 0
+        if not self._trained:
             if not self.predict_templates:
                 raise ValueError(
                     "nothing proposes stacks: give ckpt_path=<run>/checkpoints/best.ckpt, or set "
@@ -537,7 +538,7 @@ class InverseDesign(Supervised):
             if len(kept):
                 spectra, tokens = stored.spectra[kept].to(self.device), stored.tokens[kept].to(self.device)
                 self.libraries["templates"] = TemplateLibrary(spectra, tokens)
-            elif not trained:
+            elif not self._trained:
                 raise ValueError("model.limits leave no stack of the template library, and there is no checkpoint")
 
     def _proposals(self, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -237,7 +237,7 @@ def test_wrong_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             MaskedDiffusionDenoiser(**SIZES | arguments)
-    with pytest.raises(ValueError, match="net.ffn='gelu'"):
+    with pytest.raises(ValueError, match=r"net.ffn='gelu'"):
         OptoGPT(**SIZES, ffn="gelu")
     with pytest.raises(ValueError, match="patch=12: must be 1 to 11"):
         PatchTokens(W, 16, patch=12)
