@@ -21,7 +21,7 @@ COLUMNS = {"first": "first draw", "best": "best of N", "refined_top1": "refined 
 
 
 class DesignTable(pl.Callback):
-    """Writes ``<dirpath>/designs.md`` and ``designs.csv`` from ``results_table()`` of the module, and says them.
+    """Writes ``<dirpath>/comparison.md`` and ``comparison.csv`` from ``results_table()`` of the module, and says them.
 
     Results.json gets the rows under ``thin_film``, with the stacks that each network drew in a second on this machine.
 
@@ -42,8 +42,8 @@ class DesignTable(pl.Callback):
             if isinstance(callback, RunRecord):
                 callback.record["thin_film"] = {"table": rows, "stacks_per_s": speed}
         self.dirpath.mkdir(parents=True, exist_ok=True)
-        (self.dirpath / "designs.md").write_text(markdown(rows) + "\n")
-        with (self.dirpath / "designs.csv").open("w", newline="") as file:
+        (self.dirpath / "comparison.md").write_text(markdown(rows) + "\n")
+        with (self.dirpath / "comparison.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["method", "N", *(f"{c}_{s}" for c in COLUMNS for s in ("mean", "median", "p90"))])
             for row in rows:
@@ -82,5 +82,5 @@ def draw_sweep(folder: Path) -> str:
     if not rows:
         return "no job has tested a network that writes stacks"
     rows.sort(key=lambda row: not row["method"].startswith("template"))
-    (Path(folder) / "designs.md").write_text(markdown(rows) + "\n")
+    (Path(folder) / "comparison.md").write_text(markdown(rows) + "\n")
     return "spectral MAE, mean / median over the targets of the test:\n" + markdown(rows)

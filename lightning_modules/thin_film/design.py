@@ -156,7 +156,8 @@ class InverseDesign(Supervised):
         self.val_tokens, self.test_tokens = RateBuckets(), RateBuckets()
         self.val_table = SampleTable(("first", "best", "valid"))
         self.test_table: SampleTable | None = None
-        self.libraries: dict[str, TemplateLibrary] = {}
+        self.libraries: dict[str, TemplateLibrary] = {}  # of a test, by method
+        self.proposers: list[TemplateLibrary] = []  # of a prediction
         self.sampled: dict[str, list[float]] = {}  # by method: stacks of a test, and the seconds they took
         self._updated_at = -1
         self._trained = False  # here, or before the checkpoint was written
@@ -531,13 +532,13 @@ class InverseDesign(Supervised):
                 "no checkpoint: proposals come from the template library alone; ckpt_path=<run>/checkpoints/best.ckpt "
                 "adds those of a network"
             )
-        self.libraries = {}
+        self.proposers = []
         if self.predict_templates:
             stored = self.data.library(self.data.num["train"] or len(self.data.part("train")))
             kept = self.limits.obeyed(stored.tokens.long(), self.data.vocabulary).nonzero()[:, 0]
             if len(kept):
                 spectra, tokens = stored.spectra[kept].to(self.device), stored.tokens[kept].to(self.device)
-                self.libraries["templates"] = TemplateLibrary(spectra, tokens)
+                self.proposers.append(TemplateLibrary(spectra, tokens))
             elif not self._trained:
                 raise ValueError("model.limits leave no stack of the template library, and there is no checkpoint")
 
@@ -551,7 +552,7 @@ class InverseDesign(Supervised):
                 own = range(v, self.draws, kinds)
                 parts.append(self.draw(self.designer, batch, own, None, self.constraints, shown[:, v]))
                 source += [0] * len(own)
-        for library in self.libraries.values():
+        for library in self.proposers:
             count = min(self.predict_templates, len(library))
             parts.append(library.stacks(library.nearest(batch["spectrum"], batch["weight"], count)[0]))
             source += [1] * count
