@@ -182,6 +182,43 @@ class PatchTokens(nn.Module):
         return self.norm(x)
 
 
+class Whitening(nn.Module):
+    """Reflectance and transmittance shifted and turned so that all directions vary alike.
+
+    Spectra of neighbouring wavelengths vary together: what tells thicknesses apart is a small part of the variance,
+    which a network learns last. Absorptance follows from the other two and is left out.
+
+    Until `fit` has seen spectra, values are only mapped from [0, 1] to [-1, 1].
+
+    Args:
+        num_wavelengths: W.
+        floor: Added to the variances: directions that vary less stay small.
+    """
+
+    mean: Tensor
+    map: Tensor
+
+    def __init__(self, num_wavelengths: int, floor: float = 1e-4) -> None:
+        super().__init__()
+        if floor <= 0:
+            raise ValueError(f"model.net.encoder.floor={floor}: must be above 0")
+        self.floor = floor
+        self.register_buffer("mean", torch.full((2 * num_wavelengths,), 0.5))
+        self.register_buffer("map", 2 * torch.eye(2 * num_wavelengths))
+
+    @torch.no_grad()
+    def fit(self, spectra: Tensor) -> None:
+        """Take mean and covariance C from spectra ``(N, 3, W)``; the map is (C + floor)^(-1/2)."""
+        x = spectra[:, [0, 2]].flatten(1).double()
+        values, vectors = torch.linalg.eigh(torch.cov(x.T))
+        self.mean.copy_(x.mean(0))
+        self.map.copy_(vectors @ torch.diag((values.clamp(min=0) + self.floor).rsqrt()) @ vectors.T)
+
+    def forward(self, spectrum: Tensor) -> Tensor:
+        """``(B, 3, W)`` to ``(B, 2 W)``."""
+        return (spectrum[:, [0, 2]].flatten(1) - self.mean) @ self.map
+
+
 class DenseTokens(nn.Module):
     """Tokens that a residual perceptron reads off the whole spectrum.
 
@@ -193,12 +230,22 @@ class DenseTokens(nn.Module):
         hidden: Width of the perceptron.
         depth: Residual blocks.
         count: Number of tokens.
+        floor: Of the variances of the whitened spectrum, see `Whitening`.
     """
 
-    def __init__(self, num_wavelengths: int, width: int, hidden: int = 512, depth: int = 2, count: int = 8) -> None:
+    def __init__(
+        self,
+        num_wavelengths: int,
+        width: int,
+        hidden: int = 512,
+        depth: int = 2,
+        count: int = 8,
+        floor: float = 1e-4,
+    ) -> None:
         super().__init__()
         self.count = count
-        self.embed = nn.Linear(3 * num_wavelengths, hidden)
+        self.whitening = Whitening(num_wavelengths, floor)
+        self.embed = nn.Linear(2 * num_wavelengths, hidden)
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             for _ in range(depth)
@@ -206,9 +253,13 @@ class DenseTokens(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, count * width))
         self.norm = nn.LayerNorm(width)
 
+    def fit(self, spectra: Tensor) -> None:
+        """Learn from spectra ``(N, 3, W)`` how they vary, before training."""
+        self.whitening.fit(spectra)
+
     def forward(self, spectrum: Tensor) -> Tensor:
         """``(B, 3, W)`` to ``(B, count, width)``."""
-        x = self.embed(2 * spectrum.flatten(1) - 1)
+        x = self.embed(self.whitening(spectrum))
         for block in self.blocks:
             x = x + block(x)
         return self.norm(self.out(x).unflatten(1, (self.count, -1)))

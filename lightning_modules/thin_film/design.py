@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Tensor]
 _TRAIN, _EVALUATE = 11, 12  # streams of random numbers
 SOURCES = ("network", "template")
+_FITTED = 20_000  # training spectra that encoders see before training
 
 
 class InverseDesign(Supervised):
@@ -197,6 +198,8 @@ class InverseDesign(Supervised):
         special = SpecialTokens(vocabulary.eos, vocabulary.pad, vocabulary.msk)
         for net in (*every.values(), self.designer):
             net.special = special
+            if stage == "fit" and hasattr(net.encoder, "fit"):  # what a checkpoint holds is read after this
+                net.encoder.fit(self.data.library(min(_FITTED, self.data.num["train"] or _FITTED)).spectra.float())
         if stage in ("test", "predict"):
             self.refiner = self.refinement.refiner(self.data, self.device)
         if stage == "test":

@@ -19,6 +19,7 @@ from lightning_modules.thin_film.candidates import (
 )
 from lightning_modules.thin_film.design import SOURCES
 from networks.diffusion import Sampler
+from networks.optollama import DenseTokens
 from tests.lightning_modules.thin_film_set import decoder, denoiser, films, module
 from tests.lightning_modules.tiny_series import quiet_trainer
 
@@ -183,6 +184,19 @@ def test_the_average_of_the_weights_follows_and_is_evaluated():
     assert not torch.allclose(weights(own.ema), weights(own.net), atol=1e-4)
     assert not any(p.requires_grad for p in own.ema.parameters())
     assert module().designer is not None and module().ema is None
+
+
+def test_encoders_see_training_spectra_before_training(tmp_path):
+    own = module(denoiser(encoder=DenseTokens(11, 16, hidden=16, depth=1, count=2)), ema_decay=0.9)
+    fit, data = trained(own)
+    spectra = data.library(200).spectra.double()[:, [0, 2]].flatten(1)
+    for net in (own.net, own.ema):
+        torch.testing.assert_close(net.encoder.whitening.mean, spectra.mean(0).float(), rtol=0, atol=1e-5)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    again = module(denoiser(encoder=DenseTokens(11, 16, hidden=16, depth=1, count=2)), ema_decay=0.9)
+    with pytest.warns(UserWarning):  # the library of equal storage is larger than the training part
+        quiet_trainer().test(again, datamodule=films(), ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    assert torch.equal(again.ema.encoder.whitening.map, own.ema.encoder.whitening.map)
 
 
 def test_a_network_learns_the_tiny_space():

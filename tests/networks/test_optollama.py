@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from networks.diffusion import Sampler
-from networks.optollama import ChannelTokens, DenseTokens, MaskedDiffusionDenoiser, OptoGPT, PatchTokens, rotated
+from networks.optollama import (
+    ChannelTokens,
+    DenseTokens,
+    MaskedDiffusionDenoiser,
+    OptoGPT,
+    PatchTokens,
+    Whitening,
+    rotated,
+)
 from networks.token_choice import Constraints
 
 V, L, W = 17, 6, 11
@@ -117,6 +125,27 @@ def test_turned_pairs_depend_on_distances_alone():
     far = rotated(x, first=7) @ rotated(y, first=7).mT
     torch.testing.assert_close(near, far, rtol=0, atol=1e-5)  # angles are single precision
     assert (rotated(x).norm(dim=-1) - x.norm(dim=-1)).abs().max() < 1e-6
+
+
+def test_whitened_spectra_vary_alike():
+    g = torch.Generator().manual_seed(0)
+    smooth = torch.randn(4000, 2, W, generator=g, dtype=torch.float64).cumsum(-1)  # neighbours vary together
+    spectra = torch.cat([smooth[:, :1], torch.full((4000, 1, W), torch.nan, dtype=torch.float64), smooth[:, 1:]], 1)
+    whitening = Whitening(W, floor=1e-9).double()
+    before = whitening(spectra)
+    torch.testing.assert_close(before, 2 * smooth.flatten(1) - 1)
+    whitening.fit(spectra)
+    found = whitening(spectra)
+    torch.testing.assert_close(torch.cov(found.T), torch.eye(2 * W, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert found.mean(0).abs().max() < 1e-9
+    again = Whitening(W).double()
+    again.load_state_dict(whitening.state_dict())
+    assert torch.equal(again(spectra), found)
+    coarse = Whitening(W, floor=100.0).double()
+    coarse.fit(spectra)
+    assert torch.cov(coarse(spectra).T).diagonal().max() < 0.6  # small directions stay small
+    with pytest.raises(ValueError, match="floor=0"):
+        Whitening(W, floor=0)
 
 
 @pytest.mark.parametrize("ffn", ["linear", "silu"])
