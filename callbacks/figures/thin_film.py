@@ -118,23 +118,21 @@ def designs_for_target(target: Mapping[str, Tensor], datamodule: Any, name: str,
     return figure
 
 
-def _draws(outputs: Outputs, label: str) -> dict[str, np.ndarray]:
+def _draws(outputs: Outputs) -> dict[str, np.ndarray]:
     """Errors of draws by network, ours first, ``(B, N)``."""
-    found = {label: outputs["draws_mae"]}
-    found |= {k.removeprefix("draws_mae_"): v for k, v in outputs.items() if k.startswith("draws_mae_")}
-    return {name: values.double().numpy() for name, values in found.items()}
+    prefix = "draws_mae_"
+    return {k.removeprefix(prefix): v.double().numpy() for k, v in outputs.items() if k.startswith(prefix)}
 
 
-def best_so_far(outputs: Outputs, datamodule: Any, label: str = "network") -> Figure:
+def best_so_far(outputs: Outputs, datamodule: Any) -> Figure:
     """Error of the best of n draws against n: mean over targets as a line, quartiles as a band.
 
     Args:
-        outputs: ``draws_mae``, ``draws_mae_<baseline>``, ``best_mae_<template>``.
+        outputs: ``draws_mae_<network>``, ``best_mae_<template>``.
         datamodule: Not used.
-        label: What the network is called.
     """
     figure, panels = make_figure(7.2, 3.2, 1, 2)
-    for colour, (name, mae) in zip(METHODS, _draws(outputs, label).items(), strict=False):
+    for colour, (name, mae) in zip(METHODS, _draws(outputs).items(), strict=False):
         best = np.minimum.accumulate(mae, 1)
         n = np.arange(1, best.shape[1] + 1)
         for axes, middle in zip(panels, (best.mean(0), np.median(best, 0)), strict=True):
@@ -160,21 +158,19 @@ def _templates(outputs: Outputs, what: str) -> dict[str, np.ndarray]:
     return {f"template, {n.replace('equal', 'equal storage')}": outputs[k].double().numpy() for k, n in names.items()}
 
 
-def mae_histogram(outputs: Outputs, datamodule: Any, label: str = "network", num_bins: int = 36) -> Figure:
+def mae_histogram(outputs: Outputs, datamodule: Any, num_bins: int = 36) -> Figure:
     """How the errors are distributed over the targets: best draw and after refinement, network beside baselines.
 
     Args:
-        outputs: As for `best_so_far`, and ``refined_mae``, ``refined_mae_<method>``.
+        outputs: As for `best_so_far`, and ``refined_mae_<method>``.
         datamodule: Not used.
-        label: What the network is called.
         num_bins: Of the histogram.
     """
-    raw = {name: mae.min(1) for name, mae in _draws(outputs, label).items()}
+    raw = {name: mae.min(1) for name, mae in _draws(outputs).items()}
     equal = "template, equal storage"
     if equal in (found := _templates(outputs, "best")):
         raw[equal] = found[equal]
-    keys = {label: "refined_mae", **{n: f"refined_mae_{n}" for n in raw if n not in (label, equal)}}
-    refined = {name: outputs[key].double().numpy() for name, key in keys.items()}
+    refined = {name: outputs[f"refined_mae_{name}"].double().numpy() for name in raw if name != equal}
     if equal in raw:
         refined[equal] = outputs["refined_mae_template_equal"].double().numpy()
     floor = 1e-5

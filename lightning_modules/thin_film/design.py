@@ -55,8 +55,8 @@ class InverseDesign(Supervised):
 
     Steps of validation return ``loss``, ``prediction`` (spectrum of the best draw), ``target`` (B, 3, W) and ``index``;
     steps of test further what figures show: ``weight``, ``tokens`` (best draw), ``material`` and ``thickness_nm`` of
-    the refined stack, ``prediction`` its spectrum, ``draws_mae`` (B, N), ``draws_mae_<baseline>``,
-    ``refined_mae``, ``refined_mae_<method>``, ``first_mae``, ``trajectory`` (B, steps, L) and ``trajectory_mae`` of the
+    the refined stack, ``prediction`` its spectrum, ``draws_mae_<network>`` (B, N) for the label and every baseline,
+    ours first, ``refined_mae``, ``refined_mae_<method>``, ``trajectory`` (B, steps, L) and ``trajectory_mae`` of the
     first draw. Steps of predict return ``index``, ``target``, ``weight`` and K candidates, best first: ``tokens``
     (B, K, L), ``material`` and ``thickness_nm`` (B, K, L - 1) refined, ``spectrum`` (B, K, 3, W), ``mae``,
     ``raw_mae``, ``source`` (see `SOURCES`), ``robust_mae`` and ``robust_mae_p95`` (B, K).
@@ -434,14 +434,14 @@ class InverseDesign(Supervised):
             stacks[f"{name}/{n}"] = self._best(tokens[:, :n], mae[:, :n])
         if name != "net":
             return {f"draws_mae_{name}": mae}
+        shown = {f"draws_mae_{self.label}": mae}
         if self.hybrid:
             stacks["hybrid/net"] = self._best(tokens[:, : self.hybrid], mae[:, : self.hybrid])
         steps: list[Tensor] = []
         self.draw(net, batch, range(1), record=steps)
         trajectory = torch.cat(steps, 1)  # each (B, 1, L)
         best = mae.argmin(1, keepdim=True)
-        return {
-            "draws_mae": mae,
+        return shown | {
             "tokens": take(tokens, best)[:, 0],
             "drawn": take(spectra, best)[:, 0],
             "trajectory": trajectory,
@@ -461,7 +461,9 @@ class InverseDesign(Supervised):
             for n in self.report_draws:
                 mae = chosen[f"{name}/{n}"].mae
                 row[f"{name}/refined_top1_of_{n}"], row[f"{name}/refined_of_{n}"] = mae[:, 0], mae.amin(1)
-            outputs["refined_mae" if name == "net" else f"refined_mae_{name}"] = mae.amin(1)
+            outputs[f"refined_mae_{self.label if name == 'net' else name}"] = mae.amin(1)
+            if name == "net":
+                outputs["refined_mae"] = mae.amin(1)
         for name in self.libraries:
             mae = chosen[name].mae
             row[f"{name}/refined_top1"], row[f"{name}/refined"] = mae[:, 0], mae.amin(1)

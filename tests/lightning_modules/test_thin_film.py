@@ -267,9 +267,9 @@ def test_what_a_test_step_hands_to_figures():
     own.test_step = watched
     run_test(own, data)
     out = seen[0]
-    assert out["draws_mae"].shape == out["draws_mae_gpt"].shape == (4, 6)
+    assert out["draws_mae_OptoLlama"].shape == out["draws_mae_gpt"].shape == (4, 6)
     assert out["trajectory"].shape == (4, 4, 4) and out["trajectory_mae"].shape == (4, 4)
-    torch.testing.assert_close(out["trajectory_mae"][:, -1], out["draws_mae"][:, 0])
+    torch.testing.assert_close(out["trajectory_mae"][:, -1], out["draws_mae_OptoLlama"][:, 0])
     mae = errors(out["prediction"][:, None], out["target"], out["weight"])[:, 0]
     torch.testing.assert_close(mae, out["refined_mae"].double(), rtol=1e-5, atol=1e-7)
     own_spectrum = own.refiner.simulate(out["material"], out["thickness_nm"])
