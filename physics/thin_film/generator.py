@@ -136,7 +136,8 @@ class StackGenerator:
             if catalog is None:
                 raise ValueError("mixture: dbr and fabry_perot need a catalog for their quarter wavelengths")
             index = catalog.indices(self.vocabulary.materials, torch.from_numpy(self._centres))
-            self._quarters_nm = self._centres / (4 * index.real.numpy())  # (material, centre)
+            # (material, centre); ITO is a metal in the infrared, n < 1.
+            self._quarters_nm = self._centres / (4 * index.real.numpy().clip(min=1))
 
     def tokens(self, index: Tensor | np.ndarray | range) -> Tensor:
         """Stacks with these numbers.

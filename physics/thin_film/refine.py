@@ -51,7 +51,7 @@ class Refiner:
         lr_nm: Step of Adam in nm at the start; decays to 0 on half a cosine.
         polish_steps: Of Levenberg-Marquardt after ``method``, kept where they lower the mean absolute error.
         bounds_nm: Least and largest thickness. Layers that are merged may together be thicker.
-        grid_nm: Round to multiples of this, then move single layers by one step as long as that helps; None: continuous.
+        grid_nm: Round to multiples of this, then move single layers by a step as long as that helps; None: continuous.
         drop_below_nm: Layers thinner than this are dropped, and equal neighbours merged.
     """
 
@@ -107,6 +107,8 @@ class Refiner:
         target = target.to(self.index.device, real).expand(shape)
         weight = torch.ones((), dtype=real) if weight is None else weight
         weight = weight.to(self.index.device, real).expand(shape)
+        if not len(material):
+            return Refined(material, thickness, target, target.new_zeros(0), target.new_zeros(0))
         material, thickness = tidy(material, thickness)
         # Candidates with as many layers as each other are simulated together.
         order = (material >= 0).sum(1).argsort(stable=True)
@@ -115,9 +117,6 @@ class Refiner:
             self._refine(material[rows], thickness[rows], target[rows], weight[rows]) for rows in order.split(size)
         ]
         back = order.argsort()
-        if not parts:
-            empty = target.new_zeros(0)
-            return Refined(material, thickness, target, empty, empty)
         found = {f.name: torch.cat([getattr(part, f.name) for part in parts])[back] for f in fields(Refined)}
         return Refined(**found)
 
@@ -164,8 +163,8 @@ class Refiner:
         return material.to(self.index.device), thickness_nm.to(self.index.device, self.index.real.dtype)
 
     def _of(self, material: Tensor) -> list[Waves]:
-        """Waves in the layers of candidates; where there is no layer those of any material, at thickness 0."""
-        rows = material.clamp(min=0)
+        """Waves in the layers of candidates; where there is no layer those of the first one, at thickness 0."""
+        rows = material.where(material >= 0, material[..., :1]).clamp(min=0)
         return [Waves(*(part[rows] for part in waves)) for waves in self._waves]
 
     def _refine(self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor) -> Refined:
@@ -265,7 +264,7 @@ class Refiner:
                 value = torch.from_numpy(x).to(wanted).requires_grad_()
                 loss = ((spectrum(waves, value, self._media) - wanted).square() * scale).sum()
                 (gradient,) = torch.autograd.grad(loss, value)
-                return float(loss), gradient.double().cpu().numpy()
+                return loss.item(), gradient.double().cpu().numpy()
 
             start = thickness[i, layer].clamp(low, high).double().cpu().numpy()
             options = {"maxiter": steps, "ftol": 1e-15, "gtol": 1e-10}

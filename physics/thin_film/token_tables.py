@@ -162,7 +162,7 @@ class TokenTables:
 
     def _spectra(self, stacks: _Stacks) -> Tensor:
         media, pairs = self._media, []
-        for tables, polarization in zip(self._tables, media.polarizations, strict=True):
+        for tables in self._tables:
             materials = len(tables.damping)
             incident = tables.eta[materials + 1]
             damping = stacks.thickness @ tables.damping

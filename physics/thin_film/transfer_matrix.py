@@ -252,7 +252,7 @@ def fields(wave: Waves, thickness_nm: Tensor, wavenumber: Tensor, exit: Tensor) 
     batch = torch.broadcast_shapes(wave.eta.shape[:-2], thickness_nm.shape[:-2])
 
     def flat(part: Tensor | None, *shape: int) -> Tensor | None:
-        return None if part is None else part.expand(*batch, *shape).reshape(-1, *shape)
+        return None if part is None else part.expand(*batch, *shape).reshape(math.prod(batch), *shape)
 
     waves = [flat(part, layers, wavelengths) for part in wave]
     found = _Recursion.apply(*waves, flat(thickness_nm, *thickness_nm.shape[-2:]), wavenumber, exit)
@@ -327,7 +327,7 @@ class _Recursion(torch.autograd.Function):
                 if needs_eta:  # C / eta
                     of_eta[part, layer] -= gc * cs[layer, part]
                     of_eta[part, layer] *= back
-                # X = exp(i wavenumber q d). So far with respect to its exponent, whose real part is the damping, negated.
+                # X = exp(i wavenumber q d): with respect to its exponent, whose real part is the damping, negated.
                 product.sub_(grad_damping[part]).mul_(wavenumber)
                 if needs_q:
                     torch.mul(product, 1j * thickness[part, layer], out=of_q[part, layer])
