@@ -164,8 +164,9 @@ class Refiner:
 
     def _of(self, material: Tensor) -> list[Waves]:
         """Waves in the layers of candidates; where there is no layer those of the first one, at thickness 0."""
-        rows = material.where(material >= 0, material[..., :1]).clamp(min=0)
-        return [Waves(*(part[rows] for part in waves)) for waves in self._waves]
+        rows = material.where(material >= 0, material[..., :1]).clamp(min=0).movedim(-1, 0).contiguous()
+        # In memory layer by layer, as the recursion reads them: a quarter less time at few wavelengths.
+        return [Waves(*(part[rows].movedim(0, -2) for part in waves)) for waves in self._waves]
 
     def _refine(self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor) -> Refined:
         used = int((material >= 0).sum(1).max())

@@ -7,9 +7,9 @@ import math
 import numpy as np
 
 
-def cosines(index: np.ndarray, incident: complex, angle_rad: float) -> np.ndarray:
-    """Snell's law, the branch whose wave decays forwards."""
-    cosine = np.sqrt(1 - (incident * math.sin(angle_rad) / index) ** 2 + 0j)
+def cosines(index: np.ndarray, tangential: float) -> np.ndarray:
+    """Snell's law, the branch whose wave decays forwards; ``tangential`` is n sin(theta), the same in all media."""
+    cosine = np.sqrt(1 - (tangential / index) ** 2 + 0j)
     return np.where((index * cosine).imag < 0, -cosine, cosine)
 
 
@@ -21,15 +21,15 @@ def airy(
     exit: complex | np.ndarray = 1.0,
     angle_rad: float = 0.0,
     polarization: str = "s",
+    tangential: float | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """R and T by the recursion of Fresnel coefficients from the back (Airy's sum), which cannot overflow.
 
-    Index ``(L, W)``, thickness ``(L,)``; the angle is that in air where the incident medium is complex.
+    Index ``(L, W)``, thickness ``(L,)``; ``tangential`` in place of the angle where the light begins in a plate.
     """
     ones = np.ones_like(wavelength_nm, dtype=complex)
     media = np.concatenate([[incident * ones], index, [exit * ones]])
-    real = np.isreal(media[0]).all()
-    cos = cosines(media, media[0] if real else 1.0, angle_rad)
+    cos = cosines(media, incident * math.sin(angle_rad) if tangential is None else tangential)
 
     def interface(a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
         na, nb, ca, cb = media[a], media[b], cos[a], cos[b]
@@ -72,11 +72,12 @@ def on_plate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """R and T of a stack on a thick plate in air: intensities of one round trip after the other are added."""
     none = (np.zeros((0, len(wavelength_nm))), np.zeros(0))
-    at = {"wavelength_nm": wavelength_nm, "angle_rad": angle_rad, "polarization": polarization}
+    tangential = math.sin(angle_rad)
+    at = {"wavelength_nm": wavelength_nm, "polarization": polarization, "tangential": tangential}
     front_r, front_t = airy(index, thickness_nm, exit=plate, **at)
     back_r, back_t = airy(index[::-1], thickness_nm[::-1], incident=plate, exit=1.0, **at)
     rear_r, rear_t = airy(*none, incident=plate, exit=1.0, **at)
-    decay = np.exp(-4 * math.pi * (plate * cosines(plate, 1.0, angle_rad)).imag * plate_nm / wavelength_nm)
+    decay = np.exp(-4 * math.pi * (plate * cosines(plate, tangential)).imag * plate_nm / wavelength_nm)
     light, r, t = front_t, front_r, 0.0
     for _ in range(400):
         light = light * decay
