@@ -140,7 +140,7 @@ class TokenTables:
         size = max(1, CHUNK_ELEMENTS // len(self.wavelength_nm)) if self.device.type == "cpu" else max(1, len(flat))
         for i in range(0, len(flat), size):
             part = _Stacks(*(field[i : i + size] for field in stacks))
-            out[order[i : i + size]] = self._spectra(part).to(out.dtype)
+            out.index_copy_(0, order[i : i + size], self._spectra(part).to(out.dtype))
         return out.reshape(*tokens.shape[:-1], *out.shape[1:])
 
     def _sorted(self, tokens: Tensor) -> tuple[Tensor, _Stacks]:
