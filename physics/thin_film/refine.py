@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from physics.thin_film.surroundings import Surroundings
 from physics.thin_film.targets import weighted_mae
-from physics.thin_film.transfer_matrix import Media, Waves, spectrum, spectrum_and_slopes
+from physics.thin_film.transfer_matrix import Media, Waves, chunks, spectrum, spectrum_and_slopes
 
-CHUNK_ELEMENTS = 1 << 15  # (candidate, wavelength) at a time: what fits into the cache of a core
 METHODS = ("adam", "levenberg_marquardt", "lbfgs")
+_SWEEPS = 5  # over all layers, when thicknesses are brought to a grid
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,9 @@ class Refiner:
         material, thickness = tidy(material, thickness)
         # Candidates with as many layers as each other are simulated together.
         order = (material >= 0).sum(1).argsort(stable=True)
-        size = max(1, CHUNK_ELEMENTS // shape[2]) if material.device.type == "cpu" else max(1, len(order))
         parts = [
-            self._refine(material[rows], thickness[rows], target[rows], weight[rows]) for rows in order.split(size)
+            self._refine(*(part[order[rows]] for part in (material, thickness, target, weight)))
+            for rows in chunks(len(order), shape[2], material.device)
         ]
         back = order.argsort()
         found = {f.name: torch.cat([getattr(part, f.name) for part in parts])[back] for f in fields(Refined)}
@@ -149,10 +150,13 @@ class Refiner:
         material, thickness = self._checked(material, thickness_nm)
         generator = torch.Generator().manual_seed(seed)
         errors = torch.randn(draws, thickness.shape[1], generator=generator, dtype=torch.float64).to(thickness)
-        varied = (thickness[:, None] * (1 + relative * errors)).clamp_(min=0)
-        target = target[:, None] if target.ndim == 3 else target
-        weight = weight[:, None] if weight is not None and weight.ndim == 3 else weight
-        return weighted_mae(self.simulate(material[:, None], varied), target.to(thickness), weight)
+        target = target.to(thickness).expand(len(material), -1, -1)
+        weight = None if weight is None else weight.to(thickness).expand(len(material), -1, -1)
+        found = thickness.new_empty(len(material), draws)
+        for i, (kind, sizes) in enumerate(zip(material, thickness, strict=True)):
+            made = self.simulate(kind, (sizes * (1 + relative * errors)).clamp_(min=0))
+            found[i] = weighted_mae(made, target[i], None if weight is None else weight[i])
+        return found
 
     def _checked(self, material: Tensor, thickness_nm: Tensor) -> tuple[Tensor, Tensor]:
         if material.shape != thickness_nm.shape or material.ndim != 2:
@@ -277,19 +281,24 @@ class Refiner:
     def _to_grid(self, material: Tensor, thickness: Tensor, target: Tensor, weight: Tensor) -> Tensor:
         """Multiples of the grid: rounded, then one layer after the other moved by a step where that helps."""
         grid, (low, high), layer = self.grid_nm, self.bounds_nm, material >= 0
-        waves = [Waves(*(part[:, None] for part in wave)) for wave in self._of(material)]
-        low, high = np.ceil(low / grid - 1e-9) * grid, np.floor(high / grid + 1e-9) * grid
+        waves = self._of(material)
+        low, high = math.ceil(low / grid - 1e-9) * grid, math.floor(high / grid + 1e-9) * grid
+
+        def errors(value: Tensor) -> Tensor:
+            return _finite(weighted_mae(spectrum(waves, value, self._media), target, weight))
+
         value = torch.where(layer, ((thickness / grid).round() * grid).clamp(low, high), 0.0)
-        moves = torch.tensor([0.0, -grid, grid], dtype=value.dtype, device=value.device)
-        for _ in range(5):
-            before = value.clone()
+        now = errors(value)
+        for _ in range(_SWEEPS):
+            before = now
             for j in range(value.shape[1]):
-                trial = value[:, None].repeat(1, 3, 1)
-                trial[..., j] = (trial[..., j] + moves).clamp(low, high)
-                errors = _finite(weighted_mae(spectrum(waves, trial, self._media), target[:, None], weight[:, None]))
-                chosen = trial[torch.arange(len(value)), errors.argmin(1)]
-                value = torch.where(layer[:, j : j + 1], chosen, value)
-            if torch.equal(before, value):
+                for move in (-grid, grid):
+                    trial = value.clone()
+                    trial[:, j] = torch.where(layer[:, j], (value[:, j] + move).clamp(low, high), 0.0)
+                    found = errors(trial)
+                    better = found < now
+                    value, now = torch.where(better[:, None], trial, value), torch.where(better, found, now)
+            if torch.equal(before, now):
                 break
         return value
 

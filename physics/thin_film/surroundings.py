@@ -75,9 +75,12 @@ class Surroundings:
 
         def index(name: str) -> complex | Tensor:
             try:
-                return complex(name.replace("i", "j"))
+                value = complex(name.replace("i", "j"))
             except ValueError:
                 return catalog.index(name, wavelength_nm)
+            if not (0 < value.real < float("inf") and 0 <= value.imag < float("inf")):
+                raise ValueError(f"substrate={substrate!r}: an index needs n above 0 and k not below 0, both finite")
+            return value
 
         if kind == "none" and not rest:
             return cls(**light)

@@ -18,9 +18,7 @@ from torch import Tensor
 from physics.thin_film.materials import MaterialCatalog
 from physics.thin_film.surroundings import Surroundings
 from physics.thin_film.tokens import Vocabulary
-from physics.thin_film.transfer_matrix import Media, Waves, intensities, through_plate
-
-CHUNK_ELEMENTS = 1 << 15  # (stack, wavelength) at a time: what fits into the cache of a core
+from physics.thin_film.transfer_matrix import Media, Waves, chunks, intensities, through_plate
 
 
 class _Tables(NamedTuple):
@@ -137,10 +135,9 @@ class TokenTables:
         out = torch.empty(
             len(flat), 3, len(self.wavelength_nm), device=self.device, dtype=dtype or self._thickness.dtype
         )
-        size = max(1, CHUNK_ELEMENTS // len(self.wavelength_nm)) if self.device.type == "cpu" else max(1, len(flat))
-        for i in range(0, len(flat), size):
-            part = _Stacks(*(field[i : i + size] for field in stacks))
-            out.index_copy_(0, order[i : i + size], self._spectra(part).to(out.dtype))
+        for rows in chunks(len(flat), len(self.wavelength_nm), self.device):
+            part = _Stacks(*(field[rows] for field in stacks))
+            out.index_copy_(0, order[rows], self._spectra(part).to(out.dtype))
         return out.reshape(*tokens.shape[:-1], *out.shape[1:])
 
     def _sorted(self, tokens: Tensor) -> tuple[Tensor, _Stacks]:

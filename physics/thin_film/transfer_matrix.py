@@ -21,7 +21,9 @@ from torch.autograd.function import once_differentiable
 
 from physics.thin_film.surroundings import Surroundings
 
-CHUNK_ELEMENTS = 1 << 15  # (stack, wavelength) at a time: what fits into the cache of a core
+# (stack, wavelength) at a time.
+CHUNK_ELEMENTS = 1 << 15
+ACCELERATOR_ELEMENTS = 1 << 25
 
 
 def transfer_matrix(
@@ -276,7 +278,7 @@ class _Recursion(torch.autograd.Function):
         # For the adjoint: X and M of every layer; C behind every layer where the admittance has a gradient.
         keep, keep_c = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         xs, ms, cs = (eta.new_empty(layers, number, wavelengths) if k else None for k in (keep, keep, keep_c))
-        for part in _chunks(number, wavelengths, eta.device):
+        for part in chunks(number, wavelengths, eta.device):
             p, h, total = b[part], c[part], damping[part]  # changed in place
             p.fill_(0.5**layers)
             h.copy_(exit).mul_(0.5**layers)
@@ -307,7 +309,7 @@ class _Recursion(torch.autograd.Function):
         of_thickness = thickness.new_empty(thickness.shape) if needs_thickness else None
         of_exit = eta.new_zeros(wavelengths) if needs_exit else None
         by_wavelength = thickness.shape[-1] > 1
-        for part in _chunks(number, wavelengths, eta.device):
+        for part in chunks(number, wavelengths, eta.device):
             gb, gc = (g[part].conj().resolve_conj().clone() for g in (grad_b, grad_c))
             gm, product, scratch = torch.empty_like(gb), torch.empty_like(gb), _Scratch.like(grad_damping[part])
             for layer in range(layers):
@@ -373,7 +375,8 @@ class _Scratch(NamedTuple):
         return torch.mul(torch.conj_physical(z, out=self.inverse), size.reciprocal_(), out=self.inverse)
 
 
-def _chunks(number: int, wavelengths: int, device: torch.device) -> list[slice]:
-    """Slices of the stacks; on an accelerator all at once."""
-    size = max(1, CHUNK_ELEMENTS // wavelengths) if device.type == "cpu" else max(number, 1)
+def chunks(number: int, wavelengths: int, device: torch.device) -> list[slice]:
+    """Slices of stacks that are simulated at a time: on a processor, what fits into the cache of a core."""
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
+    size = max(1, elements // wavelengths)
     return [slice(i, min(i + size, number)) for i in range(0, number, size)]

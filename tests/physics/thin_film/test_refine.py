@@ -61,7 +61,7 @@ def test_candidates_do_not_depend_on_their_company(monkeypatch):
     together = refiner(steps=10)(material, off, target)
     alone = refiner(steps=10)(material[7:8], off[7:8], target[7:8])
     torch.testing.assert_close(alone.thickness_nm[0], together.thickness_nm[7], rtol=1e-9, atol=1e-9)
-    monkeypatch.setattr("physics.thin_film.refine.CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr("physics.thin_film.transfer_matrix.CHUNK_ELEMENTS", 200)
     parts = refiner(steps=10)(material, off, target)
     torch.testing.assert_close(parts.thickness_nm, together.thickness_nm, rtol=1e-9, atol=1e-9)
     assert torch.equal(parts.material, together.material)

@@ -51,7 +51,7 @@ def test_order_shape_and_chunks_do_not_matter(stacks, monkeypatch):
     torch.testing.assert_close(tables(tokens.flip(0)).flip(0), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(tables(tokens.view(3, 20, 21)).flatten(0, 1), expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(tables(tokens[7]), expected[7], rtol=0, atol=1e-14)
-    monkeypatch.setattr("physics.thin_film.token_tables.CHUNK_ELEMENTS", 500)
+    monkeypatch.setattr("physics.thin_film.transfer_matrix.CHUNK_ELEMENTS", 500)
     torch.testing.assert_close(tables(tokens), expected, rtol=0, atol=1e-14)
     assert tables(tokens[:0]).shape == (0, 3, 171)
     half = tables(tokens, torch.float16)

@@ -205,6 +205,9 @@ def test_surroundings_of_configurations():
         ("semi_infinite", "choose one of none"),
         ("incoherent:SiO2:thick", "positive number of mm"),
         ("incoherent:SiO2:-1", "positive number of mm"),
+        ("semi_infinite:-1.5", "n above 0"),
+        ("semi_infinite:nan", "n above 0"),
+        ("incoherent:1.5-0.1i:1", "k not below 0"),
         ("semi_infinite:Unobtainium", "unknown material 'Unobtainium'"),
     ):
         with pytest.raises(ValueError, match=message):
