@@ -72,6 +72,8 @@ class StackGenerator:
     - ``fabry_perot``: the same with an odd number of layers and the middle one half a wavelength; or, for half of them
       where there are metals, thin films of one with equal cavities between them.
     - ``absorber``: clear layers and metals of some 10 nm in turns on a thick metal.
+    - ``antireflection``: a quarter of a wavelength of the material with the lowest index, then materials other than
+      metals of an eighth, a quarter or a half.
 
     Args:
         vocabulary: Tokens.
@@ -79,7 +81,7 @@ class StackGenerator:
         min_layers: Least number of layers.
         seed: Of the set.
         mixture: Weights of the kinds; None: ``random`` alone.
-        catalog: Indices for the quarter wavelengths; needed for ``dbr`` and ``fabry_perot``.
+        catalog: Indices for the quarter wavelengths; needed for all kinds but ``random`` and ``absorber``.
         centre_nm: Range of the wavelengths for which these are made.
     """
 
@@ -95,7 +97,8 @@ class StackGenerator:
     ) -> None:
         mixture = dict(mixture or {"random": 1.0})
         kinds: dict[str, Callable] = {
-            "random": self._random, "dbr": self._dbr, "fabry_perot": self._fabry_perot, "absorber": self._absorber
+            "random": self._random, "dbr": self._dbr, "fabry_perot": self._fabry_perot, "absorber": self._absorber,
+            "antireflection": self._antireflection,
         }  # fmt: skip
         if unknown := mixture.keys() - kinds.keys():
             raise ValueError(f"mixture: unknown kinds {sorted(unknown)}; choose among {', '.join(kinds)}")
@@ -130,11 +133,11 @@ class StackGenerator:
             raise ValueError(f"min_layers={self.min_layers}: fabry_perot needs an odd number up to {self.max_layers}")
         if "absorber" in structured and not (len(self._metals) and len(self._clear)):
             raise ValueError("mixture: absorber needs a metal and a material that is none; add them or drop it")
-        if structured & {"dbr", "fabry_perot"}:
+        if quarters := sorted(structured - {"absorber"}):
             if len(self._clear) < 2:
-                raise ValueError("mixture: dbr and fabry_perot need two materials that are no metals; add one")
+                raise ValueError(f"mixture: {', '.join(quarters)} need two materials that are no metals; add one")
             if catalog is None:
-                raise ValueError("mixture: dbr and fabry_perot need a catalog for their quarter wavelengths")
+                raise ValueError(f"mixture: {', '.join(quarters)} need a catalog for their quarter wavelengths")
             index = catalog.indices(self.vocabulary.materials, torch.from_numpy(self._centres))
             # (material, centre); ITO is a metal in the infrared, n < 1.
             self._quarters_nm = self._centres / (4 * index.real.numpy().clip(min=1))
@@ -218,6 +221,19 @@ class StackGenerator:
         material = np.where(last, back[:, None], material)
         thickness = np.where(last, (100 + words.below(101))[:, None], thickness)
         return self._snap(material, thickness), length
+
+    def _antireflection(self, words: _Words) -> tuple[np.ndarray, np.ndarray]:
+        length = self._length(words, odd=False)
+        centre = words.below(len(self._centres))
+        material = np.empty((len(length), self.max_layers), dtype=np.int64)
+        share = np.empty(material.shape)
+        place = self._quarters_nm[self._clear][:, centre].argmax(0)  # in the list of clear materials
+        for layer in range(self.max_layers):
+            if layer:
+                place = (place + 1 + words.below(len(self._clear) - 1)) % len(self._clear)
+            material[:, layer] = self._clear[place]
+            share[:, layer] = 0.5 * 2.0 ** words.below(3) if layer else 1.0
+        return self._snap(material, share * self._quarters_nm[material, centre[:, None]]), length
 
     def _least(self, odd: bool) -> int:
         least = max(3, self.min_layers)

@@ -12,7 +12,7 @@ from physics.thin_film.materials import GROUPS
 from physics.thin_film.tokens import Vocabulary
 from tests.physics.thin_film.stacks import catalog
 
-KINDS = ("dbr", "fabry_perot", "absorber")
+KINDS = ("dbr", "fabry_perot", "absorber", "antireflection")
 # The first two stacks and a late one of the space metal6 with seed 1.
 PINNED = [
     "Ag_20 Si_100 Ag_180 Al2O3_80 SiO2_120 Ag_160",
@@ -133,6 +133,14 @@ def test_absorbers_end_in_thick_metal():
     assert metals[material[rows, last]].all() and (thickness[rows, last] >= 100).all()
     assert not metals[material[rows, last - 1]].any()
     assert metals[material[rows, last - 2]].all() and (thickness[rows, last - 2] <= 20).all()
+
+
+def test_antireflection_coatings_begin_with_the_lowest_index():
+    vocabulary, tokens = structured("antireflection", "dielectric6", centre_nm=(500.0, 600.0))
+    material, thickness = vocabulary.layers(tokens)
+    assert {vocabulary.materials[m] for m in material[:, 0].tolist()} == {"MgF2"}
+    assert thickness[:, 0].unique().tolist() == [100.0]  # 500 to 600 nm / 4 / 1.38, on a grid of 20 nm
+    assert set(material[:, 1].tolist()) == set(range(5)) - {vocabulary.materials.index("MgF2")}
 
 
 def test_uneven_vocabularies():
