@@ -242,7 +242,7 @@ class Refiner:
         for _ in range(steps):
             stuck = ~layer | ((value <= low) & (gradient > 0)) | ((value >= high) & (gradient < 0))
             diagonal = matrix.diagonal(dim1=1, dim2=2)
-            floor = 1e-9 * diagonal.amax(1, keepdim=True).clamp(min=1e-30)
+            floor = 1e-9 * diagonal.amax(1, keepdim=True).clamp(min=1e-20)
             system = matrix + (damping[:, None] * (diagonal + floor) + floor)[..., None] * identity
             free = (~stuck).to(value.dtype)
             system = torch.where(stuck[:, None] | stuck[..., None], identity, system)

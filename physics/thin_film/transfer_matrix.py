@@ -231,7 +231,9 @@ def intensities(b: Tensor, c: Tensor, damping: Tensor, incident: Tensor, exit: T
     """
     incoming = _squared(incident * b + c)
     reflectance = _squared(incident * b - c) / incoming
-    flux = 4 * _squared(incident) / incident.real * exit.real
+    # Where the wave before the layers is evanescent it carries no flux, and nothing can be transmitted.
+    flows = incident.real > 0
+    flux = torch.where(flows, 4 * _squared(incident) / torch.where(flows, incident.real, 1.0) * exit.real, 0.0)
     return reflectance, flux * torch.exp(-damping) / incoming
 
 

@@ -209,7 +209,7 @@ def plate_of(name: str) -> torch.Tensor:
 @pytest.mark.parametrize("polarization", ["s", "p"])
 @pytest.mark.parametrize("angle", [0.0, 0.7])
 def test_thick_plates(fifty, plate, polarization, angle):
-    """Against the sum of all round trips, measured 1e-14, and inc_tmm of tmm, measured 8e-15."""
+    """Against the sum of all round trips; measured 2e-14."""
     vocabulary, tokens, lengths, index, thickness = fifty
     behind = plate_of(plate)
     around = Surroundings(plate=behind, plate_mm=0.5, angle_rad=angle, polarization=polarization)
@@ -219,10 +219,23 @@ def test_thick_plates(fifty, plate, polarization, angle):
     largest = 0.0
     for i, layers in enumerate(lengths.tolist()):
         stack = index[i, :layers].numpy(), thickness[i, :layers].numpy(), WL
-        largest = max(largest, worst(found[i], *reference.on_plate(*stack, behind.numpy(), 0.5e6, angle, polarization)))
+        expected = reference.on_plate(*stack, behind.numpy(), 0.5e6, angle, polarization)
+        largest = max(largest, worst(found[i], *expected))
+    print(f"{plate}, {polarization}, theta {angle}: {largest:.1e}")
     assert largest < 1e-10
+
+
+@pytest.mark.parametrize("plate", list(PLATES))
+@pytest.mark.parametrize("polarization", ["s", "p"])
+@pytest.mark.parametrize("angle", [0.0, 0.7])
+def test_thick_plates_are_those_of_tmm(fifty, plate, polarization, angle):
+    """Measured: 3e-15."""
     tmm = pytest.importorskip("tmm", reason="needs the extra peers")
-    peer = 0.0
+    _, _, lengths, index, thickness = fifty
+    behind = plate_of(plate)
+    around = Surroundings(plate=behind, plate_mm=0.5, angle_rad=angle, polarization=polarization)
+    found = transfer_matrix(index, thickness, WAVELENGTHS, around)
+    largest = 0.0
     for i in range(0, 50, 5):
         for w in range(3, 171, 56):
             layers = int(lengths[i])
@@ -230,9 +243,10 @@ def test_thick_plates(fifty, plate, polarization, angle):
             d = [math.inf, *thickness[i, :layers].tolist(), 0.5e6, math.inf]
             kinds = ["i", *["c"] * layers, "i", "i"]
             expected = tmm.inc_tmm(polarization, n, d, kinds, angle, WL[w])
-            peer = max(peer, abs(found[i, 0, w].item() - expected["R"]), abs(found[i, 2, w].item() - expected["T"]))
-    print(f"{plate}, {polarization}, theta {angle}: {largest:.1e}, inc_tmm {peer:.1e}")
-    assert peer < 1e-10
+            largest = max(largest, abs(found[i, 0, w].item() - expected["R"]))
+            largest = max(largest, abs(found[i, 2, w].item() - expected["T"]))
+    print(f"{plate}, {polarization}, theta {angle}: largest difference to tmm {largest:.1e}")
+    assert largest < 1e-10
 
 
 # --- 5: gradients and refinement -------------------------------------------------------------------------------------

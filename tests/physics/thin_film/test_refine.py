@@ -47,6 +47,13 @@ def test_polishing_reaches_the_precision_of_the_machine():
     assert raw.mae.median() > 1e-8 > 1e-14 > polished.mae.median()
 
 
+def test_single_precision():
+    material, _, target, off = problem(number=8)
+    single = Refiner(INDEX.to(torch.complex64), WAVELENGTHS, GLASS, polish_steps=5)
+    found = single(material, off, target)
+    assert found.thickness_nm.dtype == torch.float32 and (found.mae < 1e-3).double().mean() >= 0.8
+
+
 def test_results_are_what_they_say():
     material, _, target, off = problem()
     found = refiner(steps=20)(material, off, target)

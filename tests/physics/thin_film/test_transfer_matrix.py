@@ -49,6 +49,19 @@ def test_total_reflection(polarization):
     assert (clear[0] - 1).abs().max() < 1e-13  # nothing absorbs, so all comes back
 
 
+@pytest.mark.parametrize("polarization", ["s", "p"])
+def test_a_plate_that_light_cannot_enter(polarization):
+    """All comes back but for what the layers absorb; at the rear face of a plate that it can enter, too."""
+    index, thickness, wavelength = few(number=1)
+    around = {"incident": 1.8, "angle_rad": 1.0, "polarization": polarization, "plate_mm": 1.0}
+    outside = transfer_matrix(index, thickness.requires_grad_(), wavelength, Surroundings(plate=1.4, **around))
+    (slope,) = torch.autograd.grad(outside[:, 0].sum(), thickness)
+    assert outside.isfinite().all() and slope.isfinite().all()
+    assert (outside[:, 2] == 0).all() and (outside[:, 1] > 0).all()
+    behind = transfer_matrix(index.real + 0j, thickness.detach(), wavelength, Surroundings(plate=1.7, **around))
+    assert (behind[:, 2] == 0).all() and (behind[:, 0] - 1).abs().max() < 1e-12
+
+
 def test_unpolarized_light_is_the_mean():
     index, thickness, wavelength = few()
     s, p, mean = (
