@@ -1,1 +1,1 @@
-"""Simulators and solvers in plain PyTorch: float64 by default, units in names."""
+"""Physics of the experiments: plain PyTorch, no Lightning and no Hydra."""

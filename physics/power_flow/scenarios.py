@@ -1,0 +1,130 @@
+"""What differs between the cases of a batch: injections, set-points, branches out of service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from physics.power_flow.grid import Grid, listed
+
+
+@dataclass(frozen=True, eq=False)
+class Scenarios:
+    """``B`` scenarios, one a column: bus rows, scenario columns, so that one sparse product serves all.
+
+    Args:
+        s: Complex injections, per unit, ``[n, B]``; the imaginary part counts at PQ buses only, nothing at a slack.
+        vm: Voltage set-points, per unit, ``[n, B]``; rows of PQ buses are not read. None: those of the grid.
+        status: Weights of the branches, 1 in service and 0 out, ``[L, B]``. None: those of the grid.
+        names: Of the scenarios, for messages and tables.
+    """
+
+    s: Tensor
+    vm: Tensor | None = None
+    status: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(f"scenario {b}" for b in range(self.s.shape[1])))
+
+    @classmethod
+    def base(cls, grid: Grid, name: str = "base") -> Scenarios:
+        """The grid's own injections as the only scenario."""
+        return cls(grid.s_bus()[:, None], names=(name,))
+
+    @classmethod
+    def from_power(
+        cls,
+        grid: Grid,
+        p_load_mw: Tensor,
+        q_load_mvar: Tensor,
+        gen_p_mw: Tensor | None = None,
+        vm: Tensor | None = None,
+        names: Sequence[str] = (),
+    ) -> Scenarios:
+        """From loads of the buses ``[n, B]`` and active power of the generators ``[G, B]`` (None: the grid's).
+
+        Raises:
+            ValueError: If a value is nan or infinite; the message names load or generator and scenario.
+        """
+        count = p_load_mw.shape[1]
+        names = tuple(names) or tuple(f"scenario {b}" for b in range(count))
+        gen_p = grid.gen_p_mw[:, None].expand(-1, count) if gen_p_mw is None else gen_p_mw
+        loads = [f"load at bus {name}" for name in grid.bus_names]
+        for what, value, elements in (
+            ("active power (MW)", p_load_mw, loads),
+            ("reactive power (MVAr)", q_load_mvar, loads),
+            ("active power (MW)", gen_p, grid.gen_names),
+        ):
+            _refuse_nan(grid, what, value, elements, names)
+        on = grid.gen_status[:, None]
+        p = (-p_load_mw).index_add(0, grid.gen_bus, on * gen_p)
+        q = (-q_load_mvar).index_add(0, grid.gen_bus, (on * grid.gen_q_mvar[:, None]).expand(-1, count))
+        return cls(torch.complex(p, q) / grid.base_mva, vm, None, names)
+
+    @property
+    def num_scenarios(self) -> int:
+        """``B``."""
+        return self.s.shape[1]
+
+    def __len__(self) -> int:
+        return self.num_scenarios
+
+    def select(self, columns: Tensor | Sequence[int] | slice) -> Scenarios:
+        """Some of the scenarios, in the order asked for."""
+        if isinstance(columns, slice):
+            columns = range(*columns.indices(len(self)))
+        index = torch.as_tensor(columns, device=self.s.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
+
+        def picked(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value[:, index]
+
+        names = tuple(self.names[b] for b in index.tolist())
+        return Scenarios(self.s[:, index], picked(self.vm), picked(self.status), names)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Scenarios:
+        """The same scenarios elsewhere, or in another real dtype."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            return value.to(device=device, dtype=dtype.to_complex() if dtype and value.is_complex() else dtype)
+
+        return Scenarios(moved(self.s), moved(self.vm), moved(self.status), self.names)
+
+    def check(self, grid: Grid) -> Scenarios:
+        """Return the scenarios if they fit the grid.
+
+        Raises:
+            ValueError: Wrong shapes; values that are not finite, named by bus and scenario; branches out of service
+                that leave a bus without a slack are found by `physics.power_flow.contingencies`, not here.
+        """
+        wanted = {"s": (grid.num_buses, len(self)), "vm": (grid.num_buses, len(self))}
+        wanted["status"] = (grid.num_branches, len(self))
+        for key, shape in wanted.items():
+            value = getattr(self, key)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(
+                    f"{grid.name}: {key} has shape {tuple(value.shape)}, not {shape} (elements, scenarios)"
+                )
+        if len(self.names) != len(self):
+            raise ValueError(f"{grid.name}: {len(self.names)} names for {len(self)} scenarios")
+        _refuse_nan(grid, "injection", self.s, [f"bus {name}" for name in grid.bus_names], self.names)
+        if self.vm is not None:
+            held = grid.slack.tolist() + grid.pv.tolist()
+            elements = [f"bus {grid.bus_names[i]}" for i in held]
+            _refuse_nan(grid, "voltage set-point", self.vm[held], elements, self.names)
+        return self
+
+
+def _refuse_nan(grid: Grid, what: str, value: Tensor, elements: Sequence[str], names: Sequence[str]) -> None:
+    if not bool(value.detach().isfinite().all()):
+        bad = (~value.detach().isfinite()).nonzero()
+        places = [f"{elements[i]} in {names[b]}" for i, b in bad.tolist()]
+        raise ValueError(f"{grid.name}: {what} is not a finite number: {listed(places)}")
