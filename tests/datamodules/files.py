@@ -88,3 +88,87 @@ def zip_folder(folder: Path, path: Path) -> Path:
         for file in sorted((p for p in folder.rglob("*") if p.is_file()), reverse=True):
             archive.write(file, file.relative_to(folder).as_posix())
     return path
+
+
+def case_text(
+    *,
+    version: int = 2,
+    base: str = "100",
+    separator: str = "\t",
+    row_end: str = ";\n",
+    line_end: str = "\n",
+    comments: bool = False,
+    continued: bool = False,
+    extra: int = 0,
+    units: bool = False,
+    names: Sequence[str] | None = None,
+    tail: str = "",
+) -> str:
+    """A MATPOWER case of three buses (10 slack, 20 PQ, 30 PV) and three branches, in one of the styles that exist.
+
+    Args:
+        version: 1 returns bare tables with fewer columns.
+        base: Of ``baseMVA``.
+        separator: Between the numbers of a row.
+        row_end: Between rows.
+        line_end: Of the file.
+        comments: Put comments behind and between rows.
+        continued: Break rows with ``...``.
+        extra: Columns of an earlier solution behind the others.
+        units: End with the statements that convert kW and ohms.
+        names: Of the buses.
+        tail: Further statements.
+    """
+    tables = {
+        "bus": [
+            "10 3 0 0 0 0 1 1 0 110 1 1.1 0.9",
+            "20 1 80 40 0 0 1 1 0 110 1 1.1 0.9",
+            "30 2 10 5 0 19 1 1 0 110 1 1.1 0.9",
+        ],
+        "gen": ["10 0 0 99 -99 1.02 100 1 200 0", "30 50 0 50 -50 1.01 100 1 100 0"],
+        "branch": [
+            "10 20 0.01 0.1 0.03 0 0 0 0 0 1 -360 360",
+            "20 30 0.02 0.2 0.05 120 0 0 0.98 0 1 -360 360",
+            "10 30 0.01 0.15 0 0 0 0 0 -1.5 1 -360 360",
+        ],
+    }  # fmt: skip
+    if version == 1:
+        kept = {"bus": 13, "gen": 6, "branch": 11}
+        tables = {name: [" ".join(row.split()[: kept[name]]) for row in rows] for name, rows in tables.items()}
+    owner = "mpc." if version == 2 else ""
+    head = "function mpc = tiny" if version == 2 else "function [baseMVA, bus, gen, branch] = tiny"
+    lines = [
+        head,
+        "% a grid of three buses",
+        f"{owner}version = '2';" if version == 2 else "",
+        f"{owner}baseMVA = {base};",
+    ]
+    if not comments:
+        lines.append("")
+    else:
+        lines.append("% [ brackets; in comments ] are no tables")
+    for name, rows in tables.items():
+        written = []
+        for i, row in enumerate(rows):
+            cells = [*row.split(), *["0"] * extra]
+            if continued:
+                cells.insert(4, "...\n")
+            text = separator.join(cells).replace(f"...\n{separator}", "...\n").replace(f"{separator}...", " ...")
+            last = i == len(rows) - 1
+            end = "" if last and row_end == "; " else row_end if not comments else f";  % row {i}; 1 2 3]\n% between\n"
+            written.append(text + end)
+        closing = "];" if "".join(written).endswith("\n") else "\n];"
+        lines += [f"{owner}{name} = [", *("".join(written) + closing).split("\n")]
+    if names is not None:
+        quoted = ["'{}';".format(name.replace("'", "''")) for name in names]
+        lines += [f"{owner}bus_name = {{", *quoted, "};"]
+    if units:
+        lines += [
+            "[PQ, PV, REF, NONE, BUS_I, BUS_TYPE, PD, QD, GS, BS, BUS_AREA, VM, ...",
+            "    VA, BASE_KV] = idx_bus;",
+            "Vbase = mpc.bus(1, BASE_KV) * 1e3;      %% in Volts",
+            "Sbase = mpc.baseMVA * 1e6;              %% in VA",
+            "mpc.branch(:, [BR_R BR_X]) = mpc.branch(:, [BR_R BR_X]) / (Vbase^2 / Sbase);",
+            "mpc.bus(:, [PD, QD]) = mpc.bus(:, [PD, QD]) / 1e3;",
+        ]
+    return line_end.join([*lines, *tail.splitlines(), ""])
