@@ -1,29 +1,449 @@
-"""The mismatch equations."""
+"""The mismatch equations ``F(u) = 0`` of a grid: which voltages are unknown, residuals, Jacobians and their products.
+
+``u = [va_pv, va_pq, vm_pq]`` and ``F = [P_pv, P_pq, Q_pq]``, calculated minus scheduled, in per unit. With a
+distributed slack the shared imbalance follows as the last unknown, the active power of the reference bus as the last
+equation.
+"""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
-from physics.power_flow.grid import Grid
+from physics.power_flow.admittance import admittances, shunts
+from physics.power_flow.flows import branch_flows, shunt_power
+from physics.power_flow.grid import BusType, Grid
+from physics.power_flow.scenarios import Scenarios
+
+
+class State(NamedTuple):
+    """Voltages of a batch in the order of an `Equations`: magnitude and angle ``[n, B]``, shared imbalance ``[1, B]``.
+
+    ``share`` has no rows (``[0, B]``) if the slack is not distributed.
+    """
+
+    vm: Tensor
+    va: Tensor
+    share: Tensor
+
+    def select(self, columns: Tensor) -> State:
+        """Some scenarios, as a copy."""
+        return State(*(value[:, columns] for value in self))
+
+    def clone(self) -> State:
+        """A copy."""
+        return State(*(value.clone() for value in self))
+
+
+class Changes(NamedTuple):
+    """How branches of a scenario differ from those of the grid: ``K`` changes, ends and admittances ``[K, B]``."""
+
+    branch: Tensor
+    f: Tensor
+    t: Tensor
+    ff: Tensor
+    ft: Tensor
+    tf: Tensor
+    tt: Tensor
+
+    def select(self, columns: Tensor) -> Changes:
+        """Some scenarios."""
+        return Changes(*(value[:, columns] for value in self))
+
+
+class Batch(NamedTuple):
+    """What is given for a batch in the order of an `Equations`: scheduled powers ``[n, B]``, changes of branches."""
+
+    p: Tensor
+    q: Tensor
+    changes: Changes | None = None
+
+    def select(self, columns: Tensor) -> Batch:
+        """Some scenarios."""
+        changes = None if self.changes is None else self.changes.select(columns)
+        return Batch(self.p[:, columns], self.q[:, columns], changes)
 
 
 class Equations:
-    """Which voltages are unknown, which mismatches must vanish; order ``[va_pv, va_pq, vm_pq]`` and ``[P, Q]``."""
+    """The equations of one grid. Tensors are in an order of their own: slack buses first, then PV, then PQ.
 
-    def __init__(self, grid: Grid) -> None:
+    So the unknowns are contiguous rows. `Scenarios` and voltages in the order of the grid are brought in by `batch` and
+    `state`, and out by `in_grid_order`.
+
+    Args:
+        grid: The grid; gradients are not followed.
+        bus_type: Types other than those of the grid, ``[n]``.
+        dense: Multiply by a dense admittance matrix.
+    """
+
+    def __init__(self, grid: Grid, bus_type: Tensor | None = None, dense: bool = False) -> None:
         self.grid = grid
+        self._dense = dense
+        kind = grid.bus_type if bus_type is None else bus_type
+        slack, pv, pq = ((kind == which).nonzero()[:, 0] for which in (BusType.SLACK, BusType.PV, BusType.PQ))
+        self.distributed = grid.slack_weights is not None
+        if self.distributed:
+            pv, slack = torch.cat([pv, slack[1:]]).sort().values, slack[:1]
+        self.num_slack, self.num_pv, self.num_pq = len(slack), len(pv), len(pq)
+        self.first_pq = self.num_slack + self.num_pv
+        self.num_buses = n = grid.num_buses
+        self.num_angles, self.num_magnitudes = n - self.num_slack, self.num_pq
+        self.num_unknowns = self.num_angles + self.num_magnitudes + int(self.distributed)
+        self.order = torch.cat([slack, pv, pq])
+        self.position = torch.empty_like(self.order)
+        self.position[self.order] = torch.arange(n, device=self.order.device)
+        self.device, self.dtype = grid.device, grid.dtype
+        with torch.no_grad():
+            self._assemble()
+
+    def _assemble(self) -> None:
+        """Sparse matrices of the grid in our order."""
+        grid, n = self.grid, self.num_buses
+        self.f, self.t = self.position[grid.from_bus], self.position[grid.to_bus]
+        self.full = admittances(grid, status=torch.ones_like(grid.status))  # of branches in service
+        self.weights = grid.slack_weights[self.order] if self.distributed else None
+        own = torch.arange(n, device=self.device)
+        rows, columns = torch.cat([self.f, self.f, self.t, self.t, own]), torch.cat([self.f, self.t] * 2 + [own])
+        # Every pair of buses has one entry, whether its branches are in service or not.
+        key, entry = torch.unique(rows * n + columns, return_inverse=True)
+        self.rows, self.columns = key // n, key % n
+        num_branches = grid.num_branches
+        self.entry_ff, self.entry_ft, self.entry_tf, self.entry_tt = entry[: 4 * num_branches].view(4, -1)
+        self.diagonal = entry[4 * num_branches :]
+        values = torch.cat([*(grid.status * y for y in self.full), shunts(grid)[self.order]])
+        self.y = values.new_zeros(len(key)).index_add(0, entry, values)
+        self.product = Product(self.rows, self.columns, self.y, n, dense=self._dense)
+        self._transposed: Product | None = None
+        self._pattern: JacobianPattern | None = None
+
+    @property
+    def transposed_product(self) -> Product:
+        """With the transposed admittance matrix."""
+        if self._transposed is None:
+            self._transposed = Product(self.columns, self.rows, self.y, self.num_buses, dense=self._dense)
+        return self._transposed
+
+    @property
+    def pattern(self) -> JacobianPattern:
+        """Where the entries of the Jacobian are."""
+        if self._pattern is None:
+            self._pattern = JacobianPattern(self)
+        return self._pattern
+
+    # ---------------------------------------------------------------------------------------------------- in and out
+
+    def batch(self, scenarios: Scenarios) -> Batch:
+        """Scheduled powers and changed branches in our order."""
+        s = scenarios.s.detach()[self.order]
+        changes = None if scenarios.status is None else self.changes(scenarios.status.detach())
+        return Batch(s.real.contiguous().to(self.dtype), s.imag.contiguous().to(self.dtype), changes)
+
+    def changes(self, status: Tensor) -> Changes | None:
+        """Branches whose weights ``[L, B]`` are not those of the grid; None if there are none.
+
+        Scenarios with fewer changes than others are filled up with changes of nothing.
+        """
+        difference = status.to(self.dtype) - self.grid.status[:, None]
+        most = int((difference != 0).sum(0).max()) if difference.numel() else 0
+        if not most:
+            return None
+        branch = difference.abs().topk(most, dim=0).indices
+        return self.weighted_changes(branch, difference.gather(0, branch))
+
+    def weighted_changes(self, branch: Tensor, weight: Tensor) -> Changes:
+        """Changes of the weights of branches ``[K, B]`` by ``weight`` ``[K, B]``."""
+        return Changes(branch, self.f[branch], self.t[branch], *(weight * y[branch] for y in self.full))
+
+    def state(self, vm: Tensor, va: Tensor, share: Tensor | None = None) -> State:
+        """A copy of voltages ``[n, B]`` in our order."""
+        if share is None:
+            share = vm.new_zeros(int(self.distributed), vm.shape[1])
+        return State(vm.detach()[self.order].to(self.dtype), va.detach()[self.order].to(self.dtype), share)
+
+    def in_grid_order(self, value: Tensor) -> Tensor:
+        """Rows back in the order of the grid's buses."""
+        return value[self.position]
+
+    def bus_of_row(self, row: Tensor) -> Tensor:
+        """Index of the bus (in the grid's order) of a row of ``F``."""
+        position = row + self.num_slack
+        magnitude = row - self.num_angles + self.first_pq
+        position = torch.where(row < self.num_angles, position, magnitude)
+        position = torch.where(row >= self.num_angles + self.num_magnitudes, torch.zeros_like(row), position)
+        return self.order[position]
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Scheduled powers of the equations, ``[N_u, B]``."""
+        rows = [batch.p[self.num_slack :], batch.q[self.first_pq :]]
+        return torch.cat([*rows, batch.p[: self.num_slack]] if self.distributed else rows)
+
+    # ------------------------------------------------------------------------------------------------------ residual
+
+    def injections(self, state: State, changes: Changes | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Real and imaginary parts of the voltages ``[2n, B]``, calculated ``P`` and ``Q`` ``[n, B]``."""
+        n = self.num_buses
+        ef = state.vm.new_empty(2 * n, state.vm.shape[1])
+        e, f = ef[:n], ef[n:]
+        torch.cos(state.va, out=e).mul_(state.vm)
+        torch.sin(state.va, out=f).mul_(state.vm)
+        current = self.product(ef)
+        if changes is not None:
+            _add_changes(current, ef, changes)
+        i_real, i_imag = current[:n], current[n:]
+        p = torch.addcmul(e * i_real, f, i_imag)
+        q = torch.addcmul(f * i_real, e, i_imag, value=-1)
+        return ef, p, q
+
+    def mismatch(self, state: State, batch: Batch) -> Tensor:
+        """``F``, ``[N_u, B]``."""
+        _, p, q = self.injections(state, batch.changes)
+        return self.mismatch_of(p, q, state, batch)
+
+    def mismatch_of(self, p: Tensor, q: Tensor, state: State, batch: Batch) -> Tensor:
+        """``F`` of calculated powers, ``[N_u, B]``."""
+        out = p.new_empty(self.num_unknowns, p.shape[1])
+        a, m = self.num_angles, self.num_magnitudes
+        if self.distributed:
+            imbalance = p - batch.p - self.weights[:, None] * state.share
+            out[:a], out[a + m :] = imbalance[1:], imbalance[:1]
+        else:
+            torch.sub(p[self.num_slack :], batch.p[self.num_slack :], out=out[:a])
+        torch.sub(q[self.first_pq :], batch.q[self.first_pq :], out=out[a : a + m])
+        return out
+
+    def step(self, state: State, du: Tensor, scale: float = -1.0) -> None:
+        """``u += scale du`` in place."""
+        a, m = self.num_angles, self.num_magnitudes
+        state.va[self.num_slack :].add_(du[:a], alpha=scale)
+        state.vm[self.first_pq :].add_(du[a : a + m], alpha=scale)
+        if self.distributed:
+            state.share.add_(du[a + m :], alpha=scale)
+
+    def unknowns(self, state: State) -> Tensor:
+        """``u``, ``[N_u, B]``."""
+        return torch.cat([state.va[self.num_slack :], state.vm[self.first_pq :], state.share])
+
+    # ------------------------------------------------------------------------------------------------------ Jacobian
+
+    def jacobian_values(self, state: State, changes: Changes | None = None) -> Tensor:
+        """Entries of the Jacobians, ``[nnz, B]``, in the order of `pattern` (columns, then rows)."""
+        v = torch.polar(state.vm, state.va)
+        y = self.y[:, None]
+        if changes is not None:
+            y = y.expand(-1, v.shape[1]).clone()
+            entries = self.entry_ff, self.entry_ft, self.entry_tf, self.entry_tt
+            for entry, dy in zip(entries, changes[3:], strict=True):
+                y.scatter_add_(0, entry[changes.branch], dy)
+        s = v[self.rows] * (y * v[self.columns]).conj()
+        total = torch.zeros_like(v).index_add_(0, self.rows, s)
+        per_vm = s / state.vm[self.columns]
+        own = total / state.vm
+        d = self.diagonal
+        p_va, q_va, p_vm, q_vm = s.imag.clone(), -s.real, per_vm.real.clone(), per_vm.imag.clone()
+        p_va[d] -= total.imag
+        q_va[d] += total.real
+        p_vm[d] += own.real
+        q_vm[d] += own.imag
+        return self.pattern.arranged(p_va, p_vm, q_va, q_vm)
+
+    def jacobian(self, state: State, changes: Changes | None = None) -> csc_matrix:
+        """The Jacobian of a batch of one as a sparse matrix."""
+        values = self.jacobian_values(state, changes)[:, 0].cpu().numpy()
+        return self.pattern.matrix(values)
+
+    def transposed_jacobian_product(self, state: State, weight: Tensor, changes: Changes | None = None) -> Tensor:
+        """``J(u)^T w`` of every scenario without any matrix, ``[N_u, B]``.
+
+        With ``z = w_P + j w_Q`` the derivative of ``sum(w F)`` is ``Re(h dV)``, ``h = conj(z I) + Y^T (z conj(V))``.
+        """
+        ef, p, q = self.injections(state, changes)
+        return self.transposed_product_of(ef, p, q, state, weight, changes)
+
+    def transposed_product_of(
+        self, ef: Tensor, p: Tensor, q: Tensor, state: State, weight: Tensor, changes: Changes | None = None
+    ) -> Tensor:
+        """The same where `injections` are known."""
+        n, a, m = self.num_buses, self.num_angles, self.num_magnitudes
+        e, f = ef[:n], ef[n:]
+        z_p, z_q = torch.zeros_like(p), torch.zeros_like(q)
+        z_p[self.num_slack :] = weight[:a]
+        z_q[self.first_pq :] = weight[a : a + m]
+        if self.distributed:
+            z_p[:1] = weight[a + m :]
+        w = torch.empty_like(ef)
+        w[:n] = z_p * e + z_q * f
+        w[n:] = z_q * e - z_p * f
+        back = self.transposed_product(w)
+        if changes is not None:
+            _add_changes(back, w, changes._replace(ft=changes.tf, tf=changes.ft))
+        # h V = conj(z) S + V (Y^T w)
+        real = z_p * p + z_q * q + e * back[:n] - f * back[n:]
+        imag = z_p * q - z_q * p + e * back[n:] + f * back[:n]
+        rows = [-imag[self.num_slack :], (real[self.first_pq :] / state.vm[self.first_pq :])]
+        if self.distributed:
+            rows.append(-(self.weights[:, None] * z_p).sum(0, keepdim=True))
+        return torch.cat(rows)
+
+    def jacobian_product(self, state: State, du: Tensor, changes: Changes | None = None) -> Tensor:
+        """``J(u) du`` of every scenario without any matrix, ``[N_u, B]``."""
+        n, a, m = self.num_buses, self.num_angles, self.num_magnitudes
+        v = torch.polar(state.vm, state.va)
+        turn, grow = torch.zeros_like(state.va), torch.zeros_like(state.vm)
+        turn[self.num_slack :] = du[:a]
+        grow[self.first_pq :] = du[a : a + m] / state.vm[self.first_pq :]
+        dv = v * torch.complex(grow, turn)
+
+        def current(x: Tensor) -> Tensor:
+            parts = torch.cat([x.real, x.imag])
+            out = self.product(parts)
+            if changes is not None:
+                _add_changes(out, parts, changes)
+            return torch.complex(out[:n], out[n:])
+
+        ds = dv * current(v).conj() + v * current(dv).conj()
+        rows = [ds.real[self.num_slack :], ds.imag[self.first_pq :]]
+        if self.distributed:
+            rows = [ds.real[1:] - self.weights[1:, None] * du[a + m :], rows[1]]
+            rows.append(ds.real[:1] - self.weights[:1, None] * du[a + m :])
+        return torch.cat(rows)
+
+
+class Product:
+    """``Y V`` in real arithmetic: one real sparse matrix ``[[G, -B], [B, G]]`` on ``[e; f]``.
+
+    On a CPU SciPy multiplies, several times faster than complex sparse products of torch; elsewhere torch does, which
+    need not support sparse complex tensors.
+
+    Args:
+        rows, columns: Entries of ``Y``, each pair once.
+        y: Their complex values.
+        n: Number of buses.
+        dense: Keep a dense matrix.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, y: Tensor, n: int, dense: bool = False) -> None:
+        row = torch.cat([rows, rows, rows + n, rows + n]).cpu().numpy()
+        column = torch.cat([columns, columns + n, columns, columns + n]).cpu().numpy()
+        value = torch.cat([y.real, -y.imag, y.imag, y.real]).cpu().numpy()
+        matrix = csr_matrix((value, (row, column)), shape=(2 * n, 2 * n))
+        matrix.sort_indices()
+        self._matrix = matrix
+        self._tensor: Tensor | None = None
+        if dense:
+            self._tensor = torch.from_numpy(matrix.toarray()).to(y.device)
+        elif y.device.type != "cpu":
+            parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
+            on_device = [torch.from_numpy(part).to(y.device) for part in parts]
+            self._tensor = torch.sparse_csr_tensor(*on_device, size=matrix.shape, check_invariants=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product with ``[2n, B]``."""
+        if self._tensor is not None:
+            return self._tensor @ x
+        return torch.from_numpy(self._matrix @ x.numpy())
+
+
+def _add_changes(current: Tensor, ef: Tensor, changes: Changes) -> None:
+    """Add the currents of changed branches to ``[2n, B]`` in place."""
+    n = len(ef) // 2
+    v_f = torch.complex(ef[:n].gather(0, changes.f), ef[n:].gather(0, changes.f))
+    v_t = torch.complex(ef[:n].gather(0, changes.t), ef[n:].gather(0, changes.t))
+    at_f, at_t = changes.ff * v_f + changes.ft * v_t, changes.tf * v_f + changes.tt * v_t
+    for place, value in ((changes.f, at_f), (changes.t, at_t)):
+        current[:n].scatter_add_(0, place, value.real)
+        current[n:].scatter_add_(0, place, value.imag)
+
+
+class JacobianPattern:
+    """Where the derivatives of the entries of ``Y`` go in the Jacobian, by columns (CSC).
+
+    Args:
+        equations: Whose Jacobian.
+    """
+
+    def __init__(self, equations: Equations) -> None:
+        eq = equations
+        a, m = eq.num_angles, eq.num_magnitudes
+        self.size = eq.num_unknowns
+        i, k = eq.rows.cpu().numpy(), eq.columns.cpu().numpy()
+        # Index of a bus among the angles (also of its P) and among the magnitudes (also of its Q); negative: none.
+        angle, magnitude = np.arange(eq.num_buses) - eq.num_slack, np.arange(eq.num_buses) - eq.first_pq
+        p_row, q_row = np.where(angle < 0, -1, angle), np.where(magnitude < 0, -1, magnitude + a)
+        va_column, vm_column = p_row.copy(), q_row
+        if eq.distributed:
+            p_row[0] = a + m
+        blocks = [(p_row, va_column), (p_row, vm_column), (q_row, va_column), (q_row, vm_column)]
+        row = np.concatenate([r[i] for r, _ in blocks])
+        column = np.concatenate([c[k] for _, c in blocks])
+        self.constant = np.zeros(0)
+        if eq.distributed:
+            row = np.concatenate([row, p_row])
+            column = np.concatenate([column, np.full(eq.num_buses, a + m)])
+            self.constant = -eq.weights.cpu().numpy()
+        there = np.flatnonzero((row >= 0) & (column >= 0))
+        there = there[np.lexsort((row[there], column[there]))]
+        self.rows, self.columns = row[there], column[there]
+        self.indptr = np.concatenate([[0], np.cumsum(np.bincount(self.columns, minlength=self.size))])
+        self._taken = torch.from_numpy(there).to(eq.device)
+        self._constant = torch.from_numpy(self.constant).to(eq.device, eq.dtype)[:, None]
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return len(self.rows)
+
+    def arranged(self, p_va: Tensor, p_vm: Tensor, q_va: Tensor, q_vm: Tensor) -> Tensor:
+        """Derivatives at the entries of ``Y`` as entries of the Jacobian, ``[nnz, B]``."""
+        constant = self._constant.expand(-1, p_va.shape[1])
+        return torch.cat([p_va, p_vm, q_va, q_vm, constant])[self._taken]
+
+    def matrix(self, values: np.ndarray) -> csc_matrix:
+        """The Jacobian with given entries ``[nnz]``."""
+        return csc_matrix((values, self.rows, self.indptr), shape=(self.size, self.size))
+
+    def dense(self, values: Tensor) -> Tensor:
+        """Jacobians with given entries ``[nnz, B]``, ``[B, N_u, N_u]``."""
+        place = torch.from_numpy(self.rows * self.size + self.columns).to(values.device)
+        out = values.new_zeros(values.shape[1], self.size * self.size)
+        return out.index_copy_(1, place, values.mT).view(-1, self.size, self.size)
 
 
 def residual(
-    grid: Grid, vm: Tensor, va: Tensor, s: Tensor, status: Tensor | None = None, **parameters: Tensor
+    grid: Grid,
+    vm: Tensor,
+    va: Tensor,
+    s: Tensor,
+    status: Tensor | None = None,
+    share: Tensor | None = None,
+    **parameters: Tensor,
 ) -> Tensor:
-    """Mismatch ``F = [Re(S_calc - S) at pv, pq; Im(S_calc - S) at pq]``, per unit, ``[N_u, B]``; differentiable.
+    """Mismatch ``F = [Re(S_calc - S) at pv, pq; Im(S_calc - S) at pq]``, per unit, ``[N_u, B]``.
+
+    Differentiable, as often as one likes, with respect to every argument and every tensor of the grid.
 
     Args:
         grid: The grid.
-        vm, va: Voltages, per unit and rad, ``[n, B]``.
+        vm: Voltage magnitudes, per unit, ``[n, B]``.
+        va: Voltage angles, rad, ``[n, B]``.
         s: Complex injections, per unit, ``[n, B]``.
         status: Weights of the branches, ``[L, B]``; None: the grid's.
+        share: With a distributed slack, the imbalance that is shared, per unit, ``[1, B]``.
         parameters: Branch parameters other than the grid's, ``[L]`` or ``[B, L]``.
     """
-    raise NotImplementedError
+    flows = branch_flows(grid, vm, va, status, **parameters)
+    drawn = shunt_power(grid, vm)
+    total = drawn.index_add(0, grid.from_bus, flows.s_from).index_add(0, grid.to_bus, flows.s_to)
+    difference = total - s
+    if grid.slack_weights is None:
+        pvpq = torch.cat([grid.pv, grid.pq])
+        return torch.cat([difference.real[pvpq], difference.imag[grid.pq]])
+    active = difference.real
+    if share is not None:
+        active = active - grid.slack_weights[:, None] * share
+    held = torch.cat([grid.pv, grid.slack[1:]]).sort().values
+    pvpq = torch.cat([held, grid.pq])
+    return torch.cat([active[pvpq], difference.imag[grid.pq], active[grid.slack[:1]]])

@@ -339,7 +339,7 @@ def _from_matpower(case: Mapping[str, Any], isolated: str) -> Grid:
     with_gen = np.zeros(len(bus), dtype=bool)
     with_gen[gen_bus[gen_on]] = True
     kind[(kind == BusType.PV) & ~with_gen] = BusType.PQ
-    gen_names = _numbered([f"gen at bus {names[i]}" for i in gen_bus])
+    gen_names = numbered([f"gen at bus {names[i]}" for i in gen_bus])
     _set_points(name, vm, kind, gen[:, 5], gen_bus, gen_on, gen_names)
     tap = np.where(branch[:, 8] == 0, 1.0, branch[:, 8])
     rate = np.where(branch[:, 5] == 0, math.inf, branch[:, 5])
@@ -359,13 +359,13 @@ def _from_matpower(case: Mapping[str, Any], isolated: str) -> Grid:
         name=name,
         base_mva=base,
         bus_names=tuple(str(n) for n in names),
-        branch_names=_numbered([f"{names[i]}-{names[k]}" for i, k in zip(from_bus, to_bus, strict=True)]),
+        branch_names=numbered([f"{names[i]}-{names[k]}" for i, k in zip(from_bus, to_bus, strict=True)]),
         gen_names=gen_names,
         **{key: torch.tensor(value) for key, value in tensors.items()},
     ).check()
 
 
-def _numbered(names: Sequence[str]) -> tuple[str, ...]:
+def numbered(names: Sequence[str]) -> tuple[str, ...]:
     """Names made unique: the second of the same becomes ``name (2)``."""
     seen: dict[str, int] = {}
     unique = []
