@@ -42,6 +42,8 @@ class GridScenarios(Dataset[dict[str, Tensor]]):
     def __init__(self, source: PowerGrids, order: np.ndarray | None = None) -> None:
         self.source = source
         self.order = np.arange(source.count) if order is None else order
+        # The steps of a descent ask for the same scenarios a thousand times.
+        self._last: tuple[np.ndarray, dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -52,7 +54,10 @@ class GridScenarios(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
-        return self.source.batch(self.order[np.asarray(indices, dtype=np.int64)])
+        wanted = self.order[np.asarray(indices, dtype=np.int64)]
+        if self._last is None or not np.array_equal(self._last[0], wanted):
+            self._last = wanted, self.source.batch(wanted)
+        return dict(self._last[1])
 
 
 def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:

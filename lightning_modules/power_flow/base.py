@@ -131,7 +131,8 @@ class GridModule(pl.LightningModule):
         """Voltages and flows by name, scenarios first.
 
         Args:
-            vm, va: Per unit and rad, (bus, scenario).
+            vm: Per unit, (bus, scenario).
+            va: Rad, (bus, scenario).
             status: Weights of the branches, (branch, scenario), or None.
             everything: Also powers and currents; otherwise ``vm_pu``, ``va_degree`` and ``loading_percent`` alone.
         """

@@ -39,10 +39,10 @@ class PowerFlowDescent(GridModule):
     rate with a plateau schedule, and a stop of its own (the paper: one for all). When the next batch of scenarios comes
     it begins from scratch, or, for a series, from the solution of the one before, as section 2.3 has it.
 
-    Steps of validation, test and predict return ``prediction``, complex voltages per unit (B, bus), ``target``, those of
-    Newton's method, ``vm_pu``, ``va_degree``, ``loading_percent``, ``scenario``, ``converged``, ``islanding``,
-    ``iterations``, ``max_mismatch``, as `PowerFlowSolver` does; the first step of a test has ``history`` of the training
-    and of the methods of ``compare``.
+    Steps of validation, test and predict return ``prediction``, complex voltages per unit (B, bus), ``target``, those
+    of Newton's method, ``vm_pu``, ``va_degree``, ``loading_percent``, ``scenario``, ``converged``, ``islanding``,
+    ``iterations``, ``max_mismatch``, as `PowerFlowSolver` does; the first step of a test has ``history`` of the
+    training and of the methods of ``compare``.
 
     Logged: ``train/loss``, ``train/lr`` (means over scenarios), and what `metrics.power_flow.FlowErrors` computes.
     ``test/<method>_...`` of the compared methods as in `PowerFlowSolver`.
@@ -118,7 +118,8 @@ class PowerFlowDescent(GridModule):
         self.register_buffer("history", torch.empty(0, HISTORY_COLUMNS, dtype=torch.float64))
         self._descent: Descent | None = None
         self._scenarios: Tensor | None = None  # of the running batch
-        self._restored: dict[str, Tensor] | None = None
+        self._first = True  # whether it began from scratch
+        self._restored: dict[str, Any] | None = None
         self._points: list[tuple[float, ...]] = []
         self._seconds = 0.0
         self._seen = SumRatio()
@@ -176,6 +177,8 @@ class PowerFlowDescent(GridModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         begin = self.clock()
+        if self._restored is not None:
+            self._restore()
         if self._scenarios is None or not torch.equal(batch["scenario"], self._scenarios):
             self._begin(batch)
         descent = self._descent
@@ -199,23 +202,36 @@ class PowerFlowDescent(GridModule):
             names = [self.trainer.datamodule.scenario_name(i) for i in batch["scenario"][batch["islanding"]].tolist()]
             raise ValueError(f"outages that island buses have no power flow: {', '.join(names[:5])}; use model=outages")
         self._store()
-        eq, scenarios = self.equations, self.scenarios(batch)
-        given = eq.batch(scenarios)
         before, self._scenarios = self._descent, batch["scenario"].clone()
-        follows = self.sequential and before is not None
-        settings = self.settings_of(first=not follows and self._restored is None)
-        if follows and given.p.shape == before.batch.p.shape and given.changes is None and before.batch.changes is None:
-            before.follow(given, settings)
-            held = starting_state(eq, scenarios, self._in_grid_order(before.state), given)
+        scenarios = self.scenarios(batch)
+        given = self.equations.batch(scenarios)
+        if not self.sequential or before is None or given.p.shape != before.batch.p.shape:
+            again = self.trainer.current_epoch > 0  # from where an earlier epoch left these scenarios
+            start = (self.vm[self._scenarios].mT, self.va[self._scenarios].mT) if again else self.start
+            self._descent, self._first = self._descent_of(scenarios, start, True), True
+        elif given.changes is None and before.batch.changes is None:
+            before.follow(given, self.settings_of(first=False))
+            self._first = False
+            held = starting_state(self.equations, scenarios, self._in_grid_order(before.state), given)
             for mine, value in zip(before.state, held, strict=True):
                 mine.copy_(value)
-        else:
-            start = self._in_grid_order(before.state) if follows and given.p.shape == before.batch.p.shape else self.start
-            state = starting_state(eq, scenarios, start, given)
-            self._descent = Descent(eq, given, state, settings, self.tol, self.keep_best)
-        if self._restored is not None:
-            self._descent.load_state_dict(self._restored)
-            self._restored = None
+        else:  # other branches: the moments of the one before are those of another problem
+            self._descent, self._first = self._descent_of(scenarios, self._in_grid_order(before.state), False), False
+
+    def _descent_of(self, scenarios: Scenarios, start: Any, first: bool) -> Descent:
+        eq = self.equations
+        given = eq.batch(scenarios)
+        state = starting_state(eq, scenarios, start, given)
+        return Descent(eq, given, state, self.settings_of(first), self.tol, self.keep_best)
+
+    def _restore(self) -> None:
+        """Take up the descent of a checkpoint."""
+        saved, self._restored = self._restored, None
+        self._scenarios, self._first = saved["scenarios"].to(self.device), bool(saved["first"])
+        running = self.trainer.datamodule.batch(saved["scenarios"].cpu().numpy())
+        running = {key: value.to(self.device) for key, value in running.items()}
+        self._descent = self._descent_of(self.scenarios(running), self.start, self._first)
+        self._descent.load_state_dict(saved["tensors"])
 
     def _in_grid_order(self, state: State) -> tuple[Tensor, Tensor]:
         return self.equations.in_grid_order(state.vm), self.equations.in_grid_order(state.va)
@@ -258,6 +274,8 @@ class PowerFlowDescent(GridModule):
         if self._descent is not None and self.trainer.world_size == 1:
             checkpoint["descent"] = {
                 "tensors": self._descent.state_dict(),
+                "scenarios": self._scenarios.clone(),
+                "first": self._first,
                 "points": [list(map(float, point)) for point in self._points],
                 "seconds": self._seconds,
             }
@@ -267,7 +285,7 @@ class PowerFlowDescent(GridModule):
         if self._trainer is None or "descent" not in checkpoint or self.trainer.state.fn != "fit":
             return
         saved = checkpoint["descent"]
-        self._restored = saved["tensors"]
+        self._restored = {key: saved[key] for key in ("tensors", "scenarios", "first")}
         self._points, self._seconds = [tuple(point) for point in saved["points"]], saved["seconds"]
 
     # ---------------------------------------------------------------------------------------------------- evaluation

@@ -26,9 +26,9 @@ class OutageAnalysis(GridModule):
     that island buses are reported as such, by name, never as failures.
 
     Steps return what those of `PowerFlowSolver` do, and ``overloads``, ``low_voltages``, ``high_voltages`` and
-    ``severity``, the sum over branches of the squared overload (B,). Logged besides: ``seconds_per_flow``, and for every
-    estimate ``e`` of ``screen`` ``test/e_recall``, ``test/e_precision`` (of pairs of outage and overloaded branch),
-    ``test/e_outage_recall`` (of outages with any overload) and ``test/e_seconds_per_flow``.
+    ``severity``, the sum over branches of the squared overload (B,). Logged besides: ``seconds_per_flow``, and for
+    every estimate ``e`` of ``screen`` ``test/e_recall``, ``test/e_precision`` (of pairs of outage and overloaded
+    branch), ``test/e_outage_recall`` (of outages with any overload) and ``test/e_seconds_per_flow``.
 
     Args:
         tol: Largest mismatch of a solved outage, per unit.
@@ -113,9 +113,8 @@ class OutageAnalysis(GridModule):
             self.flagged.update(wanted.sum(), torch.tensor(len(wanted)))
         begin = self.clock()
         solved = wanted.nonzero()[:, 0]
-        solution = solve_contingencies(
-            self.grid, outages.select(solved.cpu()), scenarios.s[:, 0] if len(columns) else None, self.tol, self.max_iter
-        )
+        s = scenarios.s[:, 0] if len(columns) else None
+        solution = solve_contingencies(self.grid, outages.select(solved.cpu()), s, self.tol, self.max_iter)
         seconds = self.clock() - begin
         chosen = scenarios.select(solved)
         self.warn_of_failures(solution, chosen)

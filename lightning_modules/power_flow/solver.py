@@ -21,9 +21,9 @@ class PowerFlowSolver(GridModule):
     ``prediction``, complex voltages per unit (B, bus), and with a reference ``target``; ``vm_pu``, ``va_degree``
     (B, bus), ``loading_percent`` (B, branch), ``scenario``, ``converged``, ``islanding``, ``iterations``,
     ``max_mismatch`` (B,). Validation and test also ``loss``, the mean of ``F^2``; predict also ``p_mw``, ``q_mvar``
-    (B, bus), powers and currents at both ends of the branches (B, branch). The first step of a test has ``history``, the
-    course of the methods of ``compare``: (row, 6) with number of the method in `physics.power_flow.METHODS`, iteration,
-    seconds, ``max|F|``, ``mse``, flow deviation in percent.
+    (B, bus), powers and currents at both ends of the branches (B, branch). The first step of a test has ``history``,
+    the course of the methods of ``compare``: (row, 6) with number of the method in `physics.power_flow.METHODS`,
+    iteration, seconds, ``max|F|``, ``mse``, flow deviation in percent.
 
     Logged: what `metrics.power_flow.FlowErrors` computes, ``seconds_per_flow``, and for every method ``m`` of
     ``compare`` ``test/m_...`` with ``seconds``, ``iterations``, ``max_mismatch_pu``, ``flow_deviation_percent``,
