@@ -3,7 +3,15 @@
 from physics.power_flow.admittance import BranchAdmittances, admittances, ybus, ybus_sparse
 from physics.power_flow.contingency import Contingencies, Screening, contingencies, screen, solve_contingencies
 from physics.power_flow.equations import Equations, residual
-from physics.power_flow.first_order import ADAM_SETTINGS, AdamSettings, RMSpropSettings
+from physics.power_flow.first_order import (
+    ADAM_SETTINGS,
+    AdamSettings,
+    DescentState,
+    RMSpropSettings,
+    descend,
+    follow,
+    start_descent,
+)
 from physics.power_flow.flows import BranchFlows, branch_flows, currents_ka, loadings
 from physics.power_flow.grid import BRANCH_PARAMETERS, BusType, Grid
 from physics.power_flow.implicit import PowerFlow, PowerFlowLayer, power_flow
@@ -20,6 +28,7 @@ __all__ = [
     "BranchFlows",
     "BusType",
     "Contingencies",
+    "DescentState",
     "Equations",
     "Grid",
     "HistoryPoint",
@@ -34,12 +43,15 @@ __all__ = [
     "branch_flows",
     "contingencies",
     "currents_ka",
+    "descend",
+    "follow",
     "loadings",
     "power_flow",
     "residual",
     "screen",
     "solve",
     "solve_contingencies",
+    "start_descent",
     "ybus",
     "ybus_sparse",
 ]

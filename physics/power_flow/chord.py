@@ -31,7 +31,7 @@ def chord(
     Args:
         eq: The equations.
         batch: Scenarios.
-        state: Where they start; the outcome keeps it.
+        state: Where they start.
         factors: Of the shared Jacobian; in float32 they are a preconditioner, ``F`` stays in float64.
         tol: Bound on ``max|F|``, per unit.
         max_iter: Most steps.

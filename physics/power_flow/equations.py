@@ -227,6 +227,23 @@ class Equations:
         """``u``, ``[N_u, B]``."""
         return torch.cat([state.va[self.num_slack :], state.vm[self.first_pq :], state.share])
 
+    def with_unknowns(self, state: State, u: Tensor) -> State:
+        """The state with other unknowns ``[N_u, B]``; what is given stays."""
+        a, m = self.num_angles, self.num_magnitudes
+        return State(
+            vm=torch.cat([state.vm[: self.first_pq], u[a : a + m]]),
+            va=torch.cat([state.va[: self.num_slack], u[:a]]),
+            share=u[a + m :],
+        )
+
+    def loss_and_gradient(self, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The paper's loss, the mean of ``F^2`` ``[B]``, its gradient ``[N_u, B]``, and ``F`` ``[N_u, B]``."""
+        ef, p, q = self.injections(state, batch.changes)
+        mismatch = self.mismatch_of(p, q, state, batch)
+        weight = mismatch * (2 / len(mismatch))
+        gradient = self.transposed_product_of(ef, p, q, state, weight, batch.changes)
+        return mismatch.square().mean(0), gradient, mismatch
+
     # ------------------------------------------------------------------------------------------------------ Jacobian
 
     def jacobian_values(self, state: State, changes: Changes | None = None) -> Tensor:

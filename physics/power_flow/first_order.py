@@ -7,6 +7,7 @@ squared, so that thousands of steps do not reach what Newton's method reaches in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,141 +81,98 @@ class RMSpropSettings:
 Settings = AdamSettings | RMSpropSettings
 
 
-class Descent:
-    """Descent of all scenarios at once on ``mean(F^2)``, each with a loss, learning rate, schedule and stop of its own.
-
-    The paper's batches share learning rate and stop; with one scenario this is the paper's solver. The rules are those
-    of ``torch.optim`` with ``ReduceLROnPlateau`` (Adam) and ``StepLR`` (RMSprop), on unknowns ``[N_u, B]``.
+class DescentState(NamedTuple):
+    """A descent of ``B`` scenarios, each with a learning rate, schedule and stop of its own: tensors alone.
 
     Args:
-        equations: What is to vanish.
-        batch: Scenarios, in the order of the equations (`Equations.batch`).
-        state: Where they start; it is copied (`Equations.state`).
-        settings: `AdamSettings` or `RMSpropSettings`.
-        tol: A scenario is frozen once ``max|F| <= tol``, per unit.
-        keep_best: Whether `best` keeps the state of least loss of every scenario.
+        u: Unknowns, ``[N_u, B]``.
+        mean: First moment (Adam) or momentum (RMSprop), ``[N_u, B]``.
+        square: Second moment, ``[N_u, B]``.
+        steps: Steps taken, ``[B]`` int64.
+        lr: Learning rates, ``[B]``.
+        best: Least loss that the plateau schedule has seen, ``[B]``.
+        bad: Iterations without progress, ``[B]`` int64.
+        cooling: Iterations left during which none is counted, ``[B]`` int64.
+        frozen: Scenarios that do not move any more, ``[B]`` bool.
     """
 
-    _TENSORS = ("mean", "square", "lr", "frozen", "steps", "lowest", "bad", "cooling", "best_loss")
+    u: Tensor
+    mean: Tensor
+    square: Tensor
+    steps: Tensor
+    lr: Tensor
+    best: Tensor
+    bad: Tensor
+    cooling: Tensor
+    frozen: Tensor
 
-    def __init__(
-        self,
-        equations: Equations,
-        batch: Batch,
-        state: State,
-        settings: Settings,
-        tol: float = 1e-8,
-        keep_best: bool = False,
-    ) -> None:
-        self.eq, self.batch, self.state, self.settings, self.tol = equations, batch, state.clone(), settings, tol
-        size, count = equations.num_unknowns, batch.p.shape[1]
-        self.mean, self.square = batch.p.new_zeros(size, count), batch.p.new_zeros(size, count)
-        self.lr = batch.p.new_full((count,), settings.lr)
-        self.lowest, self.best_loss = (batch.p.new_full((count,), torch.inf) for _ in range(2))
-        self.steps, self.bad, self.cooling = (torch.zeros(count, dtype=torch.int64).to(self.lr.device) for _ in "123")
-        self.frozen = torch.zeros_like(self.steps, dtype=torch.bool)
-        self.best = self.state.clone() if keep_best else None
 
-    def evaluate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss ``[B]``, mismatch ``[N_u, B]`` and gradient ``[N_u, B]`` at the present state."""
-        eq, changes = self.eq, self.batch.changes
-        ef, p, q = eq.injections(self.state, changes)
-        mismatch = eq.mismatch_of(p, q, self.state, self.batch)
-        weight = mismatch * (2 / len(mismatch))
-        gradient = eq.transposed_product_of(ef, p, q, self.state, weight, changes)
-        return mismatch.square().mean(0), mismatch, gradient
+def start_descent(u: Tensor, settings: Settings) -> DescentState:
+    """A descent that begins at ``u`` ``[N_u, B]``."""
+    one = u.new_ones(u.shape[1])
+    none = torch.zeros_like(one, dtype=torch.int64)
+    zero = torch.zeros_like(u)
+    return DescentState(
+        u, zero, zero, none, settings.lr * one, torch.inf * one, none, none, torch.zeros_like(none, dtype=torch.bool)
+    )
 
-    def step(self) -> tuple[Tensor, Tensor]:
-        """One optimizer step of every scenario that is not frozen.
 
-        Returns:
-            Loss ``[B]`` and mismatch ``[N_u, B]`` before the step.
-        """
-        loss, mismatch, gradient = self.evaluate()
-        if self.best is not None:
-            better = loss < self.best_loss
-            for kept, now in zip(self.best, self.state, strict=True):
-                kept.copy_(torch.where(better, now, kept))
-        self.best_loss = torch.minimum(self.best_loss, loss)
-        self.frozen |= mismatch.abs().amax(0) <= self.tol
-        self.steps += ~self.frozen
-        if isinstance(self.settings, AdamSettings):
-            du = self._adam(gradient, self.settings)
-            self._plateau(loss, self.settings)
-        else:
-            du = self._rmsprop(gradient, self.settings)
-            self.lr = torch.where(self.steps % self.settings.step_size == 0, self.lr * self.settings.gamma, self.lr)
-        self.eq.step(self.state, torch.where(self.frozen, 0.0, du))
-        return loss, mismatch
+def follow(state: DescentState, settings: Settings) -> DescentState:
+    """Go on with other injections from the present unknowns, as the paper does between the steps of a series.
 
-    def follow(self, batch: Batch, settings: Settings) -> None:
-        """Go on with other injections from the present state, as the paper does between the steps of a series.
+    The first moment is zeroed; the second and the count of steps stay; the schedule is a fresh one.
 
-        The first moment is zeroed; the second and the count of steps stay; the schedule is a fresh one.
+    Args:
+        state: At the end of the step before.
+        settings: For the next.
+    """
+    fresh = start_descent(state.u, settings)
+    return fresh._replace(square=state.square, steps=state.steps)
 
-        Args:
-            batch: The next injections. Set-points of slack and PV buses stay those of the state.
-            settings: For this step.
-        """
-        self.batch, self.settings = batch, settings
-        self.mean.zero_()
-        self.lr.fill_(settings.lr)
-        for tensor in (self.lowest, self.best_loss):
-            tensor.fill_(torch.inf)
-        for tensor in (self.bad, self.cooling, self.frozen):
-            tensor.zero_()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Copies of everything that a descent needs to go on exactly."""
-        tensors = {name: getattr(self, name).clone() for name in self._TENSORS}
-        for which in ("state", "best"):
-            state = getattr(self, which)
-            if state is not None:
-                tensors |= {f"{which}.{name}": value.clone() for name, value in state._asdict().items()}
-        return tensors
+def descend(state: DescentState, loss: Tensor, gradient: Tensor, settings: Settings) -> DescentState:
+    """One step of Adam with its plateau schedule, or of RMSprop with its step schedule, for every scenario.
 
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `state_dict` gave.
+    The rules are those of ``torch.optim`` with ``ReduceLROnPlateau`` and ``StepLR``; the paper's batches share one
+    learning rate and one stop, here each scenario has its own, and with one scenario this is the paper's solver.
 
-        Raises:
-            ValueError: If a tensor is missing.
-        """
-        own = {name: getattr(self, name) for name in self._TENSORS}
-        for which in ("state", "best"):
-            if getattr(self, which) is not None:
-                own |= {f"{which}.{name}": value for name, value in getattr(self, which)._asdict().items()}
-        if missing := sorted(set(own) - set(tensors)):
-            raise ValueError(f"the state of a descent lacks {', '.join(missing)}")
-        for name, value in own.items():
-            value.copy_(tensors[name])
+    Args:
+        state: Before the step.
+        loss: At ``state.u``, ``[B]``.
+        gradient: At ``state.u``, ``[N_u, B]``.
+        settings: `AdamSettings` or `RMSpropSettings`.
+    """
+    steps = state.steps + ~state.frozen
+    state = state._replace(steps=steps)
+    if isinstance(settings, AdamSettings):
+        mean = torch.lerp(state.mean, gradient, 1 - settings.beta1)
+        square = (state.square * settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
+        count = steps.clamp(min=1)
+        size = (square.sqrt() / (1 - settings.beta2**count).sqrt()).add_(_EPS)
+        du = state.lr / (1 - settings.beta1**count) * mean / size
+        state = _plateau(state, loss, settings)
+    else:
+        square = (state.square * settings.alpha).addcmul_(gradient, gradient, value=1 - settings.alpha)
+        mean = settings.momentum * state.mean + gradient / square.sqrt().add_(_EPS)
+        du = state.lr * mean
+        lower = (steps % settings.step_size == 0) & ~state.frozen
+        state = state._replace(lr=torch.where(lower, state.lr * settings.gamma, state.lr))
+    return state._replace(u=torch.where(state.frozen, state.u, state.u - du), mean=mean, square=square)
 
-    def _adam(self, gradient: Tensor, settings: AdamSettings) -> Tensor:
-        """Learning rate times the direction, ``[N_u, B]``."""
-        self.mean.lerp_(gradient, 1 - settings.beta1)
-        self.square.mul_(settings.beta2).addcmul_(gradient, gradient, value=1 - settings.beta2)
-        steps = self.steps.clamp(min=1)
-        size = (self.square.sqrt() / (1 - settings.beta2**steps).sqrt()).add_(_EPS)
-        return self.lr / (1 - settings.beta1**steps) * self.mean / size
 
-    def _rmsprop(self, gradient: Tensor, settings: RMSpropSettings) -> Tensor:
-        """Learning rate times the direction, ``[N_u, B]``; ``mean`` holds the momentum."""
-        self.square.mul_(settings.alpha).addcmul_(gradient, gradient, value=1 - settings.alpha)
-        self.mean.mul_(settings.momentum).add_(gradient / self.square.sqrt().add_(_EPS))
-        return self.lr * self.mean
-
-    def _plateau(self, loss: Tensor, settings: AdamSettings) -> None:
-        """The rules of ``ReduceLROnPlateau`` with a relative threshold, scenario by scenario."""
-        better = loss < self.lowest * (1 - settings.threshold)
-        self.lowest = torch.where(better, loss, self.lowest)
-        self.bad = torch.where(better, 0, self.bad + 1)
-        cooling = self.cooling > 0
-        self.cooling -= cooling.long()
-        self.bad = torch.where(cooling, 0, self.bad)
-        reduce = self.bad > settings.patience
-        lower = self.lr * settings.factor
-        self.lr = torch.where(reduce & (self.lr - lower > _EPS), lower, self.lr)
-        self.cooling = torch.where(reduce, settings.cooldown, self.cooling)
-        self.bad = torch.where(reduce, 0, self.bad)
+def _plateau(state: DescentState, loss: Tensor, settings: AdamSettings) -> DescentState:
+    """The rules of ``ReduceLROnPlateau`` with a relative threshold, scenario by scenario."""
+    better = loss < state.best * (1 - settings.threshold)
+    cooling = state.cooling > 0
+    bad = torch.where(better | cooling, 0, state.bad + 1)
+    reduce = bad > settings.patience
+    lower = state.lr * settings.factor
+    return state._replace(
+        best=torch.where(better, loss, state.best),
+        lr=torch.where(reduce & (state.lr - lower > _EPS), lower, state.lr),
+        cooling=torch.where(reduce, settings.cooldown, state.cooling - cooling.long()),
+        bad=torch.where(reduce, 0, bad),
+    )
 
 
 def adam_settings(name: str) -> AdamSettings:
@@ -222,7 +180,7 @@ def adam_settings(name: str) -> AdamSettings:
     return ADAM_SETTINGS.get(name, ADAM_SETTINGS["default"])
 
 
-def descend(
+def first_order(
     eq: Equations,
     batch: Batch,
     state: State,
@@ -231,17 +189,28 @@ def descend(
     max_iter: int,
     recorder: Recorder,
 ) -> Outcome:
-    """Run a `Descent` to the tolerance or to the end; the outcome has the last states, as the paper reports them."""
-    descent = Descent(eq, batch, state, settings, tol)
+    """Descend to the tolerance or to the end; the outcome has the last states, as the paper reports them.
+
+    Args:
+        eq: The equations.
+        batch: Scenarios.
+        state: Where they start.
+        settings: Of the optimizer and its schedule.
+        tol: A scenario is frozen once ``max|F| <= tol``, per unit.
+        max_iter: Most steps.
+        recorder: Of the history.
+    """
     everyone = torch.arange(batch.p.shape[1], device=batch.p.device)
+    descent = start_descent(eq.unknowns(state), settings)
     for iteration in range(max_iter):
-        _, mismatch = descent.step()
-        if recorder.enabled:
-            recorder(iteration, everyone, mismatch)
-        if iteration % 10 == 0 and bool(descent.frozen.all()):
+        loss, gradient, mismatch = eq.loss_and_gradient(state, batch)
+        recorder(iteration, everyone, mismatch)
+        frozen = descent.frozen | (mismatch.abs().amax(0) <= tol)
+        if iteration % 10 == 0 and bool(frozen.all()):
             break
+        descent = descend(descent._replace(frozen=frozen), loss, gradient, settings)
+        state = eq.with_unknowns(state, descent.u)
     outcome = Outcome(eq, state)
-    mismatch = eq.mismatch(descent.state, batch)
-    outcome.write(everyone, descent.state, mismatch, max_iter)
+    outcome.write(everyone, state, eq.mismatch(state, batch), 0)
     outcome.iterations[:] = descent.steps
     return outcome

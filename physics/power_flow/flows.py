@@ -60,7 +60,7 @@ def currents_ka(grid: Grid, flows: BranchFlows) -> tuple[Tensor, Tensor]:
 def loadings(grid: Grid, flows: BranchFlows, of: str = "current") -> Tensor:
     """Larger of both ends' current (at nominal voltage) or apparent power, as a share of ``rate_mva``, ``[L, B]``.
 
-    Branches without a limit have loading 0.
+    Branches without a limit have no loading: nan.
 
     Args:
         grid: The grid.
@@ -73,7 +73,8 @@ def loadings(grid: Grid, flows: BranchFlows, of: str = "current") -> Tensor:
     if of not in ("current", "power"):
         raise ValueError(f"of={of!r}: choose 'current' or 'power'")
     ends = (flows.i_from, flows.i_to) if of == "current" else (flows.s_from, flows.s_to)
-    return torch.maximum(ends[0].abs(), ends[1].abs()) * (grid.base_mva / grid.rate_mva)[:, None]
+    share = torch.maximum(ends[0].abs(), ends[1].abs()) * (grid.base_mva / grid.rate_mva)[:, None]
+    return torch.where(grid.rate_mva.isfinite()[:, None], share, torch.nan)
 
 
 def shunt_power(grid: Grid, vm: Tensor) -> Tensor:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from physics.power_flow.equations import Batch, Equations, State
 from physics.power_flow.outcome import Outcome, Recorder
 
-_ARMIJO = 1e-4
-_HALVINGS = 20
+# Of the Wolfe conditions; evaluations of a line search.
+_ARMIJO, _CURVATURE = 1e-4, 0.9
+_EVALUATIONS = 25
 
 
 def lbfgs(
-    eq: Equations, batch: Batch, state: State, tol: float, max_iter: int, recorder: Recorder, memory: int = 20
+    eq: Equations, batch: Batch, state: State, tol: float, max_iter: int, recorder: Recorder, memory: int = 100
 ) -> Outcome:
-    """Limited-memory BFGS with backtracking, all scenarios in step.
+    """Limited-memory BFGS with a line search that ends at the weak Wolfe conditions, all scenarios in step.
 
-    Pairs without positive curvature are left out, scenario by scenario; a scenario whose line search fails starts anew
-    from the gradient and leaves if that fails too.
+    A scenario whose search fails forgets its history and starts anew from the gradient; if that fails too it leaves.
 
     Args:
         eq: The equations.
         batch: Scenarios.
-        state: Where they start; the outcome keeps it.
+        state: Where they start.
         tol: Bound on ``max|F|``, per unit.
         max_iter: Most iterations; each has at least one evaluation.
         recorder: Of the history.
@@ -32,53 +34,50 @@ def lbfgs(
     outcome = Outcome(eq, state)
     active = torch.arange(state.vm.shape[1], device=state.vm.device)
     now, given = state.clone(), batch
-    loss, mismatch, gradient = _evaluated(eq, now, given)
+    point = _Point(eq.unknowns(now), *eq.loss_and_gradient(now, given))
     steps: list[Tensor] = []
     turns: list[Tensor] = []
     fresh = torch.ones_like(active, dtype=torch.bool)
     stuck = torch.zeros_like(fresh)
     for iteration in range(max_iter + 1):
-        recorder(iteration, active, mismatch)
-        leaves = ~(mismatch.abs().amax(0) > tol) | stuck
+        recorder(iteration, active, point.mismatch)
+        leaves = ~(point.mismatch.abs().amax(0) > tol) | stuck
         if iteration == max_iter:
             leaves[:] = True
         if leaves.any():
-            outcome.write(active[leaves], now.select(leaves), mismatch[:, leaves], iteration)
+            final = eq.with_unknowns(now, point.u).select(leaves)
+            outcome.write(active[leaves], final, point.mismatch[:, leaves], iteration)
             stays = ~leaves
-            active, now, given = active[stays], now.select(stays), given.select(stays)
-            loss, mismatch, gradient, fresh = loss[stays], mismatch[:, stays], gradient[:, stays], fresh[stays]
+            active, now, given, fresh = active[stays], now.select(stays), given.select(stays), fresh[stays]
+            point = _Point(*(value[..., stays] for value in point))
             steps, turns = [p[:, stays] for p in steps], [p[:, stays] for p in turns]
         if not len(active):
             break
-        direction = _direction(gradient, steps, turns)
-        slope = (direction * gradient).sum(0)
-        uphill = ~(slope < 0)
-        direction = torch.where(uphill | fresh, -gradient, direction)
-        slope = torch.where(uphill | fresh, -gradient.square().sum(0), slope)
-        scale = torch.where(uphill | fresh, 0.1 / gradient.abs().sum(0).clamp(min=1e-300), 1.0)
-        scale, moved = _searched(eq, now, given, loss, direction, slope, scale)
-        du = torch.where(moved, scale * direction, 0.0)
-        eq.step(now, du, 1.0)
-        before = gradient
-        loss, mismatch, gradient = _evaluated(eq, now, given)
-        turn = gradient - before
+        direction = _direction(point.gradient, steps, turns)
+        fresh = fresh | ~((direction * point.gradient).sum(0) < 0)
+        direction = torch.where(fresh, -point.gradient, direction)
+        scale = torch.where(fresh, 0.1 / point.gradient.abs().sum(0).clamp(min=1e-300), 1.0)
+        before = point
+        point, moved = _searched(eq, now, given, before, direction, scale)
+        du, turn = point.u - before.u, point.gradient - before.gradient
         curved = (du * turn).sum(0) > 1e-12 * turn.square().sum(0)
-        stuck = ~moved & (fresh | uphill)
+        stuck = ~moved & fresh
         fresh = ~moved
+        if not bool(moved.all()):  # forget what led there
+            steps, turns = ([torch.where(moved, p, 0.0) for p in pairs] for pairs in (steps, turns))
         steps.append(torch.where(curved, du, 0.0))
         turns.append(torch.where(curved, turn, 0.0))
-        if (~moved).any():  # forget what led there
-            steps, turns = ([torch.where(moved, p, 0.0) for p in pairs] for pairs in (steps, turns))
         del steps[:-memory], turns[:-memory]
     return outcome
 
 
-def _evaluated(eq: Equations, state: State, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, mismatch, gradient."""
-    ef, p, q = eq.injections(state, batch.changes)
-    mismatch = eq.mismatch_of(p, q, state, batch)
-    gradient = eq.transposed_product_of(ef, p, q, state, mismatch * (2 / len(mismatch)), batch.changes)
-    return mismatch.square().mean(0), mismatch, gradient
+class _Point(NamedTuple):
+    """Unknowns ``[N_u, B]`` with loss ``[B]``, gradient and mismatch ``[N_u, B]`` there."""
+
+    u: Tensor
+    loss: Tensor
+    gradient: Tensor
+    mismatch: Tensor
 
 
 def _direction(gradient: Tensor, steps: list[Tensor], turns: list[Tensor]) -> Tensor:
@@ -102,19 +101,31 @@ def _direction(gradient: Tensor, steps: list[Tensor], turns: list[Tensor]) -> Te
 
 
 def _searched(
-    eq: Equations, now: State, given: Batch, loss: Tensor, direction: Tensor, slope: Tensor, scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Steps that decrease the loss enough (Armijo), by halving; and whether one was found."""
+    eq: Equations, now: State, given: Batch, start: _Point, direction: Tensor, scale: Tensor
+) -> tuple[_Point, Tensor]:
+    """Where the weak Wolfe conditions hold, by bisection (Lewis and Overton, 2013), or the lowest loss on the way.
+
+    Returns:
+        The points, and whether each is lower than where its scenario started.
+    """
+    slope = (direction * start.gradient).sum(0)
+    low, high = torch.zeros_like(scale), torch.full_like(scale, torch.inf)
+    best = _Point(*(value.clone() for value in start))
+    left = torch.arange(len(scale), device=scale.device)
     scale = scale.clone()
-    moved = torch.zeros_like(loss, dtype=torch.bool)
-    for _ in range(_HALVINGS):
-        left = (~moved).nonzero()[:, 0]
+    for _ in range(_EVALUATIONS):
+        u = start.u[:, left] + scale[left] * direction[:, left]
+        part = now.select(left)
+        found = _Point(u, *eq.loss_and_gradient(eq.with_unknowns(part, u), given.select(left)))
+        enough = found.loss <= start.loss[left] + _ARMIJO * scale[left] * slope[left]
+        flat = (found.gradient * direction[:, left]).sum(0) >= _CURVATURE * slope[left]
+        lower = found.loss < best.loss[left]  # False for nan
+        for mine, theirs in zip(best, found, strict=True):
+            mine[..., left[lower]] = theirs[..., lower]
+        high[left[~enough]] = scale[left[~enough]]
+        low[left[enough]] = scale[left[enough]]
+        left = left[~(enough & flat)]
         if not len(left):
             break
-        trial = now.select(left)
-        eq.step(trial, scale[left] * direction[:, left], 1.0)
-        found = eq.mismatch(trial, given.select(left)).square().mean(0)
-        good = found <= loss[left] + _ARMIJO * scale[left] * slope[left]
-        moved[left[good]] = True
-        scale[left[~good]] *= 0.5
-    return scale, moved
+        scale = torch.where(high.isfinite(), (low + high) / 2, 2 * low)
+    return best, best.loss < start.loss

@@ -113,7 +113,7 @@ def fast_decoupled(
     Args:
         eq: The equations; a distributed slack is not supported.
         batch: Scenarios.
-        state: Where they start; the outcome keeps it.
+        state: Where they start.
         variant: ``xb`` or ``bx``.
         tol: Bound on ``max|F|``, per unit.
         max_iter: Most iterations.

@@ -113,7 +113,7 @@ def newton(
     line_search: bool = False,
     steps: NewtonSteps | None = None,
 ) -> Outcome:
-    """Newton's method from ``state``, which the outcome keeps.
+    """Newton's method from ``state``.
 
     Args:
         eq: The equations.
@@ -191,7 +191,7 @@ def levenberg_marquardt(
     Args:
         eq: The equations.
         batch: Scenarios.
-        state: Where they start; the outcome keeps it.
+        state: Where they start.
         tol: Bound on ``max|F|``, per unit.
         max_iter: Most steps.
         recorder: Of the history.

@@ -15,13 +15,13 @@ class Outcome:
     """State, iterations and mismatch of ``B`` scenarios, written as they leave a solver.
 
     Args:
-        state: Where all start; it is kept, not copied.
+        state: Where all start; it is copied.
         equations: Whose scenarios.
     """
 
     def __init__(self, equations: Equations, state: State) -> None:
         count, device = state.vm.shape[1], state.vm.device
-        self.state = state
+        self.state = state.clone()
         self.iterations = torch.zeros(count, dtype=torch.int64, device=device)
         self.mismatch = state.vm.new_full((count,), torch.inf)
         self.worst_row = torch.zeros(count, dtype=torch.int64, device=device)

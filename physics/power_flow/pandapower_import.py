@@ -136,4 +136,3 @@ def _branch_names(net: Any, tables: Any, branch: np.ndarray, bus_names: tuple[st
     if len(there) != len(branch) or not all(there):
         there = [f"{bus_names[int(f)]}-{bus_names[int(t)]}" for f, t in branch[:, :2]]
     return numbered(there)
-

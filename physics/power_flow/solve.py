@@ -10,7 +10,7 @@ from torch import Tensor
 from physics.power_flow.chord import chord
 from physics.power_flow.equations import Batch, Equations, State
 from physics.power_flow.factorization import Factorization, SingularMatrix, factorize
-from physics.power_flow.first_order import RMSpropSettings, Settings, adam_settings, descend
+from physics.power_flow.first_order import RMSpropSettings, Settings, adam_settings, first_order
 from physics.power_flow.grid import Grid
 from physics.power_flow.lbfgs import lbfgs
 from physics.power_flow.linear import dc_angles, fast_decoupled
@@ -169,7 +169,7 @@ class _Solver:
                 outcome = self._dc(start)
             else:
                 settings = self.settings or (adam_settings(eq.grid.name) if method == "adam" else RMSpropSettings())
-                outcome = descend(*args, settings, tol, max_iter, recorder)
+                outcome = first_order(*args, settings, tol, max_iter, recorder)
         names = [method] * len(self.scenarios)
         if fallback and method in ("chord", "newton", "fdlf_xb", "fdlf_bx"):
             self._fall_back(outcome, names, begin)
@@ -196,7 +196,7 @@ class _Solver:
             vm, va = (eq.in_grid_order(value) for value in (base.vm, base.va))
             begin = starting_state(eq, self.scenarios, (vm, va), self.batch)
             begin.share.copy_(base.share.expand(-1, count))
-        outcome = Outcome(eq, begin.clone())
+        outcome = Outcome(eq, begin)
         if factors is None:
             return outcome, begin
         width = count if eq.device.type != "cpu" else max(16, CHUNK_ELEMENTS // eq.num_buses)
