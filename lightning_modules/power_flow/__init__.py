@@ -1,4 +1,3 @@
-
 from lightning_modules.power_flow.descent import PowerFlowDescent
 from lightning_modules.power_flow.outages import OutageAnalysis
 from lightning_modules.power_flow.solver import PowerFlowSolver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -11,18 +11,26 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.power_flow.base import HISTORY_COLUMNS, Batch, GridModule, Stage
 from physics.power_flow import METHODS, AdamSettings, RMSpropSettings, Scenarios
+from physics.power_flow.equations import Batch as Given
 from physics.power_flow.equations import Equations, State
-from physics.power_flow.first_order import SERIES_FIRST, SERIES_FOLLOWING, Descent, adam_settings
+from physics.power_flow.first_order import (
+    SERIES_FIRST,
+    SERIES_FOLLOWING,
+    DescentState,
+    adam_settings,
+    descend,
+    follow,
+    start_descent,
+)
 from physics.power_flow.solve import starting_state
 
 Settings = AdamSettings | RMSpropSettings
 
 
 class _Steps(torch.optim.Optimizer):
-    """What Lightning counts and calls: each step is one of a `Descent`, whose state the module keeps."""
+    """What Lightning counts and calls; the step itself is the closure, and the module keeps its state."""
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         super().__init__(params, {})
@@ -30,6 +38,29 @@ class _Steps(torch.optim.Optimizer):
     @override
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         return None if closure is None else closure()
+
+
+@dataclass
+class _Running:
+    """The descent of the scenarios that training is at.
+
+    Attributes:
+        scenarios: Their numbers, (B,).
+        first: Whether it began from scratch, not from the scenarios before.
+        settings: Of the optimizer and its schedule.
+        given: What the equations are given.
+        state: Voltages, in the order of the equations.
+        descent: Unknowns, moments, learning rates, stops.
+        best: Unknowns of least loss, and that loss (equation, B) and (B,).
+    """
+
+    scenarios: Tensor
+    first: bool
+    settings: Settings
+    given: Given
+    state: State
+    descent: DescentState
+    best: tuple[Tensor, Tensor]
 
 
 class PowerFlowDescent(GridModule):
@@ -116,13 +147,10 @@ class PowerFlowDescent(GridModule):
         self.vm, self.va = (nn.Parameter(torch.empty(0, 0, dtype=torch.float64)) for _ in range(2))
         self.register_buffer("steps", torch.empty(0, dtype=torch.int64))
         self.register_buffer("history", torch.empty(0, HISTORY_COLUMNS, dtype=torch.float64))
-        self._descent: Descent | None = None
-        self._scenarios: Tensor | None = None  # of the running batch
-        self._first = True  # whether it began from scratch
+        self._running: _Running | None = None
         self._restored: dict[str, Any] | None = None
         self._points: list[tuple[float, ...]] = []
         self._seconds = 0.0
-        self._seen = SumRatio()
 
     # ---------------------------------------------------------------------------------------------------- parameters
 
@@ -175,63 +203,78 @@ class PowerFlowDescent(GridModule):
     # ------------------------------------------------------------------------------------------------------ training
 
     @override
+    @torch.no_grad()
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         begin = self.clock()
         if self._restored is not None:
             self._restore()
-        if self._scenarios is None or not torch.equal(batch["scenario"], self._scenarios):
+        if self._running is None or not torch.equal(batch["scenario"], self._running.scenarios):
             self._begin(batch)
-        descent = self._descent
-        result: list[tuple[Tensor, Tensor]] = []
-        self.optimizers().step(lambda: result.append(descent.step()))
-        loss, mismatch = result[0]
+        running = self._running
+        found: list[tuple[Tensor, Tensor]] = []
+        self.optimizers().step(lambda: found.append(self._descend(running)))
+        loss, mismatch = found[0]
         self._seconds += self.clock() - begin
         step = self.trainer.global_step
         if (step - 1) % self.record_every == 0:
-            deviation = 100 * mismatch.abs().sum() / self.equations.targets(descent.batch).abs().sum()
-            number = METHODS.index(self.method)
+            deviation = 100 * mismatch.abs().sum() / self.equations.targets(running.given).abs().sum()
             values = (mismatch.abs().max(), mismatch.square().mean(), deviation)
-            self._points.append((number, step - 1, self._seconds, *map(float, values)))
+            self._points.append((METHODS.index(self.method), step - 1, self._seconds, *map(float, values)))
         if step % self.trainer.log_every_n_steps == 0:
             self.log("train/loss", loss.mean(), prog_bar=True, batch_size=1, rank_zero_only=True)
-            self.log("train/lr", descent.lr.mean(), batch_size=1, rank_zero_only=True)
+            self.log("train/lr", running.descent.lr.mean(), batch_size=1, rank_zero_only=True)
+
+    def _descend(self, running: _Running) -> tuple[Tensor, Tensor]:
+        """One step of all scenarios; loss (B,) and mismatch (equation, B) before it."""
+        loss, gradient, mismatch = self.equations.loss_and_gradient(running.state, running.given)
+        descent = running.descent
+        if self.keep_best:
+            unknowns, least = running.best
+            running.best = torch.where(loss < least, descent.u, unknowns), torch.minimum(loss, least)
+        frozen = descent.frozen | (mismatch.abs().amax(0) <= self.tol)
+        running.descent = descend(descent._replace(frozen=frozen), loss, gradient, running.settings)
+        running.state = self.equations.with_unknowns(running.state, running.descent.u)
+        return loss, mismatch
 
     def _begin(self, batch: Batch) -> None:
         """Start with the scenarios of another batch."""
         if bool(batch["islanding"].any()):
             names = [self.trainer.datamodule.scenario_name(i) for i in batch["scenario"][batch["islanding"]].tolist()]
-            raise ValueError(f"outages that island buses have no power flow: {', '.join(names[:5])}; use model=outages")
+            raise ValueError(
+                f"outages that island buses have no power flow: {', '.join(names[:5])}; use model=power_flow_outages"
+            )
         self._store()
-        before, self._scenarios = self._descent, batch["scenario"].clone()
-        scenarios = self.scenarios(batch)
-        given = self.equations.batch(scenarios)
-        if not self.sequential or before is None or given.p.shape != before.batch.p.shape:
-            again = self.trainer.current_epoch > 0  # from where an earlier epoch left these scenarios
-            start = (self.vm[self._scenarios].mT, self.va[self._scenarios].mT) if again else self.start
-            self._descent, self._first = self._descent_of(scenarios, start, True), True
-        elif given.changes is None and before.batch.changes is None:
-            before.follow(given, self.settings_of(first=False))
-            self._first = False
-            held = starting_state(self.equations, scenarios, self._in_grid_order(before.state), given)
-            for mine, value in zip(before.state, held, strict=True):
-                mine.copy_(value)
-        else:  # other branches: the moments of the one before are those of another problem
-            self._descent, self._first = self._descent_of(scenarios, self._in_grid_order(before.state), False), False
+        before, numbers = self._running, batch["scenario"].clone()
+        if self.sequential and before is not None and len(numbers) == len(before.scenarios):
+            self._running = self._prepared(batch, self._in_grid_order(before.state), first=False)
+            same = self._running.given.changes is None and before.given.changes is None
+            if same:  # else the moments are those of another problem
+                kept = follow(before.descent, self._running.settings)
+                self._running.descent = kept._replace(u=self._running.descent.u)
+            return
+        again = self.trainer.current_epoch > 0  # from where an earlier epoch has left these scenarios
+        start = (self.vm[numbers].mT, self.va[numbers].mT) if again else self.start
+        self._running = self._prepared(batch, start, first=True)
 
-    def _descent_of(self, scenarios: Scenarios, start: Any, first: bool) -> Descent:
-        eq = self.equations
+    def _prepared(self, batch: Batch, start: Any, first: bool) -> _Running:
+        """A descent that has not begun yet."""
+        eq, scenarios, settings = self.equations, self.scenarios(batch), self.settings_of(first)
         given = eq.batch(scenarios)
         state = starting_state(eq, scenarios, start, given)
-        return Descent(eq, given, state, self.settings_of(first), self.tol, self.keep_best)
+        descent = start_descent(eq.unknowns(state), settings)
+        best = descent.u.clone(), descent.best.clone()
+        return _Running(batch["scenario"].clone(), first, settings, given, state, descent, best)
 
     def _restore(self) -> None:
         """Take up the descent of a checkpoint."""
         saved, self._restored = self._restored, None
-        self._scenarios, self._first = saved["scenarios"].to(self.device), bool(saved["first"])
         running = self.trainer.datamodule.batch(saved["scenarios"].cpu().numpy())
         running = {key: value.to(self.device) for key, value in running.items()}
-        self._descent = self._descent_of(self.scenarios(running), self.start, self._first)
-        self._descent.load_state_dict(saved["tensors"])
+        self._running = self._prepared(running, self.start, bool(saved["first"]))
+        tensors = {name: value.to(self.device) for name, value in saved["tensors"].items()}
+        best = tensors.pop("best_unknowns"), tensors.pop("best_loss")
+        self._running.descent, self._running.best = DescentState(**tensors), best
+        self._running.state = self.equations.with_unknowns(self._running.state, self._running.descent.u)
 
     def _in_grid_order(self, state: State) -> tuple[Tensor, Tensor]:
         return self.equations.in_grid_order(state.vm), self.equations.in_grid_order(state.va)
@@ -239,11 +282,15 @@ class PowerFlowDescent(GridModule):
     @torch.no_grad()
     def _store(self) -> None:
         """Write the voltages of the running scenarios into the parameters."""
-        if self._descent is None:
+        running = self._running
+        if running is None:
             return
-        vm, va = self._in_grid_order(self._descent.best or self._descent.state)
-        self.vm[self._scenarios], self.va[self._scenarios] = vm.mT, va.mT
-        self.steps[self._scenarios] = self._descent.steps
+        state = running.state
+        if self.keep_best and bool(running.best[1].isfinite().all()):
+            state = self.equations.with_unknowns(state, running.best[0])
+        vm, va = self._in_grid_order(state)
+        self.vm[running.scenarios], self.va[running.scenarios] = vm.mT, va.mT
+        self.steps[running.scenarios] = running.descent.steps
         self.history = self.history.new_tensor(self._points).reshape(-1, HISTORY_COLUMNS)
 
     @torch.no_grad()
@@ -261,7 +308,7 @@ class PowerFlowDescent(GridModule):
     @override
     def on_train_start(self) -> None:
         if self._restored is None:
-            self._descent, self._scenarios, self._points, self._seconds = None, None, [], 0.0
+            self._running, self._points, self._seconds = None, [], 0.0
 
     @override
     def on_train_end(self) -> None:
@@ -271,11 +318,13 @@ class PowerFlowDescent(GridModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._descent is not None and self.trainer.world_size == 1:
+        running = self._running
+        if running is not None and self.trainer.world_size == 1:
+            tensors = running.descent._asdict() | dict(zip(("best_unknowns", "best_loss"), running.best, strict=True))
             checkpoint["descent"] = {
-                "tensors": self._descent.state_dict(),
-                "scenarios": self._scenarios.clone(),
-                "first": self._first,
+                "tensors": tensors,
+                "scenarios": running.scenarios,
+                "first": running.first,
                 "points": [list(map(float, point)) for point in self._points],
                 "seconds": self._seconds,
             }

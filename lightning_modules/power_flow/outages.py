@@ -123,7 +123,7 @@ class OutageAnalysis(GridModule):
         found |= {key: getattr(solution, key) for key in ("converged", "iterations", "max_mismatch")}
         loading = found["loading_percent"].mT / 100
         violations = self.violations(loading, solution.vm)
-        found |= violations | {"severity": (loading - 1).clamp(min=0).square().sum(0)}
+        found |= violations | {"severity": (loading - 1).clamp(min=0).square().nansum(0)}
         if stage is not None:
             mismatch, target = self.mismatch(solution.vm, solution.va, chosen)
             distance = {}
