@@ -170,7 +170,7 @@ class GridModule(pl.LightningModule):
     def compare(
         self, scenarios: Scenarios, methods: Sequence[str], tol: float, iterations: Mapping[str, int]
     ) -> list[tuple[float, ...]]:
-        """Run methods on the same scenarios from the same start; rows of ``history``, and numbers that are logged.
+        """Run methods on the same scenarios from a flat start; rows of ``history``, and numbers that are logged.
 
         Args:
             scenarios: All of them count together.
@@ -182,8 +182,9 @@ class GridModule(pl.LightningModule):
         rows = []
         for method in methods:
             solution = solve(
-                self.grid, scenarios, method, tol=tol, max_iter=iterations.get(method), fallback=False, record=True
-            )
+                self.grid, scenarios, method, tol=tol, max_iter=iterations.get(method), start="flat", fallback=False,
+                record=True,
+            )  # fmt: skip
             points = solution.history
             number = METHODS.index(method)
             rows += [(number, p.iteration, p.seconds, p.max_mismatch, p.mse, p.flow_deviation_percent) for p in points]
