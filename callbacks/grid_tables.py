@@ -27,13 +27,19 @@ class GridTable(PredictionWriter):
         filename: Name of the file; ``.csv`` or ``.parquet`` (needs pyarrow).
         table: Method of the DataModule that makes a table of the outputs of a predict step, which have ``scenario``.
         sort_by: Column to sort by, largest values first; None: by scenario.
+        once: Whether the first batch says all, as of parameters that all scenarios share.
     """
 
     def __init__(
-        self, dirpath: str | Path, filename: str = "buses.csv", table: str = "bus_table", sort_by: str | None = None
+        self,
+        dirpath: str | Path,
+        filename: str = "buses.csv",
+        table: str = "bus_table",
+        sort_by: str | None = None,
+        once: bool = False,
     ) -> None:
         super().__init__(dirpath, filename)
-        self.table, self.sort_by = table, sort_by
+        self.table, self.sort_by, self.once = table, sort_by, once
         self._parts: list[tuple[int, pd.DataFrame]] = []
 
     @override
@@ -52,7 +58,9 @@ class GridTable(PredictionWriter):
     ) -> None:
         tensors = {key: value.detach().cpu() for key, value in outputs.items() if isinstance(value, Tensor)}
         make = getattr(trainer.datamodule, self.table)
-        if trainer.world_size == 1:
+        if self.once and (batch_idx or not trainer.is_global_zero):
+            return
+        if trainer.world_size == 1 or self.once:
             self._parts.append((int(tensors["scenario"][0]), make(tensors)))
             return
         for i, scenario in enumerate(tensors["scenario"].tolist()):  # those of other ranks lie between

@@ -29,7 +29,12 @@ class InjectionTable(NamedTuple):
 
 
 def read_injections(
-    path: Path | str, names: Sequence[str], *, time_column: str | None = None, aliases: Mapping[str, int] | None = None
+    path: Path | str,
+    names: Sequence[str],
+    *,
+    time_column: str | None = None,
+    aliases: Mapping[str, int] | None = None,
+    allow_missing: bool = False,
 ) -> InjectionTable:
     """Read one quantity.
 
@@ -38,6 +43,7 @@ def read_injections(
         names: Names of the grid's elements, which the columns carry; elements without a column keep their value.
         time_column: Column of the time stamps; None: there is none.
         aliases: Other names for elements.
+        allow_missing: Whether empty cells become NaN, as of meters that were out.
 
     Raises:
         FileNotFoundError: Names the file.
@@ -72,7 +78,10 @@ def read_injections(
     values = np.empty(frame.shape)
     for i, column in enumerate(frame.columns):
         values[:, i] = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-        if (wrong := ~np.isfinite(values[:, i])).any():
+        wrong = ~np.isfinite(values[:, i])
+        if allow_missing:
+            wrong &= frame[column].notna().to_numpy()
+        if wrong.any():
             row = int(wrong.argmax())
             where = f"row {row + 1}" if parquet else f"line {row + 2}"
             raise ValueError(

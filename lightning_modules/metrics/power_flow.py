@@ -140,3 +140,36 @@ class ScreeningErrors(Sums):
         """``recall`` of the true overloads, ``precision`` of the alarms, and the number of ``overloads``."""
         hits, alarms, misses = self.counts
         return {"recall": hits / (hits + misses), "precision": hits / (hits + alarms), "overloads": hits + misses}
+
+
+class VoltageErrors(Sums):
+    """Differences of voltages to true ones: root mean square and largest, of magnitudes and angles."""
+
+    full_state_update = False
+    sums: Tensor
+    largest: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("sums", torch.zeros(4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("largest", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="max")
+
+    @override
+    def update(self, dvm: Tensor, dva: Tensor) -> None:
+        """Add differences of magnitudes (per unit) and angles (rad), of any shape; NaN: not known."""
+        parts = [value[value.isfinite()].abs().double() for value in (dvm, torch.rad2deg(dva))]
+        new = [torch.stack([part.square().sum(), torch.as_tensor(part.numel()).to(part)]) for part in parts]
+        self.sums += torch.cat(new)
+        tops = [part.max() if part.numel() else part.new_zeros(()) for part in parts]
+        self.largest = torch.maximum(self.largest, torch.stack(tops))
+
+    @override
+    def compute(self) -> dict[str, Tensor]:
+        """``vm_rms_pu``, ``vm_max_pu``, ``va_rms_degree``, ``va_max_degree``; NaN where nothing is known."""
+        square_vm, count_vm, square_va, count_va = self.sums
+        return {
+            "vm_rms_pu": (square_vm / count_vm).sqrt(),
+            "vm_max_pu": torch.where(count_vm > 0, self.largest[0], torch.nan),
+            "va_rms_degree": (square_va / count_va).sqrt(),
+            "va_max_degree": torch.where(count_va > 0, self.largest[1], torch.nan),
+        }
