@@ -328,7 +328,7 @@ class GridMeasurements(LightningDataModule):
         return f"scenario {scenario}"
 
     def parameter_table(self, outputs: Mapping[str, Tensor]) -> pd.DataFrame:
-        """Tabulate parameters: ``start``, ``found``, ``standard_error``, and if it is known ``true``, ``relative_error``.
+        """Tabulate ``start``, ``found``, ``standard_error``, and if it is known ``true``, ``relative_error``.
 
         Args:
             outputs: Of a predict step: ``parameter_start``, ``_found``, ``_std`` and ``_true``, (parameter,) each.

@@ -53,7 +53,10 @@ def error_against_seconds(outputs: Outputs, datamodule: Any) -> Figure:
         look = {"color": COLORS[method], "label": LABELS[method], "linewidth": 1.4}
         size = np.maximum(rows[:, 3], 1e-16)
         if len(rows) == 1:
-            left.axhline(size[0], linestyle=(0, (4, 2)), **look)
+            if method == "dc":
+                left.axhline(size[0], linestyle=(0, (4, 2)), **look)
+            else:
+                left.plot([1], size, marker="D", markersize=5, linestyle="none", **look)
             right.plot(rows[:, 2], size, marker="D", markersize=5, linestyle="none", **look)
             continue
         marker = {"marker": "o", "markersize": 3.5} if len(rows) < 60 else {}
@@ -71,20 +74,25 @@ def error_against_seconds(outputs: Outputs, datamodule: Any) -> Figure:
     return figure
 
 
-def voltage_profile(outputs: Outputs, datamodule: Any, *, scenario: int = 0, feeder: str | None = None) -> Figure:
+def voltage_profile(
+    outputs: Outputs, datamodule: Any, *, scenario: int | None = None, feeder: str | None = None
+) -> Figure:
     """Voltage magnitude over the electrical distance from the slack, each branch in service a line.
+
+    Thin vertical lines are the range of a bus over all scenarios.
 
     Args:
         outputs: With ``scenario`` and ``vm_pu``.
         datamodule: Its grid.
-        scenario: Number of the scenario; the first one if it has no voltages.
+        scenario: Number of the scenario; None: that with the lowest voltage.
         feeder: Buses whose names begin so, with those next to them; None: all.
     """
     grid = datamodule.grid
     numbers, voltages = outputs["scenario"].numpy(), outputs["vm_pu"].numpy()
     known = np.isfinite(voltages).all(1)
-    rows = np.flatnonzero(known & (numbers == scenario))
-    row = rows[0] if len(rows) else int(known.argmax())
+    numbers, voltages = numbers[known], voltages[known]
+    lowest = np.where(np.isin(numbers, numbers if scenario is None else scenario), voltages.min(1), np.inf)
+    row = int(lowest.argmin())
     vm = voltages[row]
     on = grid.status.numpy() > 0
     f, t = grid.from_bus.numpy()[on], grid.to_bus.numpy()[on]
@@ -105,6 +113,11 @@ def voltage_profile(outputs: Outputs, datamodule: Any, *, scenario: int = 0, fee
     from matplotlib.collections import LineCollection
 
     axes.add_collection(LineCollection(ends, colors=MUTED, linewidths=0.7, alpha=0.6))
+    if len(voltages) > 1:
+        axes.vlines(
+            away[shown], voltages.min(0)[shown], voltages.max(0)[shown], color=GOOD, alpha=0.35, linewidth=2,
+            label=f"range over {len(voltages)} scenarios",
+        )  # fmt: skip
     kind = grid.bus_type.numpy()
     low, high = grid.vm_min.numpy(), grid.vm_max.numpy()
     outside = (kind == 1) & ((vm < low) | (vm > high))
@@ -152,11 +165,11 @@ def loading_strip(outputs: Outputs, datamodule: Any, *, num_branches: int = 25) 
     over = np.argwhere(values > 100)
     if len(over):
         axes.scatter(over[:, 1], over[:, 0], s=5, color=LIMIT, marker="s", linewidths=0, label="above its limit")
-        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), frameon=False, fontsize="small", borderpad=0)
+        figure.legend(loc="outside lower right", frameon=False, fontsize="small")
     axes.invert_yaxis()
     axes.set_yticks(range(len(chosen)), [grid.branch_names[i] for i in chosen], fontsize="x-small")
     places = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), 9)).round().astype(int))
-    names = [datamodule.scenario_name(int(numbers[i])).replace("T", "\n") for i in places]
+    names = [datamodule.scenario_name(int(numbers[i])).removesuffix(":00").replace("T", "\n") for i in places]
     axes.set_xticks(places, names, fontsize="x-small")
     figure.colorbar(image, ax=axes, label="loading [%]", pad=0.02)
     axes.set_title(f"{grid.name}: the {len(chosen)} most loaded of {grid.num_branches} branches", fontsize="medium")

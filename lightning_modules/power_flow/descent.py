@@ -51,6 +51,7 @@ class _Running:
         given: What the equations are given.
         state: Voltages, in the order of the equations.
         descent: Unknowns, moments, learning rates, stops.
+        steps_before: Steps that the descent counts and the scenarios before had taken, (B,).
         best: Unknowns of least loss, and that loss (equation, B) and (B,).
     """
 
@@ -60,6 +61,7 @@ class _Running:
     given: Given
     state: State
     descent: DescentState
+    steps_before: Tensor
     best: tuple[Tensor, Tensor]
 
 
@@ -251,6 +253,7 @@ class PowerFlowDescent(GridModule):
             if same:  # else the moments are those of another problem
                 kept = follow(before.descent, self._running.settings)
                 self._running.descent = kept._replace(u=self._running.descent.u)
+                self._running.steps_before = kept.steps.clone()
             return
         again = self.trainer.current_epoch > 0  # from where an earlier epoch has left these scenarios
         start = (self.vm[numbers].mT, self.va[numbers].mT) if again else self.start
@@ -263,7 +266,8 @@ class PowerFlowDescent(GridModule):
         state = starting_state(eq, scenarios, start, given)
         descent = start_descent(eq.unknowns(state), settings)
         best = descent.u.clone(), descent.best.clone()
-        return _Running(batch["scenario"].clone(), first, settings, given, state, descent, best)
+        before = torch.zeros_like(descent.steps)
+        return _Running(batch["scenario"].clone(), first, settings, given, state, descent, before, best)
 
     def _restore(self) -> None:
         """Take up the descent of a checkpoint."""
@@ -273,6 +277,7 @@ class PowerFlowDescent(GridModule):
         self._running = self._prepared(running, self.start, bool(saved["first"]))
         tensors = {name: value.to(self.device) for name, value in saved["tensors"].items()}
         best = tensors.pop("best_unknowns"), tensors.pop("best_loss")
+        self._running.steps_before = tensors.pop("steps_before")
         self._running.descent, self._running.best = DescentState(**tensors), best
         self._running.state = self.equations.with_unknowns(self._running.state, self._running.descent.u)
 
@@ -290,7 +295,7 @@ class PowerFlowDescent(GridModule):
             state = self.equations.with_unknowns(state, running.best[0])
         vm, va = self._in_grid_order(state)
         self.vm[running.scenarios], self.va[running.scenarios] = vm.mT, va.mT
-        self.steps[running.scenarios] = running.descent.steps
+        self.steps[running.scenarios] = running.descent.steps - running.steps_before
         self.history = self.history.new_tensor(self._points).reshape(-1, HISTORY_COLUMNS)
 
     @torch.no_grad()
@@ -322,7 +327,7 @@ class PowerFlowDescent(GridModule):
         if running is not None and self.trainer.world_size == 1:
             tensors = running.descent._asdict() | dict(zip(("best_unknowns", "best_loss"), running.best, strict=True))
             checkpoint["descent"] = {
-                "tensors": tensors,
+                "tensors": tensors | {"steps_before": running.steps_before},
                 "scenarios": running.scenarios,
                 "first": running.first,
                 "points": [list(map(float, point)) for point in self._points],
