@@ -84,7 +84,7 @@ def read_injections(
         if wrong.any():
             row = int(wrong.argmax())
             where = f"row {row + 1}" if parquet else f"line {row + 2}"
-            raise ValueError(
-                f"{path}, column {str(column)!r}, {where}: {frame[column].iloc[row]!r} is not a finite number"
-            )
+            cell = frame[column].iloc[row]
+            shown = repr(cell) if isinstance(cell, str) else str(cell)
+            raise ValueError(f"{path}, column {str(column)!r}, {where}: {shown} is not a finite number")
     return InjectionTable(values, np.array(elements, dtype=np.int64), times)

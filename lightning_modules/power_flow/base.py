@@ -143,7 +143,9 @@ class GridModule(pl.LightningModule):
             s_from, s_to = flows.s_from * grid.base_mva, flows.s_to * grid.base_mva
             drawn = (vm * vm) * torch.complex(grid.g_shunt, -grid.b_shunt)[:, None] * grid.base_mva
             fed = drawn.index_add(0, grid.from_bus, s_from).index_add(0, grid.to_bus, s_to)
-            i_from, i_to = currents_ka(grid, flows)
+            i_from, i_to = (  # cases without nominal voltages (0 kV) have no kA
+                torch.where(current.isfinite(), current, torch.nan) for current in currents_ka(grid, flows)
+            )
             out |= {"p_mw": fed.real, "q_mvar": fed.imag, "p_from_mw": s_from.real, "q_from_mvar": s_from.imag}
             out |= {"p_to_mw": s_to.real, "q_to_mvar": s_to.imag, "i_from_ka": i_from, "i_to_ka": i_to}
         return {name: value.mT for name, value in out.items()}

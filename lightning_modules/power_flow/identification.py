@@ -241,11 +241,16 @@ class GridIdentification(pl.LightningModule):
         """Normal equations of a batch at the trial, and the number of its measurements."""
         size = len(self.trial)
         count = batch["measured"].isfinite().sum().double()
+        nothing = self.trial.new_zeros(size, size), self.trial.new_zeros(size)
+        too_far = NormalEquations(*nothing, self.trial.new_tensor(math.inf)), count  # which is refused
         try:
             grid, vm, va = self._solved(self.trial, batch)
-        except NotConverged:  # a step too far: infinite cost, which is refused
-            nothing = self.trial.new_zeros(size, size), self.trial.new_zeros(size)
-            return NormalEquations(*nothing, self.trial.new_tensor(math.inf)), count
+        except NotConverged as error:
+            if not bool(self.cost.isfinite()):
+                raise ValueError(
+                    f"with the first guess of its parameters {error}; give a better one (data.start_error, the case)"
+                ) from None
+            return too_far
         quantities, scale = list(measured), self.sigma_of
         residual = misfit(simulate(grid, vm, va, quantities), measured, scale)
         slopes = sensitivity(self.grid, self.unknowns, self.trial, self._scenarios(batch), vm, va, quantities)
@@ -253,7 +258,8 @@ class GridIdentification(pl.LightningModule):
             torch.where(measured[name].isfinite()[..., None], slopes.measurements[name] / scale[name], 0.0)
             for name in quantities
         ]
-        return normal_equations(residual.reshape(-1), torch.cat(weighted).reshape(-1, size)), count
+        normal = normal_equations(residual.reshape(-1), torch.cat(weighted).reshape(-1, size))
+        return (normal, count) if bool(normal.matrix.isfinite().all()) else too_far
 
     def _gauss_newton(self) -> None:
         """Take or refuse the trial, and propose the next one."""

@@ -122,7 +122,7 @@ class Unknowns:
         self.parts = list(parts)
         fields = [part.field for part in self.parts]
         if twice := [field for field in fields if fields.count(field) > 1]:
-            raise ValueError(f"parameter {twice[0]} is named twice")
+            raise ValueError(f"parameter {twice[0]!r} is named twice")
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -254,8 +254,10 @@ def damped_step(normal: NormalEquations, damping: float) -> Tensor:
 def condition_number(normal: NormalEquations) -> Tensor:
     """Largest over smallest singular value of the weighted sensitivities.
 
-    How much worse than the best-determined combination of parameters the worst is known.
+    How much worse than the best-determined combination of parameters the worst is known; NaN without a solution.
     """
+    if not bool(normal.matrix.isfinite().all()) or not bool(normal.matrix.any()):
+        return normal.cost.new_tensor(torch.nan)
     values = torch.linalg.eigvalsh(normal.matrix)
     return (values[-1] / values[0].clamp(min=values[-1] * 1e-16)).sqrt()
 
