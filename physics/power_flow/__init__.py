@@ -17,7 +17,7 @@ from physics.power_flow.grid import BRANCH_PARAMETERS, BusType, Grid
 from physics.power_flow.implicit import PowerFlow, PowerFlowLayer, power_flow
 from physics.power_flow.scenarios import Scenarios
 from physics.power_flow.solution import HistoryPoint, NotConverged, Solution
-from physics.power_flow.solve import METHODS, solve
+from physics.power_flow.solver import METHODS, Solver, solve
 
 __all__ = [
     "ADAM_SETTINGS",
@@ -39,6 +39,7 @@ __all__ = [
     "Scenarios",
     "Screening",
     "Solution",
+    "Solver",
     "admittances",
     "branch_flows",
     "contingencies",

@@ -15,6 +15,8 @@ from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
 from physics.power_flow.admittance import admittances, shunts
+from physics.power_flow.buffers import Buffers
+from physics.power_flow.factorization import csr_tensor, multiplies_csr
 from physics.power_flow.flows import branch_flows, shunt_power
 from physics.power_flow.grid import BusType, Grid
 from physics.power_flow.scenarios import Scenarios
@@ -61,6 +63,11 @@ class Batch(NamedTuple):
     p: Tensor
     q: Tensor
     changes: Changes | None = None
+
+    def narrow(self, columns: slice) -> Batch:
+        """Scenarios that follow each other, not copied."""
+        changes = None if self.changes is None else Changes(*(value[:, columns] for value in self.changes))
+        return Batch(self.p[:, columns], self.q[:, columns], changes)
 
     def select(self, columns: Tensor) -> Batch:
         """Some scenarios."""
@@ -138,9 +145,9 @@ class Equations:
 
     def batch(self, scenarios: Scenarios) -> Batch:
         """Scheduled powers and changed branches in our order."""
-        s = scenarios.s.detach()[self.order]
+        s = scenarios.s.detach()
         changes = None if scenarios.status is None else self.changes(scenarios.status.detach())
-        return Batch(s.real.contiguous().to(self.dtype), s.imag.contiguous().to(self.dtype), changes)
+        return Batch(s.real[self.order].to(self.dtype), s.imag[self.order].to(self.dtype), changes)
 
     def changes(self, status: Tensor) -> Changes | None:
         """Branches whose weights ``[L, B]`` are not those of the grid; None if there are none.
@@ -183,25 +190,63 @@ class Equations:
 
     # ------------------------------------------------------------------------------------------------------ residual
 
-    def injections(self, state: State, changes: Changes | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Real and imaginary parts of the voltages ``[2n, B]``, calculated ``P`` and ``Q`` ``[n, B]``."""
-        n = self.num_buses
-        ef = state.vm.new_empty(2 * n, state.vm.shape[1])
-        e, f = ef[:n], ef[n:]
-        torch.cos(state.va, out=e).mul_(state.vm)
-        torch.sin(state.va, out=f).mul_(state.vm)
-        current = self.product(ef)
-        if changes is not None:
-            _add_changes(current, ef, changes)
-        i_real, i_imag = current[:n], current[n:]
-        p = torch.addcmul(e * i_real, f, i_imag)
-        q = torch.addcmul(f * i_real, e, i_imag, value=-1)
+    def injections(
+        self, state: State, changes: Changes | None = None, buffers: Buffers | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Real and imaginary parts of the voltages ``[2n, B]``, calculated ``P`` and ``Q`` ``[n, B]``.
+
+        Args:
+            state: Voltages.
+            changes: Of branches.
+            buffers: Memory of the results; None: fresh.
+        """
+        n, count = state.vm.shape
+        buffers = buffers or Buffers(state.vm)
+        ef, current = self._currents(state, changes, buffers)
+        e, f, i_real, i_imag = ef[:n], ef[n:], current[:n], current[n:]
+        p = torch.mul(e, i_real, out=buffers("p", n, count)).addcmul_(f, i_imag)
+        q = torch.mul(f, i_real, out=buffers("q", n, count)).addcmul_(e, i_imag, value=-1)
         return ef, p, q
 
-    def mismatch(self, state: State, batch: Batch) -> Tensor:
-        """``F``, ``[N_u, B]``."""
-        _, p, q = self.injections(state, batch.changes)
-        return self.mismatch_of(p, q, state, batch)
+    def _currents(self, state: State, changes: Changes | None, buffers: Buffers) -> tuple[Tensor, Tensor]:
+        """Voltages and currents in real and imaginary parts, ``[2n, B]``."""
+        n, count = state.vm.shape
+        ef = buffers("ef", 2 * n, count)
+        torch.cos(state.va, out=ef[:n]).mul_(state.vm)
+        torch.sin(state.va, out=ef[n:]).mul_(state.vm)
+        current = self.product(ef, buffers("current", 2 * n, count))
+        if changes is not None:
+            _add_changes(current, ef, changes)
+        return ef, current
+
+    def mismatch(self, state: State, batch: Batch, buffers: Buffers | None = None) -> Tensor:
+        """``F``, ``[N_u, B]``.
+
+        Args:
+            state: Voltages.
+            batch: Scheduled powers and changes of branches.
+            buffers: Memory of the result, overwritten by the next call; None: fresh.
+        """
+        buffers = buffers or Buffers(state.vm)
+        n, count = state.vm.shape
+        ef, current = self._currents(state, batch.changes, buffers)
+        out = buffers("mismatch", self.num_unknowns, count)
+        a, m, first = self.num_angles, self.num_magnitudes, self.num_slack
+        real, imag = ef[:n], ef[n:]
+
+        def active(rows: slice, out: Tensor) -> None:
+            torch.mul(real[rows], current[:n][rows], out=out).addcmul_(imag[rows], current[n:][rows])
+            out.sub_(batch.p[rows])
+            if self.distributed:
+                out.sub_(self.weights[rows, None] * state.share)
+
+        active(slice(first, n), out[:a])
+        if self.distributed:
+            active(slice(0, first), out[a + m :])
+        rows, reactive = slice(self.first_pq, n), out[a : a + m]
+        torch.mul(imag[rows], current[:n][rows], out=reactive)
+        reactive.addcmul_(real[rows], current[n:][rows], value=-1).sub_(batch.q[rows])
+        return out
 
     def mismatch_of(self, p: Tensor, q: Tensor, state: State, batch: Batch) -> Tensor:
         """``F`` of calculated powers, ``[N_u, B]``."""
@@ -294,7 +339,7 @@ class Equations:
         w = torch.empty_like(ef)
         w[:n] = z_p * e + z_q * f
         w[n:] = z_q * e - z_p * f
-        back = self.transposed_product(w)
+        back = self.transposed_product(w, torch.empty_like(w))
         if changes is not None:
             _add_changes(back, w, changes._replace(ft=changes.tf, tf=changes.ft))
         # h V = conj(z) S + V (Y^T w)
@@ -316,7 +361,7 @@ class Equations:
 
         def current(x: Tensor) -> Tensor:
             parts = torch.cat([x.real, x.imag])
-            out = self.product(parts)
+            out = self.product(parts, torch.empty_like(parts))
             if changes is not None:
                 _add_changes(out, parts, changes)
             return torch.complex(out[:n], out[n:])
@@ -332,11 +377,11 @@ class Equations:
 class Product:
     """``Y V`` in real arithmetic: one real sparse matrix ``[[G, -B], [B, G]]`` on ``[e; f]``.
 
-    On a CPU SciPy multiplies, several times faster than complex sparse products of torch; elsewhere torch does, which
-    need not support sparse complex tensors.
+    This is faster than complex sparse products, and needs no device that has them.
 
     Args:
-        rows, columns: Entries of ``Y``, each pair once.
+        rows: Of the entries of ``Y``.
+        columns: Of the entries of ``Y``, each pair once.
         y: Their complex values.
         n: Number of buses.
         dense: Keep a dense matrix.
@@ -349,19 +394,14 @@ class Product:
         matrix = csr_matrix((value, (row, column)), shape=(2 * n, 2 * n))
         matrix.sort_indices()
         self._matrix = matrix
-        self._tensor: Tensor | None = None
-        if dense:
-            self._tensor = torch.from_numpy(matrix.toarray()).to(y.device)
-        elif y.device.type != "cpu":
-            parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
-            on_device = [torch.from_numpy(part).to(y.device) for part in parts]
-            self._tensor = torch.sparse_csr_tensor(*on_device, size=matrix.shape, check_invariants=False)
+        self._tensor = torch.from_numpy(matrix.toarray()).to(y.device) if dense else csr_tensor(matrix, y.device)
+        self._by_torch = y.device.type != "cpu" or multiplies_csr()
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The product with ``[2n, B]``."""
-        if self._tensor is not None:
-            return self._tensor @ x
-        return torch.from_numpy(self._matrix @ x.numpy())
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """The product with ``[2n, B]``, written to ``out``."""
+        if not self._by_torch:
+            return out.copy_(torch.from_numpy(self._matrix @ x.numpy()))
+        return torch.addmm(out, self._tensor, x, beta=0, alpha=1, out=out)
 
 
 def _add_changes(current: Tensor, ef: Tensor, changes: Changes) -> None:

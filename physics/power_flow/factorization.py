@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,12 +12,16 @@ from scipy.sparse import csc_matrix, csr_matrix
 from scipy.sparse.linalg import SuperLU, splu
 from torch import Tensor
 
+from physics.power_flow.buffers import Buffers
+
 # Unknowns up to which a dense inverse is faster than sparse triangular solves: on a CPU, on a GPU.
-DENSE_UP_TO = {"cpu": 300, "cuda": 20_000}
+DENSE_UP_TO = {"cpu": 200, "cuda": 20_000}
+# Right-hand sides below which SuperLU itself is faster.
+_FEW = 4
 
 
 class Factorization(Protocol):
-    """Solves with one matrix for many right-hand sides."""
+    """Solves with one matrix for many right-hand sides. A result lasts until the next solve; copy what is to stay."""
 
     def solve(self, b: Tensor) -> Tensor:
         """``A^-1 b`` for ``b`` ``[N, B]``, in the precision of the factorisation."""
@@ -73,14 +77,30 @@ class DenseInverse:
         if int(info) or not bool(inverse.isfinite().all()):
             raise SingularMatrix("the matrix is singular")
         self.inverse = inverse.to(dtype)
+        self._buffers = Buffers(self.inverse)
 
     def solve(self, b: Tensor) -> Tensor:
         """``A^-1 b``."""
-        return self.inverse @ b.to(self.inverse.dtype)
+        return self._product(self.inverse, b)
 
     def solve_transposed(self, b: Tensor) -> Tensor:
         """``A^-T b``."""
-        return self.inverse.mT @ b.to(self.inverse.dtype)
+        return self._product(self.inverse.mT, b)
+
+    def _product(self, matrix: Tensor, b: Tensor) -> Tensor:
+        if b.dtype != matrix.dtype:
+            b = self._buffers("b", *b.shape).copy_(b)
+        return torch.mm(matrix, b, out=self._buffers("x", *b.shape))
+
+
+class _Factors(NamedTuple):
+    """``x = (second^-1 first^-1 b[rows])[columns]`` with a lower and an upper triangular matrix."""
+
+    rows: Tensor
+    first: Tensor
+    second: Tensor
+    columns: Tensor
+    unit: tuple[bool, bool]
 
 
 class SparseLU:
@@ -97,34 +117,45 @@ class SparseLU:
     def __init__(self, matrix: csc_matrix, dtype: torch.dtype) -> None:
         self.lu = sparse_lu(matrix)
         self.dtype = dtype
-        self._factors: tuple[Tensor, ...] | None = None
-        self._transposed: tuple[Tensor, ...] | None = None
+        self._buffers = Buffers(torch.empty(0, dtype=dtype))
+        self._factors: dict[str, _Factors] = {}
 
     def solve(self, b: Tensor) -> Tensor:
         """``A^-1 b``."""
-        device = b.device
-        b = b.to("cpu", self.dtype)
-        if b.shape[1] < 4 or not _mkl_solves():
-            return torch.from_numpy(self.lu.solve(b.double().numpy())).to(device)
-        if self._factors is None:
-            self._factors = (*_permutations(self.lu), _csr(self.lu.L, self.dtype), _csr(self.lu.U, self.dtype))
-        row, column, lower, upper = self._factors
-        y = _triangular(lower, b[row], upper=False, unit=True)
-        return _triangular(upper, y, upper=True, unit=False)[column].to(device)
+        return self._solved(b, "N")
 
     def solve_transposed(self, b: Tensor) -> Tensor:
-        """``A^-T b``: ``A^T = Pc U^T L^T Pr`` in the permutations of `solve`."""
-        device = b.device
-        b = b.to("cpu", self.dtype)
-        if b.shape[1] < 4 or not _mkl_solves():
-            return torch.from_numpy(self.lu.solve(b.double().numpy(), "T")).to(device)
-        if self._transposed is None:
-            row, column = _permutations(self.lu)
-            back = (torch.argsort(column), torch.argsort(row))
-            self._transposed = (*back, _csr(self.lu.U.T, self.dtype), _csr(self.lu.L.T, self.dtype))
-        column, row, lower, upper = self._transposed
-        y = _triangular(lower, b[column], upper=False, unit=False)
-        return _triangular(upper, y, upper=True, unit=True)[row].to(device)
+        """``A^-T b``."""
+        return self._solved(b, "T")
+
+    def _solved(self, b: Tensor, which: str) -> Tensor:
+        size, count = b.shape
+        if count < _FEW or not _solves_csr():
+            return torch.from_numpy(self.lu.solve(b.cpu().double().numpy(), which)).to(b.device)
+        if which not in self._factors:
+            self._factors[which] = self._arranged(which)
+        rows, first, second, columns, (first_unit, second_unit) = self._factors[which]
+        x, y = self._buffers("x", size, count), self._buffers("y", size, count)
+        x.copy_(b)
+        torch.index_select(x, 0, rows, out=y)
+        _triangular(first, y, upper=False, unit=first_unit, out=x)
+        _triangular(second, x, upper=True, unit=second_unit, out=y)
+        return torch.index_select(y, 0, columns, out=x).to(b.device)
+
+    def _arranged(self, which: str) -> _Factors:
+        """SuperLU's ``Pr A Pc = L U`` as matrices of torch; transposed, ``A^T = Pc U^T L^T Pr``."""
+        row = np.empty_like(self.lu.perm_r)
+        row[self.lu.perm_r] = np.arange(len(row))
+        rows, columns = (torch.from_numpy(index.astype(np.int64)) for index in (row, self.lu.perm_c))
+        lower, upper = csr_matrix(self.lu.L), csr_matrix(self.lu.U)
+        cpu = torch.device("cpu")
+        if which == "N":
+            pair, unit = (lower, upper), (True, False)
+        else:
+            pair, unit = (csr_matrix(upper.T), csr_matrix(lower.T)), (False, True)
+            rows, columns = torch.argsort(columns), torch.argsort(rows)
+        first, second = (csr_tensor(matrix, cpu).to(self.dtype) for matrix in pair)
+        return _Factors(rows, first, second, columns, unit)
 
 
 def factorize(
@@ -149,40 +180,46 @@ def factorize(
     return SparseLU(matrix, dtype)
 
 
-def _permutations(lu: SuperLU) -> tuple[Tensor, Tensor]:
-    """Rows to take of a right-hand side, rows to take of the result: ``A^-1 b = (U^-1 L^-1 b[row])[column]``."""
-    row = np.empty_like(lu.perm_r)
-    row[lu.perm_r] = np.arange(len(row))
-    return torch.from_numpy(row.astype(np.int64)), torch.from_numpy(lu.perm_c.astype(np.int64))
-
-
-def _csr(matrix: csc_matrix, dtype: torch.dtype) -> Tensor:
-    """A sparse CSR tensor."""
-    csr = csr_matrix(matrix)
-    csr.sort_indices()
-    parts = csr.indptr.astype(np.int64), csr.indices.astype(np.int64)
+def csr_tensor(matrix: csr_matrix, device: torch.device) -> Tensor:
+    """A sparse matrix as a CSR tensor."""
+    matrix.sort_indices()
+    parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
         return torch.sparse_csr_tensor(
-            *(torch.from_numpy(part) for part in parts),
-            torch.from_numpy(csr.data).to(dtype),
-            size=csr.shape,
-            check_invariants=False,
+            *(torch.from_numpy(part).to(device) for part in parts), size=matrix.shape, check_invariants=False
         )
 
 
-def _triangular(matrix: Tensor, b: Tensor, upper: bool, unit: bool) -> Tensor:
-    return torch.triangular_solve(b, matrix, upper=upper, unitriangular=unit).solution
+def _triangular(matrix: Tensor, b: Tensor, upper: bool, unit: bool, out: Tensor) -> None:
+    """``out = matrix^-1 b``."""
+    torch.triangular_solve(b, matrix, upper=upper, unitriangular=unit, out=(out, b.new_empty(0)))
+
+
+_PROBE = csr_matrix(np.array([[1.0, 0.0], [1.0, 2.0]]))
 
 
 @cache
-def _mkl_solves() -> bool:
-    """Whether this build of torch has triangular solves of sparse CSR tensors."""
+def multiplies_csr() -> bool:
+    """Whether this build of torch multiplies CSR tensors on a CPU into a given result."""
+    one = torch.ones(2, 4, dtype=torch.float64)
+    out = torch.full_like(one, torch.nan)
+    try:
+        torch.addmm(out, csr_tensor(_PROBE, one.device), one, beta=0, alpha=1, out=out)
+    except RuntimeError:
+        return False
+    return out.tolist() == [[1.0] * 4, [3.0] * 4]
+
+
+@cache
+def _solves_csr() -> bool:
+    """Whether this build of torch has triangular solves of CSR tensors on a CPU."""
+    one = torch.ones(2, 4, dtype=torch.float64)
+    out = torch.full_like(one, torch.nan)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            two = _csr(csc_matrix(np.array([[1.0, 0.0], [1.0, 2.0]])), torch.float64)
-            x = _triangular(two, torch.ones(2, 4, dtype=torch.float64), upper=False, unit=False)
+            _triangular(csr_tensor(_PROBE, one.device), one, upper=False, unit=False, out=out)
     except RuntimeError:
         return False
-    return bool(torch.allclose(x, torch.tensor([[1.0], [0.0]], dtype=x.dtype).expand(2, 4)))
+    return out.tolist() == [[1.0] * 4, [0.0] * 4]

@@ -26,6 +26,18 @@ class Outcome:
         self.mismatch = state.vm.new_full((count,), torch.inf)
         self.worst_row = torch.zeros(count, dtype=torch.int64, device=device)
 
+    @classmethod
+    def empty(cls, equations: Equations, count: int) -> Outcome:
+        """For ``count`` scenarios that will all be written."""
+        new = equations.grid.vm.new_empty
+        shapes = (equations.num_buses, count), (equations.num_buses, count), (int(equations.distributed), count)
+        outcome = cls.__new__(cls)
+        outcome.state = State(*(new(shape) for shape in shapes))
+        outcome.mismatch = new(count).fill_(torch.inf)
+        outcome.iterations = torch.zeros_like(outcome.mismatch, dtype=torch.int64)
+        outcome.worst_row = torch.zeros_like(outcome.iterations)
+        return outcome
+
     def write(self, columns: Tensor, state: State, mismatch: Tensor, iteration: int) -> None:
         """Put down what scenarios have come to.
 
@@ -36,7 +48,7 @@ class Outcome:
             iteration: Steps taken.
         """
         for mine, theirs in zip(self.state, state, strict=True):
-            mine[:, columns] = theirs
+            mine.index_copy_(1, columns, theirs)
         worst = mismatch.abs().max(0)
         self.mismatch[columns], self.worst_row[columns] = worst.values, worst.indices
         self.iterations[columns] = iteration
