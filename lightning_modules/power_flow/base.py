@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_modules.metrics.power_flow import FlowErrors
-from physics.power_flow import METHODS, Grid, Scenarios, Solution, branch_flows, currents_ka, loadings, solve
+from physics.power_flow import METHODS, Grid, Scenarios, Solution, Solver, branch_flows, currents_ka, loadings
 from physics.power_flow.equations import Equations
 from physics.power_flow.grid import BusType
 
@@ -34,31 +34,38 @@ class GridModule(pl.LightningModule):
     """Base of modules whose batches are those of `datamodules.power_grids.PowerGrids`.
 
     It takes the grid from the DataModule (``grid``, ``scenario_name``) when a stage begins, and moves it to the device.
+
+    Args:
+        dense: Whether to multiply by a dense admittance matrix.
     """
 
     batch_keys: ClassVar[tuple[str, ...]] = ("scenario", "p_mw", "q_mvar", "vm_pu", "outage", "islanding")
 
-    def __init__(self) -> None:
+    def __init__(self, dense: bool = False) -> None:
         super().__init__()
+        self.dense = dense
         self.val_errors, self.test_errors = FlowErrors(), FlowErrors()
-        self._grid: Grid | None = None
-        self._equations: Equations | None = None
+        self._solver: Solver | None = None
+        self._source: Grid | None = None
         self._compared: dict[str, dict[str, float]] = {}
+
+    @property
+    def solver(self) -> Solver:
+        """Solver of the DataModule's grid, on the device of the module."""
+        source = self.trainer.datamodule.grid
+        if self._solver is None or self._source is not source or self._solver.grid.device != self.device:
+            self._source, self._solver = source, Solver(source.to(self.device), dense=self.dense)
+        return self._solver
 
     @property
     def grid(self) -> Grid:
         """The grid, on the device of the module."""
-        if self._grid is None or self._grid.device != self.device:
-            self._grid, self._equations = self.trainer.datamodule.grid.to(self.device), None
-        return self._grid
+        return self.solver.grid
 
     @property
     def equations(self) -> Equations:
         """The equations of the grid."""
-        grid = self.grid
-        if self._equations is None:
-            self._equations = Equations(grid)
-        return self._equations
+        return self.solver.equations
 
     def scenarios(self, batch: Batch, columns: Tensor | None = None) -> Scenarios:
         """Scenarios of a batch.
@@ -107,7 +114,7 @@ class GridModule(pl.LightningModule):
 
     def reference(self, scenarios: Scenarios, start: Solution | None = None) -> Solution:
         """The solutions of Newton's method."""
-        return solve(self.grid, scenarios, "newton", tol=1e-10, start="dc" if start is None else start)
+        return self.solver.solve(scenarios, "newton", tol=1e-10, start="dc" if start is None else start)
 
     def difference(self, vm: Tensor, va: Tensor, reference: Solution) -> dict[str, Tensor]:
         """Largest differences of voltages to those of a reference, per unit and degrees, (scenario,).
@@ -183,8 +190,8 @@ class GridModule(pl.LightningModule):
         reference = self.reference(scenarios)
         rows = []
         for method in methods:
-            solution = solve(
-                self.grid, scenarios, method, tol=tol, max_iter=iterations.get(method), start="flat", fallback=False,
+            solution = Solver(self.grid).solve(  # what it prepares counts
+                scenarios, method, tol=tol, max_iter=iterations.get(method), start="flat", fallback=False,
                 record=True,
             )  # fmt: skip
             points = solution.history

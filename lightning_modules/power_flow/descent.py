@@ -14,7 +14,7 @@ from typing_extensions import override
 from lightning_modules.power_flow.base import HISTORY_COLUMNS, Batch, GridModule, Stage
 from physics.power_flow import METHODS, AdamSettings, RMSpropSettings, Scenarios
 from physics.power_flow.equations import Batch as Given
-from physics.power_flow.equations import Equations, State
+from physics.power_flow.equations import State
 from physics.power_flow.first_order import (
     SERIES_FIRST,
     SERIES_FOLLOWING,
@@ -24,7 +24,7 @@ from physics.power_flow.first_order import (
     follow,
     start_descent,
 )
-from physics.power_flow.solve import starting_state
+from physics.power_flow.solver import starting_state
 
 Settings = AdamSettings | RMSpropSettings
 
@@ -117,7 +117,7 @@ class PowerFlowDescent(GridModule):
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(dense)
         if method not in ("adam", "rmsprop"):
             raise ValueError(
                 f"model.method={method!r}: the paper's descent is adam or rmsprop; for {', '.join(METHODS[:6])} take "
@@ -142,7 +142,7 @@ class PowerFlowDescent(GridModule):
         self.automatic_optimization = False
         self.method, self.given, self.following = method, dict(settings or {}), dict(following or {})
         self.sequential, self.start, self.tol = sequential, start, tol
-        self.keep_best, self.dense, self.record_every = keep_best, dense, record_every
+        self.keep_best, self.record_every = keep_best, record_every
         self.compared_methods, self.compare_scenarios = list(compare), compare_scenarios
         self.compare_iterations = dict(compare_iterations or {})
         # (scenario, bus); the sizes are known when the data are.
@@ -183,14 +183,6 @@ class PowerFlowDescent(GridModule):
     @override
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return _Steps([self.vm, self.va])
-
-    @property
-    @override
-    def equations(self) -> Equations:
-        grid = self.grid
-        if self._equations is None:
-            self._equations = Equations(grid, dense=self.dense)
-        return self._equations
 
     def settings_of(self, first: bool) -> Settings:
         """Settings of the first batch, or of those that follow in a series."""

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.power_flow.base import HISTORY_COLUMNS, Batch, GridModule, Stage
-from physics.power_flow import METHODS, Scenarios, Solution, solve
+from physics.power_flow import METHODS, Scenarios, Solution
 
 
 class PowerFlowSolver(GridModule):
@@ -86,8 +86,8 @@ class PowerFlowSolver(GridModule):
 
     def solve(self, scenarios: Scenarios) -> Solution:
         """Solve scenarios with the method of the module."""
-        return solve(
-            self.grid, scenarios, self.method, tol=self.tol, max_iter=self.max_iter, start=self.start,
+        return self.solver.solve(
+            scenarios, self.method, tol=self.tol, max_iter=self.max_iter, start=self.start,
             fallback=self.fallback,
         )  # fmt: skip
 
