@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from physics.power_flow.buffers import Buffers
 from physics.power_flow.equations import Batch, Equations, State
-from physics.power_flow.factorization import Factorization
 from physics.power_flow.outcome import Outcome, Recorder
 
 # A scenario is given up when this many steps have not brought max|F| down by the factor.
@@ -16,11 +17,23 @@ WINDOW, LEAST_PROGRESS = 6, 0.5
 COMPACT_AT = 0.75
 
 
+class Preconditioner(Protocol):
+    """An approximate inverse of every scenario's Jacobian."""
+
+    def solve(self, b: Tensor) -> Tensor:
+        """Apply it to ``[N_u, B]``; the result lasts until the next call."""
+        ...
+
+    def select(self, columns: Tensor) -> Preconditioner:
+        """That of some scenarios."""
+        ...
+
+
 def chord(
     eq: Equations,
     batch: Batch,
     now: State,
-    factors: Factorization,
+    inverse: Preconditioner,
     tol: float,
     max_iter: int,
     outcome: Outcome,
@@ -30,13 +43,15 @@ def chord(
 ) -> None:
     """``u -= J0^-1 F(u)`` until ``max|F| <= tol``, scenario by scenario; those that stop contracting leave unsolved.
 
-    A scenario leaves as soon as it has converged, so its result does not depend on how long others take.
+    Steps are mixed with the one before (Anderson, 1965, of depth 1), which halves the iterations of scenarios far from
+    the shared Jacobian. A scenario leaves as soon as it has converged, so its result does not depend on how long others
+    take.
 
     Args:
         eq: The equations.
         batch: Scenarios.
         now: Where they start; it is iterated in place.
-        factors: Of the shared Jacobian; in float32 they are a preconditioner, ``F`` stays in float64.
+        inverse: Of the shared Jacobian; float32 is enough, since ``F`` stays in float64 and so does the fixed point.
         tol: Bound on ``max|F|``, per unit.
         max_iter: Most steps.
         outcome: Where results go.
@@ -47,6 +62,7 @@ def chord(
     active, given = columns, batch
     there = torch.ones_like(active, dtype=torch.bool)  # columns of the arrays that still iterate
     earlier: list[Tensor] = []
+    mixing = _Mixing(buffers)
     for iteration in range(max_iter + 1):
         mismatch = eq.mismatch(now, given, buffers)
         size = torch.abs(mismatch, out=buffers("size", *mismatch.shape)).amax(0)
@@ -68,7 +84,43 @@ def chord(
             if remaining <= COMPACT_AT * len(active):
                 kept = there.nonzero()[:, 0]
                 active, now, given, mismatch = active[kept], now.select(kept), given.select(kept), mismatch[:, kept]
-                earlier = [value[kept] for value in earlier[-WINDOW:]]
+                inverse, earlier = inverse.select(kept), [value[kept] for value in earlier[-WINDOW:]]
                 size, there = size[kept], torch.ones_like(kept, dtype=torch.bool)
+                mixing.select(kept)
         earlier.append(size)
-        eq.step(now, factors.solve(mismatch))
+        eq.step(now, mixing.step(inverse.solve(mismatch)))
+
+
+class _Mixing:
+    """Anderson mixing of depth 1: ``s_k = r_k - g (s_{k-1} + r_k - r_{k-1})``.
+
+    ``g`` makes ``|r_k - g (r_k - r_{k-1})|`` least, scenario by scenario.
+    """
+
+    def __init__(self, buffers: Buffers) -> None:
+        self._buffers = buffers
+        self._last: tuple[Tensor, Tensor] | None = None  # r, s
+        self._turn = 0
+
+    def select(self, columns: Tensor) -> None:
+        """Go on with some scenarios."""
+        if self._last is not None:
+            self._last = self._last[0][:, columns], self._last[1][:, columns]
+
+    def step(self, r: Tensor) -> Tensor:
+        """The step to take where the chord step is ``r``; it lasts until the call after next."""
+        self._turn = 1 - self._turn
+        kept, step = (self._buffers(f"{name}{self._turn}", *r.shape, dtype=r.dtype) for name in ("r", "s"))
+        kept.copy_(r)
+        if self._last is None:
+            step.copy_(r)
+        else:
+            before, last = self._last
+            change = torch.sub(r, before, out=self._buffers("change", *r.shape, dtype=r.dtype))
+            product = self._buffers("product", *r.shape, dtype=r.dtype)
+            along = torch.mul(change, r, out=product).sum(0)
+            square = torch.mul(change, change, out=product).sum(0)
+            weight = torch.where(square > 0, along / square, 0.0)
+            torch.sub(r, change.add_(last).mul_(weight), out=step)
+        self._last = kept, step
+        return step

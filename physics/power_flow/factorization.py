@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -29,6 +29,10 @@ class Factorization(Protocol):
 
     def solve_transposed(self, b: Tensor) -> Tensor:
         """``A^-T b``."""
+        ...
+
+    def select(self, columns: Tensor) -> Factorization:
+        """For some of the right-hand sides: the same."""
         ...
 
 
@@ -87,6 +91,10 @@ class DenseInverse:
         """``A^-T b``."""
         return self._product(self.inverse.mT, b)
 
+    def select(self, columns: Tensor) -> Self:
+        """The same for any right-hand sides."""
+        return self
+
     def _product(self, matrix: Tensor, b: Tensor) -> Tensor:
         if b.dtype != matrix.dtype:
             b = self._buffers("b", *b.shape).copy_(b)
@@ -127,6 +135,10 @@ class SparseLU:
     def solve_transposed(self, b: Tensor) -> Tensor:
         """``A^-T b``."""
         return self._solved(b, "T")
+
+    def select(self, columns: Tensor) -> Self:
+        """The same for any right-hand sides."""
+        return self
 
     def _solved(self, b: Tensor, which: str) -> Tensor:
         size, count = b.shape

@@ -29,6 +29,8 @@ ITERATIONS = {
 METHODS = tuple(ITERATIONS)
 # Of the fallback: Newton's method with line search, Levenberg-Marquardt.
 _SEARCHED_ITERATIONS, _DAMPED_ITERATIONS = 40, 60
+# max|F| of the mean scenario around which chord iterations go, per unit: a point to expand at need not be exact.
+_BASE_TOLERANCE = 1e-3
 # Methods whose failures go to the fallback.
 _FALL_BACK = ("chord", "newton", "fdlf_xb", "fdlf_bx")
 # Elements of an array that chord iterations take at once on a CPU, but at least so many scenarios.
@@ -135,7 +137,7 @@ class Solver:
     ) -> tuple[Outcome, Callable[[Tensor], State]]:
         """Chord iterations around the mean scenario; also where given scenarios start."""
         eq, count = self.equations, len(scenarios)
-        base, factors = self.base(scenarios, start, tol)
+        base, factors = self.base(scenarios, start, max(tol, _BASE_TOLERANCE))
         warm = None
         if not isinstance(start, str) and count > 1 and _columns(start) == count:
             warm = starting_state(eq, scenarios, start, batch)
