@@ -35,20 +35,31 @@ _TOL = 1e-12
 
 
 class _Measured(Dataset[dict[str, Tensor]]):
-    """Some of the scenarios of a `GridMeasurements`, a whole batch at a time."""
+    """Some of the scenarios of a `GridMeasurements`, a whole batch at a time.
 
-    def __init__(self, tensors: dict[str, Tensor], first: int, stop: int) -> None:
-        self.tensors, self.first, self.stop = tensors, first, stop
+    Args:
+        tensors: Of all scenarios.
+        first: First scenario.
+        stop: Behind the last.
+        multiple_of: Items are filled up to a multiple with repetitions in which nothing was measured, so that processes
+            take the same number of steps and every measurement counts once.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], first: int, stop: int, multiple_of: int = 1) -> None:
+        self.tensors, self.first, self.stop, self.multiple_of = tensors, first, stop, multiple_of
 
     def __len__(self) -> int:
-        return self.stop - self.first
+        return -(-(self.stop - self.first) // self.multiple_of) * self.multiple_of
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         rows = self.first + torch.as_tensor(indices)
-        return {key: value[rows] for key, value in self.tensors.items()}
+        extra = rows >= self.stop
+        batch = {key: value[rows.clamp(max=self.stop - 1)] for key, value in self.tensors.items()}
+        batch["measured"][extra] = torch.nan
+        return batch
 
 
 class GridMeasurements(LightningDataModule):
@@ -300,7 +311,8 @@ class GridMeasurements(LightningDataModule):
         counts = list(self.counts.values())
         first = sum(counts[: _PARTS.index(part)])
         layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        data = _Measured(self._tensors, first, first + self.counts[part])
+        shared = part == "train" and layout is not None and layout["num_replicas"] > 1
+        data = _Measured(self._tensors, first, first + self.counts[part], batch_size if shared else 1)
         return make_loader(
             data, batch_size, seed=self.seed, layout=layout, num_workers=self.num_workers, collate_fn=whole_batch
         )

@@ -232,9 +232,12 @@ class GridIdentification(pl.LightningModule):
         vm, va, _ = power_flow(grid, scenarios.s + ds[:, None], scenarios.vm)
         residual = misfit(simulate(grid, vm, va, list(measured)), measured, self.sigma_of)
         count = residual.new_tensor(float(batch["measured"].isfinite().sum()))
-        penalty = self.unknowns.penalty(self.raw).square().sum()
+        penalty = self.unknowns.penalty(self.raw).square().sum() / self.trainer.world_size
         total = 0.5 * (residual.square().sum() + penalty)
         self.train_loss.update(total.detach(), count)
+        if (ranks := self.trainer.world_size) > 1:  # whose gradients are averaged
+            dist.all_reduce(count)
+            count = count / ranks
         return total / count
 
     def _normal(self, batch: Batch, measured: dict[str, Tensor]) -> tuple[NormalEquations, Tensor]:

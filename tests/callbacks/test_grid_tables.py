@@ -12,16 +12,15 @@ from callbacks.grid_tables import GridTable
 from datamodules.grid_measurements import GridMeasurements
 from datamodules.power_grids import PowerGrids
 from lightning_modules.power_flow import GridIdentification, PowerFlowSolver
+from strategies.ddp import DDP
+from tests.lightning_modules.test_power_flow import trainer
 
 
 def predicted(module: pl.LightningModule, data: pl.LightningDataModule, *tables: GridTable) -> None:
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, callbacks=list(tables), max_epochs=2,
-    )  # fmt: skip
+    run = trainer(callbacks=list(tables), max_epochs=2)
     if isinstance(module, GridIdentification):
-        trainer.fit(module, data)
-    trainer.predict(module, data)
+        run.fit(module, data)
+    run.predict(module, data)
 
 
 def test_buses_and_branches_of_all_scenarios(tmp_path: Path):
@@ -34,6 +33,22 @@ def test_buses_and_branches_of_all_scenarios(tmp_path: Path):
     assert buses["bus"].tolist() == list(data.grid.bus_names) * 5
     assert buses["converged"].all() and branches["p_from_mw"].notna().all()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["branches.parquet", "buses.csv"]
+
+
+def _predict_on_two(folder: str) -> None:
+    data = PowerGrids("case14", kind="series", num_scenarios=5, eval_batch_size=2)
+    table = GridTable(folder, "buses.csv")
+    trainer(devices=2, strategy=DDP(), callbacks=[table]).predict(
+        PowerFlowSolver("newton"), data, return_predictions=False
+    )
+
+
+def test_two_processes_write_the_table_of_one(ranks2, tmp_path: Path):
+    ranks2(_predict_on_two, str(tmp_path / "two"))
+    data = PowerGrids("case14", kind="series", num_scenarios=5, eval_batch_size=2)
+    predicted(PowerFlowSolver("newton"), data, GridTable(tmp_path / "one", "buses.csv"))
+    one, two = (pd.read_csv(tmp_path / name / "buses.csv") for name in ("one", "two"))
+    pd.testing.assert_frame_equal(one, two, rtol=1e-9, atol=1e-9)
 
 
 def test_rows_can_be_sorted(tmp_path: Path):

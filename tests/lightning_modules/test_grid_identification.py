@@ -10,6 +10,7 @@ import torch
 
 from datamodules.grid_measurements import GridMeasurements
 from lightning_modules.power_flow import GridIdentification
+from strategies.ddp import DDP
 from tests.lightning_modules.test_power_flow import trainer
 
 
@@ -109,6 +110,21 @@ def test_a_step_too_far_is_taken_back():
     module = GridIdentification()
     trainer(max_epochs=25, callbacks=[Keep()]).fit(module, data)
     assert all(later <= earlier for earlier, later in pairwise(costs)) and costs[-1] < costs[0]
+
+
+def _identify(folder: str, devices: int) -> None:
+    several = {"devices": 2, "strategy": DDP()} if devices == 2 else {}
+    module, run = GridIdentification(), trainer(max_epochs=4, **several)
+    run.fit(module, small(num_train=9, batch_size=4))
+    if run.is_global_zero:
+        torch.save(module.raw.data, f"{folder}/{devices}.pt")
+
+
+def test_two_processes_take_the_step_of_one(ranks2, tmp_path):
+    ranks2(_identify, str(tmp_path), 2)
+    _identify(str(tmp_path), 1)
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
+    torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-11)
 
 
 def test_parameters_by_name():

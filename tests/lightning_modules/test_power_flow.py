@@ -14,14 +14,15 @@ from lightning_modules.metrics.power_flow import FlowErrors, ScreeningErrors, Vo
 from lightning_modules.power_flow import OutageAnalysis, PowerFlowDescent, PowerFlowSolver
 from physics.power_flow import METHODS, AdamSettings, Scenarios, solve
 from physics.power_flow.first_order import SERIES_FIRST, SERIES_FOLLOWING
+from strategies.ddp import DDP
 
 F64 = torch.float64
 
 
 def trainer(**options) -> pl.Trainer:
-    defaults = {"enable_checkpointing": False, "max_epochs": 1}
+    defaults = {"enable_checkpointing": False, "max_epochs": 1, "devices": 1}
     return pl.Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         num_sanity_val_steps=0, use_distributed_sampler=False, **defaults | options,
     )  # fmt: skip
 
@@ -248,6 +249,27 @@ def test_validation_sees_the_running_state():
 
     trainer(val_check_interval=10, callbacks=[Keep()]).fit(PowerFlowDescent(), data)
     assert len(losses) == 4 and len(set(losses)) == 4
+
+
+def _descend(folder: str, devices: int) -> None:
+    several = {"devices": 2, "strategy": DDP()} if devices == 2 else {}
+    data = series(num_scenarios=4, batch_size=2, iterations=15, eval_batch_size=4)
+    module, run = PowerFlowDescent(), trainer(**several)
+    run.fit(module, data)
+    values = run.test(module, data, verbose=False)[0]
+    if run.is_global_zero:
+        kept = {name: value for name, value in values.items() if "seconds" not in name}
+        torch.save({"vm": module.vm.data, "values": kept}, f"{folder}/{devices}.pt")
+
+
+def test_two_processes_share_the_scenarios(ranks2, tmp_path):
+    """Each has every second one; voltages and metrics are those of one process."""
+    ranks2(_descend, str(tmp_path), 2)
+    _descend(str(tmp_path), 1)
+    one, two = (torch.load(tmp_path / f"{number}.pt") for number in (1, 2))
+    torch.testing.assert_close(one["vm"], two["vm"], rtol=0, atol=1e-12)
+    for name, value in one["values"].items():
+        assert two["values"][name] == pytest.approx(value, rel=1e-6), name
 
 
 def test_islands_are_refused_by_name():
