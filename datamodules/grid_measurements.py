@@ -198,9 +198,14 @@ class GridMeasurements(LightningDataModule):
     # -------------------------------------------------------------------------------------------------- preparation
 
     @property
+    def measured(self) -> list[str]:
+        """Quantities that are measured."""
+        return list(self.measurements) if self.measurements else self.quantities
+
+    @property
     def sigma_of(self) -> dict[str, float]:
         """Standard deviation of the noise of each measured quantity, per unit or rad."""
-        return {name: self.noise_of.get(name, self.noise) for name in self.quantities}
+        return {name: self.noise_of.get(name, self.noise) for name in self.measured}
 
     @override
     def setup(self, stage: str | None = None) -> None:

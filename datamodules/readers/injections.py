@@ -55,8 +55,6 @@ def read_injections(
     parquet = path.suffix in (".parquet", ".pq")
     # Empty lines count: one of a file with a single column is a missing value.
     frame = pd.read_parquet(path) if parquet else pd.read_csv(path, encoding="utf-8-sig", skip_blank_lines=False)
-    while len(frame) and not parquet and frame.iloc[-1].isna().all():  # but not those at the end
-        frame = frame.iloc[:-1]
     times = None
     if time_column is not None:
         if time_column not in frame.columns:

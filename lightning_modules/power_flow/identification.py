@@ -58,7 +58,7 @@ class GridIdentification(pl.LightningModule):
     differentiates through the solved power flow and leaves the step to an optimizer (L-BFGS, Adam).
 
     Batches are those of `datamodules.grid_measurements.GridMeasurements`, which also has ``grid``, ``elements`` of the
-    unknown fields, ``sigma_of`` the quantities, and ``truth`` or None.
+    unknown fields, ``measured`` quantities and their ``sigma_of``, and ``truth`` or None.
 
     Steps of validation, test and predict return ``prediction``, complex voltages per unit (B, bus), ``target`` where
     the truth is known, and ``scenario``; the first of a test and of a prediction ``parameter_start``,
@@ -193,12 +193,15 @@ class GridIdentification(pl.LightningModule):
         names = tuple(self.trainer.datamodule.scenario_name(i) for i in batch["scenario"].tolist())
         return Scenarios(s, batch["vm_pu"].mT, names=names)
 
-    def _split(self, joined: Tensor) -> dict[str, Tensor]:
-        """Quantities (element, B) of a row per scenario; those that nobody measured are left out."""
+    def _split(self, joined: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Some quantities (element, B) of a row per scenario."""
         grid = self.grid
         sizes = [grid.num_buses if name in AT_BUSES else grid.num_branches for name in QUANTITIES]
         parts = dict(zip(QUANTITIES, joined.mT.split(sizes), strict=True))
-        return {name: value for name, value in parts.items() if bool(value.isfinite().any())}
+        return {name: parts[name] for name in names}
+
+    def _measured(self, batch: Batch) -> dict[str, Tensor]:
+        return self._split(batch["measured"], self.trainer.datamodule.measured)
 
     def _solved(self, raw: Tensor, batch: Batch) -> tuple[Grid, Tensor, Tensor]:
         """Grid and voltages with parameters, without gradients."""
@@ -213,7 +216,7 @@ class GridIdentification(pl.LightningModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        measured = self._split(batch["measured"])
+        measured = self._measured(batch)
         if self.method == "gradient":
             return self._differentiated(batch, measured)
         with torch.no_grad():
@@ -316,12 +319,12 @@ class GridIdentification(pl.LightningModule):
     def _evaluate(self, batch: Batch, stage: Stage | None) -> dict[str, Tensor]:
         grid, vm, va = self._solved(self.raw.detach(), batch)
         out = {"scenario": batch["scenario"], "prediction": torch.polar(vm, va).mT}
-        exact = self._split(batch["exact"])
+        exact = {} if self.trainer.datamodule.truth is None else self._split(batch["exact"], QUANTITIES)
         if exact:
             out["target"] = torch.polar(exact["vm"], exact["va"]).mT
         if stage is None:
             return out
-        measured = self._split(batch["measured"])
+        measured = self._measured(batch)
         residual = misfit(simulate(grid, vm, va, list(measured)), measured, self.sigma_of)
         count = batch["measured"].isfinite().sum()
         total = 0.5 * residual.square().sum()
