@@ -51,6 +51,23 @@ def test_two_processes_write_the_table_of_one(ranks2, tmp_path: Path):
     pd.testing.assert_frame_equal(one, two, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["buses.csv", "buses.parquet"])
+def test_a_run_that_fails_leaves_the_old_table(name, tmp_path: Path):
+    class Fails(PowerFlowSolver):
+        def predict_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                raise RuntimeError("gone")
+            return super().predict_step(batch, batch_idx)
+
+    (tmp_path / name).write_text("old")
+    data = PowerGrids("case14", kind="series", num_scenarios=4, eval_batch_size=2)
+    with pytest.raises(RuntimeError, match="gone"):
+        predicted(Fails(), data, GridTable(tmp_path, name))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == "old"
+    predicted(PowerFlowSolver(), data, GridTable(tmp_path, name))
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).stat().st_size > 1000
+
+
 def test_rows_can_be_sorted(tmp_path: Path):
     data = PowerGrids("case14", num_scenarios=3)
     predicted(PowerFlowSolver(), data, GridTable(tmp_path, "buses.csv", sort_by="vm_pu"))
