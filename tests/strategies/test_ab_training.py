@@ -583,6 +583,14 @@ def checkpoints(folder):
     return seen.params[7], shapes_fit and len(module.losses) == 16
 
 
+def consensus(name, value, of_a, of_b):
+    """Of what a rank that trains A and one that trains B hold, by the rule only-learned."""
+    if name not in FACTORED:
+        return (of_a[name] + of_b[name]) / 2
+    product = of_a[f"{name}_a"] @ of_b[f"{name}_b"]
+    return product.T if value.shape != product.shape else product
+
+
 def test_the_file_of_an_ab_phase_is_the_consensus_under_plain_names(ranks4, tmp_path):
     results = ranks4(checkpoints, str(tmp_path))
     assert all(fits for _, fits in results)
@@ -594,13 +602,8 @@ def test_the_file_of_an_ab_phase_is_the_consensus_under_plain_names(ranks4, tmp_
     start = checkpoint["strategy"]["ab"]["starts"]
     for name, value in module.named_parameters():
         if name in FACTORED:
-            a, b = of_a[f"{name}_a"], of_b[f"{name}_b"]
             assert torch.equal(of_b[f"{name}_a"], start[name][0]) and torch.equal(of_a[f"{name}_b"], start[name][1])
-            product = a @ b
-            expected = product.T if value.shape != product.shape else product
-        else:
-            expected = (of_a[name] + of_b[name]) / 2
-        torch.testing.assert_close(value.detach(), expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(value.detach(), consensus(name, value, of_a, of_b), rtol=1e-10, atol=1e-12)
     last = torch.load(tmp_path / "24.ckpt", weights_only=True)
     assert last["strategy"]["ab"]["phase"] == "full" and "groups" not in last["strategy"]["ab"]
 
@@ -639,7 +642,7 @@ class Watch(pl.Callback):
         self.before = self._params(pl_module)
 
     def on_validation_batch_start(self, trainer, pl_module, *args):
-        self.seen.append((trainer.strategy.phase, self._params(pl_module)))
+        self.seen.append((trainer.strategy.phase, self._params(pl_module), self.before))
 
     def on_validation_end(self, trainer, pl_module):
         trainer.save_checkpoint(self.folder / "validation.ckpt")
@@ -664,8 +667,14 @@ def test_validation_sees_the_consensus_and_disturbs_nothing(ranks4, tmp_path):
     results = ranks4(validated, str(tmp_path), "consensus")
     module = nets.Regression(network(norm=True))
     plain = [n for n, _ in [*module.named_parameters(), *module.named_buffers()]]
-    for (phase, shown), undisturbed, kept in results:
+    of_a, of_b = results[0][0][2], results[2][0][2]
+    assert not torch.equal(of_a["net.0.weight"], of_b["net.0.weight"])
+    for (phase, shown, _), undisturbed, kept in results:
         assert phase == "ab" and list(shown) == plain
+        for name in plain:
+            if shown[name].is_floating_point():
+                expected = consensus(name, shown[name], of_a, of_b)
+                torch.testing.assert_close(shown[name], expected, rtol=1e-10, atol=1e-12)
         assert all(torch.equal(shown[n], results[0][0][1][n]) for n in shown), "the same on all ranks"
         assert undisturbed and kept
     groups = ranks4(validated, str(tmp_path), "group")

@@ -440,15 +440,22 @@ def test_exchanging_after_every_step_is_data_parallelism_for_linear_optimizers(
 
 
 class SaveAt(nets.pl.Callback):
-    """Writes a checkpoint after a step, without disturbing the run."""
+    """Writes a checkpoint after a step, without disturbing the run; keeps what this rank has then."""
 
     def __init__(self, step, path):
         self.step, self.path = step, path
 
-    def on_train_batch_end(self, trainer, *args):
+    def on_train_batch_end(self, trainer, module, *args):
         if trainer.global_step == self.step:  # once: the batches that follow may not be a step yet
             self.step = None
+            self.own = everything(module)
             trainer.save_checkpoint(self.path)
+
+
+def everything(module):
+    """Parameters and floating-point buffers as one vector."""
+    buffers = [b.detach().reshape(-1) for b in module.buffers() if b.is_floating_point()]
+    return torch.cat([nets.weights(module), *buffers])
 
 
 RESUME = {
@@ -468,7 +475,8 @@ def resumed(folder, kwargs, step):
 
     path = f"{folder}/{step}.ckpt"
     whole, _ = nets.fit(strategy(), folder, module=module(), epochs=4)
-    saved, _ = nets.fit(strategy(), folder, module=module(), epochs=4, callbacks=(SaveAt(step, path),))
+    save = SaveAt(step, path)
+    saved, _ = nets.fit(strategy(), folder, module=module(), epochs=4, callbacks=(save,))
     again, trainer = nets.fit(strategy(), folder, module=module(), epochs=4, ckpt_path=path)
     content = torch.load(path, weights_only=True)
     plain = nets.Regression(nets.network(norm=True))
@@ -480,7 +488,8 @@ def resumed(folder, kwargs, step):
         nets.weights(again),
         trainer.global_step,
         buffers,
-        nets.weights(plain),
+        everything(plain),
+        save.own,
         ["flight" in replica for replica in content["strategy"]["replicas"]],
     )
 
@@ -491,13 +500,16 @@ def resumed(folder, kwargs, step):
 def test_a_run_that_stops_in_the_cycle_goes_on_as_if_it_had_not(ranks4, tmp_path, kind, step):
     """daso.md, acceptance 11: exactly, with and without an exchange under way, per node optimizers."""
     found = ranks4(resumed, str(tmp_path), RESUME[kind], step)
-    for whole, saved, again, steps, buffers, plain, flights in found:
+    mean = (found[0][6] + found[2][6]) / 2  # of the first ranks of the two nodes
+    if kind == "no_norm_sync":
+        mean[len(found[0][0]) :] = found[0][6][len(found[0][0]) :]  # running statistics of the first node
+    assert torch.equal(found[0][6], found[2][6]) == (step == 16 and kind != "no_norm_sync")
+    for whole, saved, again, steps, buffers, plain, _, flights in found:
         assert steps == 32 and flights == [kind != "no_norm_sync" and step != 16] * 2
         assert torch.equal(saved, whole)  # writing it changed nothing
         assert torch.equal(again, whole)
         assert torch.equal(*buffers)
-        assert torch.equal(plain, found[0][5])
-    assert not torch.equal(found[0][5], found[0][0])
+        torch.testing.assert_close(plain, mean, atol=1e-15, rtol=1e-15)
 
 
 def mixed_types(folder):
@@ -704,8 +716,9 @@ class Watch(nets.pl.Callback):
     def on_validation_start(self, trainer, module):
         self.between.append(nets.weights(module))
 
-    def on_validation_batch_start(self, trainer, module, *args):
-        self.validated.append(nets.weights(module))
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0:
+            self.validated.append(nets.weights(module))
 
     def on_train_epoch_end(self, trainer, module):
         self.ended.append(nets.weights(module))
@@ -715,14 +728,19 @@ def watched(folder):
     watch = Watch()
     strategy = DASO(0, 0, skip=4, wait=1, local_size=2)
     module, _ = nets.fit(strategy, folder, epochs=3, callbacks=(watch,), val_check_interval=3)
-    return watch.validated, watch.ended, nets.weights(module), strategy.turn
+    return watch.validated, watch.ended, nets.weights(module), strategy.turn, watch.between
 
 
 def test_validation_sees_the_mean_and_epochs_end_with_equal_nodes(ranks4, tmp_path):
     found = ranks4(watched, str(tmp_path))
-    validated, ended, _, _ = found[0]
-    assert len(ended) == 3 and len(validated) >= 6
-    for other, other_ended, last, turn in found:
+    validated, ended, *_ = found[0]
+    assert len(ended) == 3 and len(validated) == 6
+    # Lightning calls callbacks before the strategy shows the mean: what every node has by itself.
+    nodes = list(zip(found[0][4], found[2][4], strict=True))
+    assert not any(torch.equal(*pair) for pair in nodes)
+    for (first, second), shown in zip(nodes, validated, strict=True):
+        torch.testing.assert_close(shown, (first + second) / 2, atol=1e-15, rtol=1e-15)
+    for other, other_ended, last, turn, _ in found:
         assert all(torch.equal(a, b) for a, b in zip(other, validated, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(other_ended, ended, strict=True))  # acceptance 10
         assert torch.equal(last, ended[-1])
