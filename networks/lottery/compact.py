@@ -1,306 +1,291 @@
-"""Tickets that are really smaller: dead units leave the network, sparse linear layers multiply by what is alive.
+"""Tickets that are really smaller: dead channels leave the network, sparse layers multiply by what is alive.
 
-Nothing here changes what a network computes, but for rounding. A unit without outgoing weights influences nothing and
-goes. One without incoming weights is the constant act(bias): in an ordinary network it moves into the next bias; a
-Gaussian bias stays random, so there the unit stays, as a row without entries, which costs nothing.
+Nothing here changes what a network computes, but for rounding. A channel that nobody reads influences nothing and goes.
+One without incoming weights is constant where its bias is no random number: it goes if the constant is zero, or if it
+can move into the biases behind it, which it can in ordinary linear layers and in convolutions without padding (behind
+padding, a constant is none at the border). Otherwise, as with a Gaussian bias, it stays, as a row without entries,
+which costs next to nothing.
 
-Measured (1024 x 1024, batch 128, 10 samples, one thread): a dense masked forward pass 80.8 ms, sparse 11.9 ms at a
-density of 5 % and 3.3 ms at 1.2 %; a training step of one sample 13.8 and 3.9 ms at 1.2 %, but at 20 % 16.7 and 21.8:
-`MAX_DENSITY` is where both are faster.
+When sparse products pay was measured, see `networks.lottery.sparse_layers`: `MAX_DENSITY`, `MAX_CONV_DENSITY`.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from typing_extensions import override
 
-from networks.bayes.context import SampleContext, current
-from networks.bayes.layers import BayesianLayer, BayesLinear
-from networks.masks import MASK, MaskedLinear
-from networks.mlp import MLP
+from networks.bayes.layers import BayesConv2d, BayesianLayer, BayesLinear, MCDropout
+from networks.lottery.channels import Channels, channels
+from networks.lottery.sparse_layers import (
+    CPU,
+    Noise,
+    SparseBayesConv2d,
+    SparseBayesLinear,
+    SparseConv2d,
+    SparseLinear,
+    is_conv,
+    is_linear,
+    mask_of,
+    sparse_layer,
+    weight_of,
+)
+from networks.masks import MASK
+
+__all__ = [
+    "Execution",
+    "Noise",
+    "SparseBayesConv2d",
+    "SparseBayesLinear",
+    "SparseConv2d",
+    "SparseLinear",
+    "compact",
+    "executed",
+    "sparse",
+]
 
 MAX_DENSITY = 0.1
 """Linear layers with at most this part of their weights alive are made sparse."""
+MAX_CONV_DENSITY = 0.05
+"""The same of convolutions."""
 
-Noise = Literal["alive", "dense"]
-
-
-class _Pattern(nn.Module):
-    """Places of the weights that are alive, in rows and columns that were kept of a dense matrix."""
-
-    crow: Tensor
-    col: Tensor
-    flat: Tensor
-    rows: Tensor
-
-    def __init__(self, mask: Tensor, rows: Tensor, cols: Tensor) -> None:
-        super().__init__()
-        kept = mask[rows][:, cols]
-        row, col = kept.nonzero(as_tuple=True)
-        crow = torch.zeros(len(rows) + 1, dtype=torch.int64)
-        crow[1:] = kept.sum(1).cumsum(0)
-        self.dense_shape, self.shape = tuple(mask.shape), (len(rows), len(cols))
-        buffers = {"crow": crow, "col": col, "flat": rows[row] * mask.shape[1] + cols[col], "rows": rows}
-        for name, value in buffers.items():
-            self.register_buffer(name, value)
-        self._stacked: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def nnz(self) -> int:
-        """Weights alive."""
-        return len(self.col)
-
-    def times(self, values: Tensor, inputs: Tensor) -> Tensor:
-        """The product with ``inputs`` (in, n): (out, n), or (S out, n) of several samples."""
-        if self.nnz == 0 or not inputs.numel():
-            samples = 1 if values.ndim == 1 else len(values)
-            return inputs.new_zeros(samples * self.shape[0], inputs.shape[1])
-        return self.matrix(values) @ inputs
-
-    def matrix(self, values: Tensor) -> Tensor:
-        """The sparse matrix with these values, (nnz,); of several samples (S, nnz), one below the other."""
-        if values.ndim == 1:
-            return torch.sparse_csr_tensor(self.crow, self.col, values, self.shape, check_invariants=False)
-        samples = len(values)
-        key = samples, self.crow.device
-        if key not in self._stacked:
-            offsets = self.nnz * torch.arange(samples, device=self.crow.device)[:, None]
-            crow = torch.cat([self.crow[:1], (self.crow[1:] + offsets).flatten()])
-            self._stacked = {key: (crow, self.col.repeat(samples))}
-        crow, col = self._stacked[key]
-        shape = (samples * self.shape[0], self.shape[1])
-        return torch.sparse_csr_tensor(crow, col, values.flatten(), shape, check_invariants=False)
+Execution = Literal["masked", "sparse", "compact"]
+EXECUTIONS = get_args(Execution)
 
 
-class SparseLinear(nn.Module):
-    """`torch.nn.Linear` whose weights alive are the values of a sparse matrix; they can be trained.
+def executed(network: nn.Module, how: Execution, noise: Noise = "alive") -> nn.Module:
+    """The network itself (``masked``), or its copy by `sparse` or `compact`.
 
-    Args:
-        layer: The layer with its mask.
-        rows: Outputs to keep.
-        cols: Inputs to keep.
+    Raises:
+        ValueError: The execution is unknown.
     """
-
-    def __init__(self, layer: nn.Linear, rows: Tensor | None = None, cols: Tensor | None = None) -> None:
-        super().__init__()
-        mask, rows, cols = _places(layer, rows, cols)
-        self.pattern = _Pattern(mask, rows, cols)
-        self.values = nn.Parameter(layer.weight.detach().flatten()[self.pattern.flat].clone())
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.detach()[rows].clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in) -> (..., out)``."""
-        out = self.pattern.times(self.values, x.flatten(0, -2).mT).mT
-        out = out if self.bias is None else out + self.bias
-        return out.unflatten(0, x.shape[:-1])
-
-    def extra_repr(self) -> str:
-        """Sizes and density."""
-        return _described(self.pattern)
+    if how not in EXECUTIONS:
+        raise ValueError(f"execution={how!r} is unknown; choose one of {', '.join(EXECUTIONS)}")
+    if how == "masked":
+        return network
+    return (sparse if how == "sparse" else compact)(network, noise=noise)
 
 
-class SparseBayesLinear(BayesianLayer):
-    """`BayesLinear` whose weights alive are the values of sparse matrices, mu + sigma eps for each sample.
-
-    Args:
-        layer: The layer with its mask.
-        rows: Outputs to keep.
-        cols: Inputs to keep.
-        noise: ``alive``: noise is drawn for the weights alive. ``dense``: for all weights of the dense layer, so that
-            samples equal those of the masked dense layer, at its cost.
-    """
-
-    def __init__(
-        self, layer: BayesLinear, rows: Tensor | None = None, cols: Tensor | None = None, noise: Noise = "alive"
-    ) -> None:
-        if noise not in ("alive", "dense"):
-            raise ValueError(f"noise={noise!r} is unknown; choose alive or dense")
-        mask, rows, cols = _places(layer, rows, cols)
-        pattern = _Pattern(mask, rows, cols)
-        # Nothing to draw: the values, one vector of those alive, come from the layer.
-        super().__init__((0,), False, layer.prior, layer.init)
-        self.pattern, self.noise = pattern, noise
-        for part in ("mu", "log_sigma"):
-            weight = getattr(layer, f"weight_{part}").detach().flatten()[pattern.flat].clone()
-            setattr(self, f"weight_{part}", nn.Parameter(weight))
-            if layer.bias_mu is not None:
-                setattr(self, f"bias_{part}", nn.Parameter(getattr(layer, f"bias_{part}").detach()[rows].clone()))
-        self.dense_fan_in = layer.fan_in
-
-    @property
-    @override
-    def fan_in(self) -> int:
-        return getattr(self, "dense_fan_in", 1)
-
-    @override
-    def sample(self, context: SampleContext) -> tuple[Tensor, Tensor | None]:
-        """Values ``(S, nnz)`` and biases ``(S, out)``."""
-        eps, bias_eps = self._noise(context)
-        values = torch.addcmul(self.weight_mu, self.weight_log_sigma.exp(), eps)
-        if self.bias_mu is None:
-            return values, None
-        return values, torch.addcmul(self.bias_mu, self.bias_log_sigma.exp(), bias_eps)
-
-    @override
-    def _noise(self, context: SampleContext) -> tuple[Tensor, Tensor]:
-        """Of the values ``(S, nnz)`` and the bias ``(S, out)``."""
-        if self.noise == "alive":
-            return super()._noise(context)
-        out, into = self.pattern.dense_shape
-        drawn = context.noise((out * into + (0 if self.bias_mu is None else out),), self.weight_mu)
-        places = self.pattern.flat % into * out + self.pattern.flat // into  # BayesLinear draws inputs first
-        return drawn[:, places], drawn[:, out * into + self.pattern.rows] if self.bias_mu is not None else drawn[:, :0]
-
-    @override
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``(B, ..., in)`` or ``(S B, ..., in)`` to ``(S B, ..., out)``; outside of a context by the means."""
-        context = current()
-        inner = x.shape[1:-1]
-        if context is None:
-            if self.training:
-                raise RuntimeError("SparseBayesLinear was called in training without weight samples")
-            out = self.pattern.times(self.weight_mu, x.flatten(0, -2).mT).mT
-            out = out if self.bias_mu is None else out + self.bias_mu
-            return out.unflatten(0, x.shape[:-1])
-        if context.estimator != "weight":
-            raise ValueError("model.estimator: sparse layers have explicit weights; use model.estimator=weight")
-        values, bias = self.sample(context)
-        if context.is_folded(x):
-            parts = zip(values, context.by_sample(x), strict=True)
-            out = torch.stack([self.pattern.times(one, part.flatten(0, -2).mT) for one, part in parts])
-        else:
-            out = self.pattern.times(values, x.flatten(0, -2).mT)
-            out = out.unflatten(0, (context.samples, self.pattern.shape[0]))
-        if bias is not None:  # out is (S, out, rows)
-            out = out + bias.unsqueeze(-1)
-        return out.mT.reshape(context.samples * (out.shape[2] // math.prod(inner)), *inner, out.shape[1])
-
-    def extra_repr(self) -> str:
-        """Sizes and density."""
-        return _described(self.pattern)
-
-
-def _described(pattern: _Pattern) -> str:
-    part = pattern.nnz / max(math.prod(pattern.dense_shape), 1)
-    return f"{pattern.shape[1]}, {pattern.shape[0]}, alive={pattern.nnz} ({100 * part:.2g} % of the dense layer)"
-
-
-def _places(layer: nn.Module, rows: Tensor | None, cols: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    mask = _mask(layer)
-    out, into = mask.shape
-    rows = torch.arange(out) if rows is None else rows
-    return mask, rows, torch.arange(into) if cols is None else cols
-
-
-def _mask(layer: nn.Module) -> Tensor:
-    weight = layer.weight_mu if isinstance(layer, BayesLinear) else layer.weight
-    mask = getattr(layer, MASK, None)
-    return torch.ones(weight.shape, dtype=torch.bool) if mask is None else mask.detach().cpu()
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, BayesLinear) or type(module) in (nn.Linear, MaskedLinear)
-
-
-def sparse(network: nn.Module, max_density: float = MAX_DENSITY, noise: Noise = "alive") -> nn.Module:
-    """A copy of a network whose sparse linear layers multiply by what is alive.
+def sparse(network: nn.Module, max_density: float | None = None, noise: Noise = "alive") -> nn.Module:
+    """A copy of a network whose sparse linear layers and convolutions multiply by what is alive.
 
     Args:
         network: With masks, ordinary or Bayesian.
-        max_density: Layers with at most this part of their weights alive are exchanged.
-        noise: See `SparseBayesLinear`.
+        max_density: Layers with at most this part of their weights alive are exchanged; None: `MAX_DENSITY`, for
+            convolutions `MAX_CONV_DENSITY`.
+        noise: See `networks.lottery.sparse_layers.SparseBayesLinear`.
     """
     network = copy.deepcopy(network)
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if _is_linear(child) and float(_mask(child).double().mean()) <= max_density:
-                new = SparseBayesLinear(child, noise=noise) if isinstance(child, BayesLinear) else SparseLinear(child)
-                setattr(parent, name, new.train(child.training))
+    for path, layer in _layers(network).items():
+        if float(mask_of(layer).double().mean()) <= _limit(layer, max_density):
+            network = _put(network, path, sparse_layer(layer, noise=noise))
     return network
 
 
-def compact(network: MLP, max_density: float = MAX_DENSITY, noise: Noise = "alive") -> MLP:
-    """A copy of a perceptron without dead hidden units, sparse where that pays.
+def compact(network: nn.Module, max_density: float | None = None, noise: Noise = "alive") -> nn.Module:
+    """A copy of a network without dead channels, sparse where that pays.
+
+    Channels go where their layers are known (`networks.lottery.channels`); other networks become `sparse`.
 
     Args:
-        network: `networks.mlp.MLP` with masks, ordinary or Bayesian.
-        max_density: Layers of which at most this part is alive (between the units that are left) become sparse; other
-            ordinary layers become smaller dense ones. Bayesian layers that lose units are always sparse.
-        noise: See `SparseBayesLinear`; ``dense`` makes all Bayesian layers sparse, so that each can pick its noise.
+        network: With masks, ordinary or Bayesian, in evaluation.
+        max_density: Layers of which at most this part is alive (between the channels that are left) become sparse, see
+            `sparse`; others that lose channels become smaller dense ones.
+        noise: See `networks.lottery.sparse_layers.SparseBayesLinear`; ``dense`` makes all Bayesian layers sparse, so
+            that each can pick its noise.
 
     Raises:
-        ValueError: For another network, whose layers need not be a chain; `sparse` takes any.
+        ValueError: In training, where normalisation and dropout make another function.
     """
-    if not isinstance(network, MLP) or (network.training and network.dropout.p):
+    if network.training:
         raise ValueError(
-            f"{type(network).__name__}: dead units are removed from networks.mlp.MLP in evaluation; "
-            "networks.lottery.compact.sparse executes the linear layers of any network sparsely"
+            f"{type(network).__name__} is in training, where dead channels count in normalisation and dropout: call "
+            "network.eval() first, or use networks.lottery.compact.sparse, which can be trained"
         )
     network = copy.deepcopy(network)
-    layers = list(network.layers)
-    masks = [_mask(layer) for layer in layers]
-    units = [torch.ones(mask.shape[1], dtype=torch.bool) for mask in masks]
-    units.append(torch.ones(len(masks[-1]), dtype=torch.bool))
-    _fold_constants(layers, masks, units)
-    for i in reversed(range(1, len(masks))):  # no outgoing weights to a unit that stays
-        units[i] &= (masks[i] & units[i + 1][:, None]).any(0)
-    for i, layer in enumerate(layers):
-        rows, cols = (units[j].nonzero().squeeze(1) for j in (i + 1, i))
-        kept = masks[i][rows][:, cols]
-        is_sparse = float(kept.double().mean()) <= max_density if kept.numel() else True
-        if isinstance(layer, BayesLinear):
-            if is_sparse or noise == "dense" or kept.shape != masks[i].shape:
-                layers[i] = SparseBayesLinear(layer, rows, cols, noise)
-        else:
-            layers[i] = SparseLinear(layer, rows, cols) if is_sparse else _smaller(layer, masks[i], rows, cols)
-        layers[i].train(network.training)
-    network.layers = nn.ModuleList(layers)
+    layers = _layers(network)
+    known = [one for one in channels(network) if all(path in layers for path in (*one.makers, *one.readers))]
+    left = _Left(network, layers, known)
+    left.drop_constants()
+    left.drop_unread()
+    for path, layer in layers.items():
+        rows, cols = left.rows(path), left.cols(path)
+        mask = mask_of(layer)
+        kept = mask[rows][:, cols]
+        few = not kept.numel() or float(kept.double().mean()) <= _limit(layer, max_density)
+        if few or (noise == "dense" and isinstance(layer, BayesianLayer)):
+            network = _put(network, path, sparse_layer(layer, rows, cols, noise))
+        elif kept.shape != mask.shape:
+            network = _put(network, path, _smaller(layer, rows, cols))
+    for one, alive in zip(known, left.alive, strict=True):
+        for norm in one.norms:
+            if norm is not None and not alive.all():
+                network = _put(network, norm, _smaller_norm(network.get_submodule(norm), alive))
     return network
 
 
-def _fold_constants(layers: list[nn.Module], masks: list[Tensor], units: list[Tensor]) -> None:
-    """Move constant hidden units into the biases behind them, in place, and strike them off ``units``.
+def _layers(network: nn.Module) -> dict[str, nn.Module]:
+    """Layers that can be sparse, by path."""
+    return {path: m for path, m in network.named_modules() if is_linear(m) or is_conv(m)}
 
-    Between two ordinary layers only: a Gaussian bias makes a unit random, a Gaussian weight what comes of it.
+
+def _limit(layer: nn.Module, max_density: float | None) -> float:
+    if max_density is not None:
+        return max_density
+    return MAX_DENSITY if is_linear(layer) else MAX_CONV_DENSITY
+
+
+def _put(network: nn.Module, path: str, module: nn.Module) -> nn.Module:
+    """Put a module into its place; the network, which is the module itself at the root."""
+    if not path:
+        return module
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
+    return network
+
+
+# -------------------------------------------------------------------------------------------------------- dead channels
+
+
+class _Left:
+    """Which channels of a network are left.
+
+    Args:
+        network: Its biases are changed in place.
+        layers: By path.
+        known: What layers make and read.
     """
-    varies = torch.ones(masks[0].shape[1], dtype=torch.bool)
-    constant = torch.zeros(masks[0].shape[1], dtype=torch.float64)  # zero where a unit varies
-    for i, layer in enumerate(layers[:-1]):
-        if isinstance(layer, BayesLinear):
-            varies, constant = (torch.ones(len(masks[i]), dtype=torch.bool), torch.zeros(len(masks[i])).double())
-            continue
-        offset = _add_to_bias(layer, masks[i], constant)
-        varies = (masks[i] & varies).any(1) | isinstance(layers[i + 1], BayesLinear)
-        constant = torch.where(varies, 0.0, F.relu(offset))
-        units[i + 1] &= varies
-    if not isinstance(layers[-1], BayesLinear):
-        _add_to_bias(layers[-1], masks[-1], constant)
+
+    def __init__(self, network: nn.Module, layers: dict[str, nn.Module], known: list[Channels]) -> None:
+        self.network, self.layers, self.known = network, layers, known
+        # (out, in): whether any place of the kernel is alive.
+        masks = {path: mask_of(layer) for path, layer in layers.items()}
+        self.connected = {path: mask.flatten(2).any(2) if mask.ndim > 2 else mask for path, mask in masks.items()}
+        self.made = {path: i for i, one in enumerate(known) for path in one.makers}
+        self.read = {path: i for i, one in enumerate(known) for path in one.readers}
+        self.alive = [torch.ones(len(self.connected[one.makers[0]]), dtype=torch.bool, device=CPU) for one in known]
+
+    def rows(self, path: str) -> Tensor:
+        """Outputs of a layer that are left, as indices."""
+        out = len(self.connected[path])
+        kept = torch.ones(out, dtype=torch.bool, device=CPU) if path not in self.made else self.alive[self.made[path]]
+        return kept.nonzero().squeeze(1)
+
+    def cols(self, path: str) -> Tensor:
+        """Inputs of a layer that are left, as indices."""
+        return self._inputs(path).nonzero().squeeze(1)
+
+    def _inputs(self, path: str) -> Tensor:
+        into = self.connected[path].shape[1]
+        if path not in self.read:
+            return torch.ones(into, dtype=torch.bool, device=CPU)
+        alive = self.alive[self.read[path]]
+        return alive.repeat_interleave(into // len(alive))  # images that were flattened: places of a channel in a row
+
+    def drop_constants(self) -> None:
+        """Strike off channels without incoming weights that are zero, or whose constant moves into biases."""
+        random_masks = any(isinstance(m, MCDropout) and m.p and m.in_evaluation for m in self.network.modules())
+        for i, one in enumerate(self.known):
+            maker = self.layers[one.makers[0]]
+            if one.activation is None or (isinstance(maker, BayesianLayer) and maker.bias_mu is not None):
+                continue
+            value = one.activation(_constant(maker, one.norms[0], self.network))
+            weights = self.connected[one.makers[0]] & self._inputs(one.makers[0])
+            constant = ~weights.any(1)
+            takes = all(_takes_constants(self.layers[reader]) for reader in one.readers) and not random_masks
+            gone = self._spared(i, constant if takes else constant & (value == 0))
+            for reader in one.readers:
+                _add_to_bias(self.layers[reader], mask_of(self.layers[reader]), torch.where(gone, value, 0.0))
+            self.alive[i] &= ~gone
+
+    def drop_unread(self) -> None:
+        """Strike off channels to which no reader that stays has a weight, from the output back."""
+        for i in reversed(range(len(self.known))):
+            used = torch.zeros_like(self.alive[i])
+            for reader in self.known[i].readers:
+                columns = self.connected[reader][self.rows(reader)].any(0)
+                used |= columns.view(len(used), -1).any(1)
+            self.alive[i] &= ~self._spared(i, ~used)
+
+    def _spared(self, i: int, gone: Tensor) -> Tensor:
+        """Channels that may go: of images one must stay."""
+        left = (self.alive[i] & ~gone).any()
+        if not left and any(is_conv(self.layers[path]) for path in (*self.known[i].makers, *self.known[i].readers)):
+            gone = gone.clone()
+            gone[self.alive[i].nonzero()[0]] = False
+        return gone
 
 
-def _add_to_bias(layer: nn.Linear, mask: Tensor, constant: Tensor) -> Tensor:
-    """Add what constant inputs contribute; the new bias, float64."""
-    weight = torch.where(mask, layer.weight.detach().cpu().double(), 0.0)
-    offset = weight @ constant
+def _constant(layer: nn.Module, norm: str | None, network: nn.Module) -> Tensor:
+    """What a layer without weights gives, behind its normalisation, float64 on the CPU."""
+    bias = None if isinstance(layer, BayesianLayer) else layer.bias
+    out = len(weight_of(layer))
+    value = torch.zeros(out, dtype=torch.float64, device=CPU) if bias is None else bias.detach().cpu().double()
+    if norm is None:
+        return value
+    bn = network.get_submodule(norm)
+    mean, variance = (t.detach().cpu().double() for t in (bn.running_mean, bn.running_var))
+    value = (value - mean) / (variance + bn.eps).sqrt()
+    return value if bn.weight is None else value * bn.weight.detach().cpu().double() + bn.bias.detach().cpu().double()
+
+
+def _takes_constants(layer: nn.Module) -> bool:
+    """Whether a constant input is an addition to the bias."""
+    if isinstance(layer, BayesianLayer):
+        return False
+    return is_linear(layer) or (layer.padding[0] == 0 and layer.padding[1] == 0)
+
+
+def _add_to_bias(layer: nn.Module, mask: Tensor, constant: Tensor) -> None:
+    """Add what constant input channels contribute."""
+    if not bool(constant.any()):
+        return
+    weight = torch.where(mask, layer.weight.detach().cpu().double(), 0.0).flatten(1)
+    offset = weight @ constant.repeat_interleave(weight.shape[1] // len(constant))
     if layer.bias is not None:
         offset = offset + layer.bias.detach().cpu().double()
-    if bool(constant.any()):
-        layer.bias = nn.Parameter(offset.to(layer.weight))
-    return offset
+    layer.bias = nn.Parameter(offset.to(layer.weight))
 
 
-def _smaller(layer: nn.Linear, mask: Tensor, rows: Tensor, cols: Tensor) -> nn.Linear:
-    """The dense layer of the units that are left, zero where weights are pruned."""
-    weight = torch.where(mask, layer.weight.detach().cpu(), torch.zeros((), dtype=layer.weight.dtype))[rows][:, cols]
-    where = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-    new = nn.Linear(len(cols), len(rows), layer.bias is not None, **where)
+def _smaller(layer: nn.Module, rows: Tensor, cols: Tensor) -> nn.Module:
+    """The dense layer of the channels that are left, with its mask if it has one."""
+    where = {"device": weight_of(layer).device, "dtype": weight_of(layer).dtype}
+    bayesian = isinstance(layer, BayesianLayer)
+    bias = (layer.bias_mu if bayesian else layer.bias) is not None
+    own = {"prior": layer.prior, "init": layer.init} if bayesian else {}
+    sizes = (len(cols), len(rows))
+    with torch.random.fork_rng(devices=[]):  # initial values are drawn and overwritten
+        if is_linear(layer):
+            new: nn.Module = (BayesLinear if bayesian else nn.Linear)(*sizes, bias, **own, **where)
+        else:
+            kind = BayesConv2d if bayesian else nn.Conv2d
+            shape = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            new = kind(*sizes, *shape, bias=bias, **own, **where)
+    rows, cols = rows.to(where["device"]), cols.to(where["device"])
+    mask = getattr(layer, MASK, None)
     with torch.no_grad():
-        new.weight.copy_(weight)
-        if layer.bias is not None:
-            new.bias.copy_(layer.bias[rows.to(layer.bias.device)])
+        for part in ("_mu", "_log_sigma") if bayesian else ("",):
+            weight = getattr(layer, f"weight{part}")
+            if not bayesian and mask is not None:
+                weight = torch.where(mask, weight, torch.zeros_like(weight))
+            getattr(new, f"weight{part}").copy_(weight[rows][:, cols])
+            if bias:
+                getattr(new, f"bias{part}").copy_(getattr(layer, f"bias{part}")[rows])
+    if bayesian and mask is not None:
+        new.weight_mask = mask[rows][:, cols].clone()
+    return new.train(layer.training)
+
+
+def _smaller_norm(norm: nn.Module, alive: Tensor) -> nn.Module:
+    """The batch normalisation of the channels that are left."""
+    kept = alive.nonzero().squeeze(1)
+    new = copy.deepcopy(norm)
+    new.num_features = len(kept)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        value = getattr(norm, name)
+        if value is not None:
+            part = value.detach()[kept.to(value.device)].clone()
+            setattr(new, name, nn.Parameter(part) if isinstance(value, nn.Parameter) else part)
     return new

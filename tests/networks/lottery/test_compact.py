@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from networks.bayes import SampleContext, to_bayesian
-from networks.lottery.compact import SparseBayesLinear, SparseLinear, compact, sparse
-from networks.masks import install_masks
+from networks.bayes import BayesConv2d, BayesLinear, Init, SampleContext, to_bayesian
+from networks.cifar_resnet import CifarResNet
+from networks.lottery.channels import channels
+from networks.lottery.compact import compact, executed, sparse
+from networks.lottery.sparse_layers import SparseBayesConv2d, SparseBayesLinear, SparseConv2d, SparseLinear
+from networks.masks import PruneChoice, install_masks
 from networks.mlp import MLP
+from networks.resnet import ResNet
+from networks.vgg import VGG
+from networks.vit import ViT
 
 
 def ticket(density: float, bayesian: bool, hidden=(40, 30), seed: int = 0, dead: bool = True) -> MLP:
@@ -78,7 +86,7 @@ def test_constants_travel_through_several_layers():
 def test_random_biases_keep_their_units():
     """A Gaussian unit without incoming weights stays; one without outgoing weights goes."""
     net = ticket(0.3, bayesian=True)
-    smaller = compact(net)
+    smaller = compact(net, noise="dense")
     assert 3 in smaller.layers[0].pattern.rows and 5 not in smaller.layers[0].pattern.rows
 
 
@@ -187,9 +195,183 @@ def test_tokens_and_folded_rows():
         torch.testing.assert_close(small(x), net(x), rtol=0, atol=1e-6)
 
 
+# --------------------------------------------------------------------------------------------------------- convolutions
+
+IMAGES = {
+    "CifarResNet": (functools.partial(CifarResNet, depth=14, width=0.5), (3, 16)),
+    "ResNet, bottlenecks": (functools.partial(ResNet, 50, 10, width=0.125), (3, 64)),
+    "VGG": (functools.partial(VGG, 11, 10, 3, width=0.125, pool_stride=2, image_size=32), (3, 32)),
+    "VGG, three layers": (
+        functools.partial(VGG, 11, 10, 3, width=0.0625, pool_stride=2, image_size=32, head="original"),
+        (3, 32),
+    ),
+    "ViT": (functools.partial(ViT, 10, 3, image_size=16, patch_size=4, width=16, depth=2, heads=2), (3, 16)),
+}
+
+
+def images(kind: str, bayesian: bool, density: float = 0.3, seed: int = 0) -> tuple[nn.Module, torch.Tensor]:
+    """A network in evaluation and float64, of which channels are dead; normalisations as after some training."""
+    make, (channel, size) = IMAGES[kind]
+    torch.manual_seed(seed)
+    net = make()
+    if bayesian:
+        to_bayesian(net, init=Init(0.3))
+    for weight in install_masks(net):
+        mask = torch.rand(weight.mu.shape) < density
+        out, into = mask.shape[:2]
+        mask[torch.randperm(out)[: out // 4]] = False
+        mask[:, torch.randperm(into)[: into // 4 if into > 3 else 0]] = False
+        weight.set_mask(mask)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+            nn.init.normal_(module.running_mean, 0, 0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return net.double().eval(), torch.randn(3, channel, size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_networks_of_images_compute_the_same(kind, bayesian):
+    """Through normalisation, pooling, shortcuts and attention; sparse and compact, of samples and of means."""
+    net, image = images(kind, bayesian)
+    with torch.no_grad():
+        expected = net(image)
+        if bayesian:
+            with samples(2, 3):
+                sampled = net(image)
+        same_noise = (sparse(net, 1.0, "dense"), compact(net, noise="dense"))
+        for small in (*same_noise, compact(net), compact(net, 1.0)):
+            torch.testing.assert_close(small(image), expected, rtol=0, atol=1e-9)
+            if bayesian and small in same_noise:
+                with samples(2, 3):
+                    torch.testing.assert_close(small(image), sampled, rtol=0, atol=1e-9)
+    assert sum(p.numel() for p in compact(net).parameters()) < sum(p.numel() for p in net.parameters())
+    if bayesian:
+        assert not any(isinstance(m, BayesConv2d | BayesLinear) for m in same_noise[1].modules())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in IMAGES if kind != "ViT"])
+def test_every_convolution_is_known(kind):
+    """Each makes channels and each reads some, but for the image and the classes."""
+    net, _ = images(kind, False)
+    layers = [path for path, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    made = [path for one in channels(net) for path in one.makers]
+    read = [path for one in channels(net) for path in one.readers]
+    assert sorted(made) == sorted(set(layers) - {layers[-1]}) and sorted(read) == sorted(set(layers) - {layers[0]})
+
+
+def test_channels_of_the_residual_stream_go_together():
+    """Unread by all blocks and shortcuts behind: gone from the stem, from the ends of the blocks and their norms."""
+    net, image = images("CifarResNet", False)
+    readers = ("layer1.0.conv1", "layer1.1.conv1", "layer2.0.conv1", "layer2.0.downsample.0")
+    for path in readers:
+        net.get_submodule(path).weight_mask[:, [1, 4]] = False
+    net.get_submodule("layer2.0.downsample.0").weight_mask[:, 2] = True
+    small = compact(net, 0.0)
+    assert small.conv1.out_channels == small.bn1.num_features == small.layer1[1].conv2.out_channels <= 6
+    assert small.layer1[0].conv1.in_channels == small.layer2[0].downsample[0].in_channels == small.conv1.out_channels
+    with torch.no_grad():
+        torch.testing.assert_close(small(image), net(image), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+def test_constants_behind_a_normalisation(bayesian):
+    """Zero behind the ReLU: gone. Above zero: kept, since padding makes no constant of it."""
+    net, image = images("CifarResNet", bayesian)
+    block = net.layer1[0]
+    block.conv1.weight_mask[:] = True
+    block.conv2.weight_mask[:] = True
+    block.conv1.weight_mask[:4] = False
+    with torch.no_grad():
+        block.bn1.running_mean.zero_()
+        block.bn1.bias[:4] = torch.tensor([-1.0, 0.0, 0.5, 2.0])
+        small = compact(net, 0.0)
+        torch.testing.assert_close(small(image), net(image), rtol=0, atol=1e-9)
+    assert small.layer1[0].bn1.num_features == 6 and small.layer1[0].bn1.bias[:2].tolist() == [0.5, 2.0]
+
+
+def test_one_channel_stays():
+    """Nothing alive in a convolution: the network computes what it did."""
+    for density in (0.0, 0.02):
+        net, image = images("VGG", False, density)
+        with torch.no_grad():
+            torch.testing.assert_close(compact(net)(image), net(image), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("bayesian", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        ((3, 3), {"padding": 1}),
+        ((1, 1), {"stride": 2}),
+        ((3, 3), {"stride": 2, "padding": 1}),
+        ((5, 2), {"stride": (3, 1), "padding": (0, 2), "dilation": (2, 1)}),
+        ((4, 4), {"stride": 4, "bias": False}),
+        ((3, 3), {"stride": 3, "dilation": 3, "padding": 4}),
+    ],
+)
+def test_sparse_convolutions(bayesian, kernel, options):
+    """Any stride, padding and dilation: outputs and gradients of the masked layer."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Conv2d(4, 6, kernel, **options)).double()
+    if bayesian:
+        to_bayesian(layer, init=Init(0.3))
+    (weight,) = install_masks(layer, PruneChoice(keep_last=False))
+    weight.set_mask(torch.rand(weight.mu.shape) < 0.3)
+    small = sparse(layer, 1.0, "dense")
+    assert type(small[0]) is (SparseBayesConv2d if bayesian else SparseConv2d)
+    image = torch.randn(3, 4, 13, 11, dtype=torch.float64, requires_grad=True)
+    found = []
+    for network in (layer, small):
+        outputs = []
+        for folded in (False, True):
+            x = torch.cat([image, 2 * image]) if folded else image
+            if bayesian:
+                with samples(2, 3):
+                    outputs.append(network(x))
+            else:
+                outputs.append(network(x))
+        image.grad = None
+        sum(out.square().sum() for out in outputs).backward()
+        found.append((outputs, image.grad))
+        with torch.no_grad():  # another path
+            if not bayesian:
+                torch.testing.assert_close(network(image), outputs[0])
+    torch.testing.assert_close(found[1], found[0])
+    ours = small[0].weight_mu.grad if bayesian else small[0].values.grad
+    theirs = (layer[0].weight_mu if bayesian else layer[0].weight).grad.flatten()[small[0].pattern.flat]
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("how", ["sparse", "compact"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_everything_lies_on_the_device_of_the_network(how, device):
+    """Also where another one is the default; buffers with indices are made on the network's."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for kind in ("CifarResNet", "VGG"):
+        net, image = images(kind, True, 0.05)
+        net, image = net.float().to(device), image.float().to(device)
+        with torch.device("meta"):
+            small = executed(net, how, "dense")
+        assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {device}
+        with torch.no_grad(), samples(2, 3):
+            found = small(image)
+        with torch.no_grad(), samples(2, 3):
+            torch.testing.assert_close(found, net(image), rtol=1e-4, atol=1e-4)
+    net = ticket(0.05, bayesian=True).to(device)
+    with torch.device("meta"):
+        small = executed(net, how)
+    assert {t.device.type for t in (*small.parameters(), *small.buffers())} == {device}
+
+
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="sparse executes the linear layers of any network"):
-        compact(nn.Sequential(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match=r"MLP is in training, .* call network\.eval\(\) first"):
+        compact(MLP())
+    with pytest.raises(ValueError, match="execution='fast' is unknown; choose one of masked, sparse, compact"):
+        executed(MLP(), "fast")
     layer = sparse(ticket(0.05, bayesian=True)).layers[0]
     with pytest.raises(ValueError, match="noise='some' is unknown"):
         SparseBayesLinear(ticket(0.05, bayesian=True).layers[0], noise="some")
