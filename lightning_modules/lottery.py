@@ -15,6 +15,7 @@ from typing_extensions import override
 
 from lightning_modules.bayes import BayesClassifier
 from networks.bayes.noise import mix64
+from networks.lottery.compact import Execution, Noise, executed
 from networks.lottery.controls import CONTROLS, DRAWS, Control, draw_weights, shuffled
 from networks.lottery.tickets import (
     Ticket,
@@ -68,6 +69,11 @@ class Lottery(BayesClassifier):
         test_levels: Levels that are tested; None: all.
         evaluate: Weights of tickets that are tested: ``trained`` (of the last epoch) or ``best`` (in validation).
         evaluation_seeds: Passes over the test images.
+        execution: How evaluation and prediction compute: ``masked``: as in training, all weights, those that are pruned
+            times zero. ``sparse``: layers of which little is left multiply by what is alive. ``compact``: and dead
+            channels are gone (`networks.lottery.compact`). The function is the same, but for rounding.
+        execution_noise: Of the last two: ``alive``: noise is drawn for the weights alive, which gives other samples of
+            the same distribution; ``dense``: for all, so that the samples are those of ``masked``, at that cost.
         report: ``paper``: accuracy and NLL on the test images are logged as ``paper/...`` after every validation, or
             every epoch if there is none: published numbers are maxima over epochs of these. ``validation``: the test
             images are for the end.
@@ -96,12 +102,15 @@ class Lottery(BayesClassifier):
         test_levels: Sequence[int] | None = None,
         evaluate: Literal["trained", "best"] = "trained",
         evaluation_seeds: int = 5,
+        execution: Execution = "masked",
+        execution_noise: Noise = "alive",
         report: Report = "validation",
         **options: Any,
     ) -> None:
         choices = {"start": (start, (*DRAWS, "keep")), "control": (control, CONTROLS)}
         choices |= {"source": (source, get_args(Source)), "evaluate": (evaluate, ("trained", "best"))}
-        choices |= {"report": (report, get_args(Report))}
+        choices |= {"report": (report, get_args(Report)), "execution": (execution, get_args(Execution))}
+        choices |= {"execution_noise": (execution_noise, get_args(Noise))}
         for key, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"model.{key}={value!r} is unknown; choose one of {', '.join(allowed)}")
@@ -129,7 +138,10 @@ class Lottery(BayesClassifier):
         self.source, self.evaluate, self.report = source, evaluate, report
         self.tickets_path, self.test_levels = tickets, None if test_levels is None else list(test_levels)
         self.evaluation_seeds = evaluation_seeds if bayesian else 1
+        self.execution, self.execution_noise = execution, execution_noise
         self.ticket: Ticket | None = None  # that training began with
+        self._executed: dict[int | None, nn.Module] = {}  # networks of tickets by level; None: this module's own
+        self._level: int | None = None  # of the ticket that is evaluated
         self._missing: FileNotFoundError | None = None
         if not bayesian:
             options |= {"num_samples": 1, "num_eval_samples": 1, "antithetic": False, "sample_chunk": None}
@@ -143,6 +155,52 @@ class Lottery(BayesClassifier):
         net = super()._make_bayesian(net) if self.bayesian else net
         install_masks(net, self.prunable)
         return net
+
+    # ------------------------------------------------------------------------------------------------- real sparsity
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether networks run as they are trained: in a fit, and where nothing else is asked for."""
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        return self.execution == "masked" or self.training or fitting
+
+    def executable(self, ticket: Ticket | None = None) -> nn.Module:
+        """The network as ``execution`` says, in evaluation, on its own: it shares no weights with this module.
+
+        Args:
+            ticket: Whose masks and weights (those that ``evaluate`` names) it gets; None: those of this module.
+        """
+        net = copy.deepcopy(self.net).eval()
+        if ticket is not None:
+            apply_masks(net, ticket.masks)
+            apply_weights(net, ticket.state(self.evaluate))
+        return executed(net, self.execution, self.execution_noise)
+
+    @override
+    def logits(self, image: Tensor) -> Any:
+        if self.is_masked:
+            return super().logits(image)
+        if self._level not in self._executed:
+            self._executed[self._level] = self.executable(self._tested.get(self._level))
+        own = self.net
+        self.net = self._executed[self._level]
+        try:
+            return super().logits(image)
+        finally:
+            self.net = own
+
+    def _weights_changed(self) -> None:
+        self._executed = {}
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        super().on_validation_epoch_start()
+        self._weights_changed()
+
+    @override
+    def on_predict_epoch_start(self) -> None:
+        super().on_predict_epoch_start()
+        self._weights_changed()
 
     # ------------------------------------------------------------------------------------------------ the beginning
 
@@ -169,6 +227,7 @@ class Lottery(BayesClassifier):
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
+        self._weights_changed()
         if "ticket" in checkpoint:
             self.ticket = Ticket({}, {}, about=checkpoint["ticket"])
 
@@ -242,6 +301,7 @@ class Lottery(BayesClassifier):
     @override
     def on_test_epoch_start(self) -> None:
         super().on_test_epoch_start()
+        self._weights_changed()
         for level, seed in self._stages():
             self._reset(_stage(level, seed))
 
@@ -250,16 +310,20 @@ class Lottery(BayesClassifier):
         outputs = super().test_step(batch, batch_idx, dataloader_idx)
         if not self._tested or dataloader_idx:  # images that the network cannot know have no scores by level
             return outputs
-        own = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+        own = {name: value.detach().clone() for name, value in self.net.state_dict().items()} if self.is_masked else {}
         which: Which = self.evaluate
         try:
             for level, ticket in self._tested.items():
-                apply_masks(self.net, ticket.masks)
-                apply_weights(self.net, ticket.state(which))
+                if self.is_masked:
+                    apply_masks(self.net, ticket.masks)
+                    apply_weights(self.net, ticket.state(which))
+                self._level = level
                 for seed in range(self.evaluation_seeds):
                     self._evaluate(batch, _stage(level, seed), seed)
         finally:
-            self.net.load_state_dict(own)
+            self._level = None
+            if own:
+                self.net.load_state_dict(own)
         return outputs
 
     def _evaluate(self, batch: Batch, stage: str, seed: int) -> None:

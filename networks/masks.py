@@ -201,6 +201,13 @@ def install_masks(network: nn.Module, choice: PruneChoice | None = None) -> list
     return weights
 
 
+def set_masks(network: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set masks by name (``layers.0.weight``), also of layers that had none: as a ticket or a checkpoint has them."""
+    for name, mask in masks.items():
+        path = name.removesuffix("weight").removesuffix(".")
+        MaskedWeight(path, network.get_submodule(path)).set_mask(mask)
+
+
 def masked_weights(network: nn.Module) -> list[MaskedWeight]:
     """The weights that have a mask, in the order in which the network defines them."""
     return [

@@ -215,7 +215,12 @@ class BayesianLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Take over whether there is a mask."""
         mask = state_dict.get(f"{prefix}weight_mask")
-        self.weight_mask = None if mask is None else torch.empty_like(mask, device=self.weight_mu.device)
+        own = self.weight_mask
+        if mask is None:
+            self.weight_mask = None
+        elif own is None or own.shape != mask.shape:
+            with torch.inference_mode(False):  # a mask may change outside of an evaluation
+                self.weight_mask = torch.empty(mask.shape, dtype=mask.dtype, device=self.weight_mu.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

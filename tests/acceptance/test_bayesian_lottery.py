@@ -189,7 +189,7 @@ def test_a_dense_mask_reproduces_the_bayesian_classifier(tmp_path):
     config["callbacks"] = {"last_checkpoint": config["callbacks"]["last_checkpoint"]}
     assert job.run(config)["status"] == "completed"
     own = {"bayesian", "start", "prunable", "ticket", "level", "control", "control_seed", "source", "tickets"}
-    own |= {"test_levels", "evaluate", "evaluation_seeds", "report"}
+    own |= {"test_levels", "evaluate", "evaluation_seeds", "execution", "execution_noise", "report"}
     model = {key: value for key, value in config["model"].items() if key not in own}
     model["_target_"] = "lightning_modules.bayes.BayesClassifier"
     other = config | {"model": model, "run": config["run"] | {"dir": str(tmp_path / "bayes")}}

@@ -18,6 +18,8 @@ from datamodules.images import Images
 from lightning_modules.lottery import Lottery
 from networks.bayes import Init, SampleContext
 from networks.bayes.noise import Stream
+from networks.lottery import compact
+from networks.lottery.sparse_layers import SparseBayesLinear, SparseLinear
 from networks.lottery.tickets import Ticket, load_ticket, save_ticket, ticket_path
 from networks.masks import PruneChoice, masked_weights, masks_of
 from networks.mlp import MLP
@@ -205,6 +207,38 @@ def test_own_tickets_are_those_of_the_callback(searches, tmp_path):
         assert {int(name.split("/")[1][6:]) for name in metrics if "/level_" in name} == levels
 
 
+@pytest.mark.parametrize("how", ["sparse", "compact"])
+@pytest.mark.parametrize("bayesian", [True, False])
+def test_tickets_are_run_as_sparse_networks(searches, bayesian, how, monkeypatch):
+    """With the noise of the dense layers: the scores of the masked networks, of tickets and of the module itself."""
+    monkeypatch.setattr(compact, "MAX_DENSITY", 0.6)
+    folder, few = str(searches[bayesian]), {"test_levels": [1, 2], "evaluation_seeds": 1, "bayesian": bayesian}
+    found, used = [], []
+    for execution in ("masked", how):
+        one = module(ticket=folder, tickets=folder, execution=execution, execution_noise="dense", **few)
+        before = [name for name, _ in one.named_parameters()]
+        trainer = quiet_trainer()
+        (metrics,) = trainer.test(one, datamodule=FEW(), verbose=False)
+        outputs = trainer.predict(one, datamodule=FEW())
+        found.append((metrics, torch.cat([out["probability"] for out in outputs])))
+        used.append(one._executed)
+        assert [name for name, _ in one.named_parameters()] == before
+    assert found[1][0] == pytest.approx(found[0][0], abs=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=1e-6)
+    assert used[0] == {} and set(used[1]) == {None}, "a prediction is of the module alone"
+    assert isinstance(used[1][None].layers[1], SparseBayesLinear if bayesian else SparseLinear)
+    one.train()
+    assert one.is_masked, "training is"
+
+
+def test_noise_of_the_weights_alive_is_another_sample(searches, monkeypatch):
+    monkeypatch.setattr(compact, "MAX_DENSITY", 0.6)
+    one = module(ticket=str(searches[True]), execution="compact", num_eval_samples=64, tickets=None)
+    other = module(ticket=str(searches[True]), num_eval_samples=64, tickets=None)
+    (mine,), (theirs,) = (quiet_trainer().test(m, datamodule=FEW(), verbose=False) for m in (one, other))
+    assert mine["test/nll"] != theirs["test/nll"] and mine["test/nll"] == pytest.approx(theirs["test/nll"], rel=0.02)
+
+
 def test_a_ticket_is_evaluated_without_training(searches):
     """What test, validation and prediction see where nothing was trained and no checkpoint is given."""
     ticket = load_ticket(searches[True] / "tickets/level_02.pt")
@@ -250,6 +284,8 @@ def test_published_numbers_are_maxima_on_test_images(tmp_path, val_fraction):
         ({"source": "final"}, r"model\.source='final' is unknown; choose one of init, trained"),
         ({"evaluate": "last"}, r"model\.evaluate='last'"),
         ({"report": "all"}, r"model\.report='all'"),
+        ({"execution": "fast"}, r"model\.execution='fast' is unknown; choose one of masked, sparse, compact"),
+        ({"execution_noise": "no"}, r"model\.execution_noise='no' is unknown; choose one of alive, dense"),
         ({"level": -1}, r"model\.level=-1"),
         ({"level": 3}, r"model\.level=3: needs model\.ticket"),
         ({"control": "reinit"}, r"model\.control=reinit: is a control of a ticket; needs model\.ticket"),

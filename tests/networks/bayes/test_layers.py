@@ -344,6 +344,18 @@ def test_weights_that_are_alive_keep_their_noise_when_others_are_pruned():
     assert (after[:, ~layer.weight_mask] == 0).all()
 
 
+def test_masks_can_change_after_an_evaluation():
+    """A state that was loaded in inference mode leaves no tensors of that mode behind."""
+    layer = BayesLinear(6, 5)
+    layer.weight_mask = torch.ones(5, 6, dtype=torch.bool)
+    with torch.inference_mode():
+        layer.load_state_dict({name: value.clone() for name, value in layer.state_dict().items()})
+        other = BayesLinear(6, 5)
+        other.load_state_dict(layer.state_dict())
+    layer.weight_mask.copy_(torch.zeros(5, 6, dtype=torch.bool))
+    assert not layer.weight_mask.any() and not other.weight_mask.is_inference()
+
+
 def test_masks_are_part_of_the_state():
     layer, *_ = case("linear")
     dense = {name: value.clone() for name, value in layer.state_dict().items()}
