@@ -15,6 +15,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from runner import fork_server
+
 # Variables that describe ranks; a supervisor that inherits some of them must not pass them on.
 _RANK_VARIABLES = ("LOCAL_RANK", "RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 # Exit codes of ranks that a signal ended in good order (`runner.rank`).
@@ -96,6 +98,11 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
         JobInterrupted: After a signal.
         TimeoutError: After ``launch.timeout_s``.
     """
+    for name in _RANK_VARIABLES:
+        os.environ.pop(name, None)
+    forked = fork_server.is_safe(config["trainer"]["accelerator"])
+    if forked:
+        fork_server.start()  # its imports go on during ours
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -115,7 +122,7 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        start_method="spawn",
+        start_method="forkserver" if forked else "spawn",
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=specs,
@@ -124,13 +131,12 @@ def launch(config: dict[str, Any], processes: int) -> dict[str, Any]:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # the root cause is reported below, without the wrapper
-    for name in _RANK_VARIABLES:
-        os.environ.pop(name, None)
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     timeout_s = config["launch"]["timeout_s"]
     try:
         with _alarm(timeout_s), _second_ctrl_c():
-            return elastic_launch(settings, run_rank)(config, processes)[0]
+            environment = dict(os.environ) if forked else None
+            return elastic_launch(settings, run_rank)(config, processes, environment)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode in _INTERRUPTED:  # the ranks were told to stop, and this process was not

@@ -25,7 +25,10 @@ LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning", "torchmetrics
 # Packages that only some files may import, anywhere in them.
 QUARANTINE = {
     **{package: {"run.py", "runner/"} for package in ("hydra", "omegaconf")},
-    **{package: {*(f"{kind}/" for kind in KINDS), "runner/job.py", "runner/load.py"} for package in LIGHTNING},
+    **{
+        package: {*(f"{kind}/" for kind in KINDS), "runner/job.py", "runner/load.py", "runner/fork_server.py"}
+        for package in LIGHTNING
+    },
     "wandb": {"runner/job.py", "callbacks/energy/", "callbacks/figures/"},
     "codecarbon": {"callbacks/energy/"},
     "matplotlib": {"callbacks/figures/"},
