@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,13 @@ FILES = sorted(
 PROGRAM = [path for path in FILES if path.parts[0] not in ("benchmarks", "tests")]
 
 
-def imported(path: Path) -> Iterator[tuple[str, int, bool]]:
-    """(first two parts of an imported module, line, whether at the top level of the file)."""
+@cache
+def imported(path: Path) -> tuple[tuple[str, int, bool], ...]:
+    """(imported module, line, whether at the top level of the file)."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[tuple[str, int, bool]]:
     tree = ast.parse((ROOT / path).read_text())
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.Lambda) for n in ast.walk(f)}
     inside |= {
