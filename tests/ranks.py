@@ -1,4 +1,7 @@
-"""A pool of gloo processes that lives as long as the test run: functions are sent to ranks, results come back."""
+"""A pool of gloo processes that lives as long as the test run: functions are sent to ranks, results come back.
+
+They are forked from a process that has imported torch and Lightning once for all pools of the test run.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from runner import fork_server
 
 POOL_NAME = "rank-pool"  # how the names of its processes begin
 BEGIN_TIMEOUT = 110.0  # until all ranks run the function: a busy machine takes long to start them and to import
@@ -69,9 +74,8 @@ class Ranks:
         self._procs: list[Any] = []
 
     def _start(self) -> None:
-        import torch.multiprocessing as mp
-
-        context = mp.get_context("spawn")
+        fork_server.start()
+        context = multiprocessing.get_context("forkserver")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks")
         store = str(Path(self._folder.name) / "store")
         self._outbox = context.Queue()
