@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -38,12 +42,124 @@ def environment(**more: str) -> dict[str, str]:
     )
 
 
-def run(*arguments: str, cwd: Path, timeout: float = 110, **env: str) -> subprocess.CompletedProcess[str]:
+class WarmStart:
+    """Starts runs without the time that imports take: see `tests.warm`, which is started with the first of them."""
+
+    def __init__(self) -> None:
+        self._server: subprocess.Popen[bytes] | None = None
+        self._codes: dict[int, int] = {}
+        self._buffer = b""
+
+    def start(self, *arguments: str, cwd: Path, env: dict[str, str], stdout: Path, stderr: Path) -> int:
+        """Process id of ``python ARGUMENTS``."""
+        if self._server is None or self._server.poll() is not None:
+            self._server = subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "warm.py")],
+                env={k: v for k, v in environment().items() if k != "PYTHONPATH"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,
+            )
+            atexit.register(self._server.stdin.close)
+        request = {"arguments": arguments, "cwd": str(cwd), "env": env, "stdout": str(stdout), "stderr": str(stderr)}
+        self._server.stdin.write(json.dumps(request).encode() + b"\n")
+        self._server.stdin.flush()
+        while (started := self._next(60)) is None:
+            continue
+        return started
+
+    def code(self, pid: int, timeout: float) -> int | None:
+        """Exit code of a process, or None if it still runs after ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        while pid not in self._codes:
+            if not self._readable(left := max(0.0, deadline - time.monotonic())):
+                return None
+            self._next(left)
+        return self._codes[pid]
+
+    def _readable(self, timeout: float) -> bool:
+        return bool(select.select([self._server.stdout], [], [], timeout)[0])
+
+    def _next(self, timeout: float) -> int | None:
+        """Read one message; the process id of one that began."""
+        fd = self._server.stdout.fileno()
+        while b"\n" not in self._buffer:
+            assert self._readable(timeout), "tests/warm.py is silent"
+            data = os.read(fd, 4096)
+            assert data, "tests/warm.py has ended"
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        message = json.loads(line)
+        if "ended" in message:
+            self._codes[message["ended"]] = message["code"]
+        return message.get("started")
+
+
+_warm = WarmStart()
+
+
+class Run:
+    """A run of ``run.py`` in a session of its own, with what `subprocess.Popen` offers to look at it and to end it.
+
+    Args:
+        arguments: Of the command line.
+        cwd: Where the user is.
+        stdout: File for the standard output.
+        stderr: File for the standard error; may be the same.
+        cold: Start Python anew instead of forking a process that has torch and Lightning already.
+        env: Further variables.
+    """
+
+    def __init__(self, *arguments: str, cwd: Path, stdout: Path, stderr: Path, cold: bool, env: dict[str, str]) -> None:
+        self.arguments = (str(ROOT / "run.py"), *arguments)
+        self.returncode: int | None = None
+        self._cold: subprocess.Popen[bytes] | None = None
+        if cold:
+            with stdout.open("ab") as out, stderr.open("ab") as err:
+                command = [sys.executable, *self.arguments]
+                more = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True}
+                self._cold = subprocess.Popen(command, cwd=cwd, env=environment(**env), **more)
+            self.pid = self._cold.pid
+        else:
+            more = {"cwd": cwd, "env": environment(**env), "stdout": stdout, "stderr": stderr}
+            self.pid = _warm.start(*self.arguments, **more)
+
+    def poll(self) -> int | None:
+        """Exit code, None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._cold.poll() if self._cold else _warm.code(self.pid, 0)
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        """Exit code; `subprocess.TimeoutExpired` if it still runs after ``timeout`` seconds."""
+        if self.returncode is None:
+            self.returncode = self._cold.wait(timeout) if self._cold else _warm.code(self.pid, timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired(list(self.arguments), timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """To this process alone."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    *arguments: str, cwd: Path, timeout: float = 110, cold: bool = False, **env: str
+) -> subprocess.CompletedProcess[str]:
     """``python run.py ARGUMENTS`` to its end."""
-    command = [sys.executable, str(ROOT / "run.py"), *arguments]
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=timeout, check=False
-    )
+    with tempfile.TemporaryDirectory(prefix="run-output-") as folder:
+        out, err = Path(folder) / "stdout", Path(folder) / "stderr"
+        process = Run(*arguments, cwd=cwd, stdout=out, stderr=err, cold=cold, env=env)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(list(process.arguments), code, out.read_text(), err.read_text())
 
 
 def ok(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -56,17 +172,9 @@ def ok(*arguments: str, cwd: Path, **more: Any) -> subprocess.CompletedProcess[s
 class Started:
     """A run in the background, in a session of its own: a signal to its group is a Ctrl-C in its terminal."""
 
-    def __init__(self, *arguments: str, cwd: Path, **env: str) -> None:
+    def __init__(self, *arguments: str, cwd: Path, cold: bool = False, **env: str) -> None:
         self.output = cwd / f"output-{time.monotonic_ns()}"
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "run.py"), *arguments],
-                cwd=cwd,
-                env=environment(**env),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+        self.process = Run(*arguments, cwd=cwd, stdout=self.output, stderr=self.output, cold=cold, env=env)
         self.family: list[psutil.Process] = []
 
     def wait_for(self, *files: Path, timeout: float = 90) -> None:

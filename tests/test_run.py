@@ -21,9 +21,9 @@ SLOW_STEPS = "model.fault=slow"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """Folder of an uninterrupted run on one device, and what it printed."""
+    """Folder of an uninterrupted run on one device, started as a user starts it, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
-    done = cli.ok(*TINY, f"hydra.run.dir={folder}", "predict=true", cwd=folder)
+    done = cli.ok(*TINY, f"hydra.run.dir={folder}", "predict=true", cwd=folder, cold=True)
     return folder, done.stdout
 
 
@@ -73,7 +73,7 @@ def test_all_mistakes_in_one_message(tmp_path):
 
 def test_mistakes_are_found_without_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
-    done = cli.run("experiment=recycle", "trainer.max_epoch=3", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    done = cli.run("experiment=recycle", "trainer.max_epoch=3", cwd=tmp_path, cold=True, PYTHONPATH=str(tmp_path))
     assert done.returncode == 2 and "Did you mean 'max_epochs'?" in done.stderr
     assert "torch was imported" not in done.stderr
 
@@ -96,7 +96,7 @@ def test_broken_torchvision_gets_a_message(tmp_path):
     stub.mkdir(parents=True)
     (stub / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     path = f"{stub.parent}:{cli.environment()['PYTHONPATH']}"
-    done = cli.run(*TINY, cwd=tmp_path, PYTHONPATH=path)
+    done = cli.run(*TINY, cwd=tmp_path, cold=True, PYTHONPATH=path)
     assert done.returncode == 1
     assert "built for another torch" in done.stderr and "pip uninstall torchvision" in done.stderr
     assert "torchvision::nms" in done.stderr and "Traceback" not in done.stderr
@@ -232,7 +232,11 @@ def test_sigint_on_two_ranks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGTERM, False), (signal.SIGINT, True)], ids=["term", "int"])
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    ids=["term", "term to all", "int"],
+)
 def test_two_ranks_lose_nothing(whole_two, tmp_path, number, group):
     interrupted(tmp_path / "run", number, *MULTI_CPU, group=group, ranks=2)
     resumed(tmp_path / "run")
