@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,22 @@ def missing_file(config: dict[str, Any]) -> str | None:
     return next((file for file in files if folder and not (Path(folder) / file).exists()), None)
 
 
-def processes(name: str) -> int:
-    """Processes of an experiment on the CPU."""
-    trainer = composed(f"experiment={name}").trainer
-    return trainer.devices if trainer.accelerator == "cpu" and isinstance(trainer.devices, int) else 1
+@cache
+def chosen_trainer(name: str) -> str:
+    """The option of `trainer/` that an experiment chooses, itself or in one that it builds on.
+
+    Read from its file: to compose all experiments takes every worker a quarter of a minute before its first test.
+    """
+    text = (ROOT / f"conf/experiment/{name}.yaml").read_text()
+    if own := re.search(r"^  - override /trainer: (\S+)", text, re.MULTILINE):
+        return own[1]
+    bases = ["/".join(base) for base in re.findall(r"^  - /experiment/([\w/]+)(?:: (\w+))?$", text, re.MULTILINE)]
+    return next((option for base in bases if (option := chosen_trainer(base.strip("/"))) != "cpu"), "cpu")
+
+
+def has_processes(name: str) -> bool:
+    """Whether an experiment asks for several processes on the CPU."""
+    return chosen_trainer(name) in ("cluster_2x2", "multi_cpu")
 
 
 # Big networks on real data, minutes each on a core.
@@ -67,29 +81,59 @@ def is_sweep(name: str) -> bool:
     return "mode: MULTIRUN" in (ROOT / f"conf/experiment/{name}.yaml").read_text()
 
 
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", [n for n in experiments() if processes(n) > 1 and n not in LARGE and not is_sweep(n)])
-def test_experiment_runs_on_its_processes(name, tmp_path):
-    if file := missing_file(plain(composed(f"experiment={name}", *SMALL, run_dir=tmp_path))):
-        pytest.skip(f"needs {file}, which does not ship with the program")
-    folder = tmp_path / "run"
-    # What is on the command line is drawn or measured elsewhere.
-    fewer = ("callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false", "predict=false")
-    cli.ok(f"experiment={name}", "debug=tiny", DATA_DIR, *fewer, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
+DISTRIBUTED = [n for n in experiments() if has_processes(n) and n not in LARGE and not is_sweep(n)]
+# What is on the command line is drawn or measured elsewhere.
+FEWER = ("debug=tiny", DATA_DIR, "callbacks.energy.figures=[]", "callbacks.energy.codecarbon=false", "predict=false")
+
+
+def on_ranks(name: str, folder: str) -> dict[str, Any]:
+    return job.run(plain(composed(f"experiment={name}", *FEWER, run_dir=folder)))
+
+
+def leaves_what_several_processes_leave(folder: Path, world_size: int) -> None:
     record = json.loads((folder / "results.json").read_text())
-    assert record["status"] == "completed" and record["world_size"] == processes(name)
+    assert record["status"] == "completed" and record["world_size"] == world_size
     sent = record["communication"]
     # Between simulated nodes, or within the one that there is.
     assert sent["steps"] > 0 and sent["inter_node_bytes"] + sent["intra_node_bytes"] > 0
     assert record["energy"]["it_j"] > 0
     checkpoint = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["strategy"]["world_size"] == processes(name)
+    assert checkpoint["strategy"]["world_size"] == world_size
+
+
+def processes_and_data(name: str, folder: Path) -> int:
+    """Processes of an experiment whose data are here, else the test is skipped."""
+    config = plain(composed(f"experiment={name}", *FEWER, run_dir=folder))
+    if file := missing_file(config):
+        pytest.skip(f"needs {file}, which does not ship with the program")
+    assert config["trainer"]["accelerator"] == "cpu" and config["trainer"]["devices"] > 1
+    return config["trainer"]["devices"]
+
+
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_experiment_runs_on_its_processes(name, tmp_path, request):
+    world_size = processes_and_data(name, tmp_path)
+    results = request.getfixturevalue(f"ranks{world_size}")(on_ranks, name, str(tmp_path))
+    assert [result["status"] for result in results] == ["completed"] * world_size, results
+    leaves_what_several_processes_leave(tmp_path, world_size)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", DISTRIBUTED)
+def test_experiment_runs_on_its_processes_as_a_user_starts_it(name, tmp_path):
+    """The same through the command line and its launcher, which tests/test_run.py has with a smaller experiment."""
+    world_size = processes_and_data(name, tmp_path)
+    folder = tmp_path / "run"
+    cli.ok(f"experiment={name}", *FEWER, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
+    leaves_what_several_processes_leave(folder, world_size)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_experiment_runs(name, tmp_path):
-    alone = ["trainer=cpu", "strategy=auto"] if processes(name) > 1 else []
+    alone = ["trainer=cpu", "strategy=auto"] if has_processes(name) else []
     config = plain(composed(f"experiment={name}", *alone, *SMALL, *CUT.get(name, ()), run_dir=tmp_path))
+    assert config["trainer"]["devices"] == 1 or config["trainer"]["accelerator"] != "cpu"
     if file := missing_file(config):
         pytest.skip(f"needs {file}, which does not ship with the program")
     result = job.run(config)
