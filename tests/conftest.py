@@ -75,6 +75,12 @@ class _Writes:
 _writes = _Writes()
 
 
+def pytest_collection_finish() -> None:
+    """Modules and collected tests stay until the end: the collector need not look at their objects again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def hygiene() -> Iterator[None]:
     """Fail a test that leaks; put back what a run changes by design (threads of torch, seeds, log handlers)."""
