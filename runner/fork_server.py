@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -61,6 +62,7 @@ def _serve() -> dict[str, str]:
         import lightning.pytorch  # noqa: F401
         import torch.distributed.elastic.multiprocessing.errors
         import torch.multiprocessing.spawn  # noqa: F401
+    gc.freeze()  # what is imported stays shared memory, which the collector of a process would write into
     return environment
 
 

@@ -10,6 +10,7 @@ out on the standard output.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -25,6 +26,7 @@ def serve() -> list[str] | None:
     import hydra  # noqa: F401
     import lightning.pytorch  # noqa: F401
 
+    gc.freeze()
     requests, (wakes, wake) = os.dup(0), os.pipe()
     os.set_blocking(wake, False)
     os.set_blocking(requests, False)
