@@ -104,16 +104,21 @@ def fit(
     datamodule: pl.LightningDataModule | None = None,
     **trainer: Any,
 ) -> tuple[Regression, pl.Trainer]:
-    """Train in this process as one rank of its pool (or alone)."""
+    """Train in this process as one rank of its pool (or alone).
+
+    Two batches of a validation are as good here as eight, which would take as long as the training.
+    """
     if devices is None:
         devices = dist.get_world_size() if dist.is_initialized() else 1
     if dist.is_initialized():
         os.environ["WORLD_SIZE"] = str(devices)  # the teardown of a run before has removed it
     module = module or Regression()
+    trainer.setdefault("limit_val_batches", 1.0 if datamodule else 2)
     trainer_ = pl.Trainer(
         accelerator="cpu", devices=devices, strategy=strategy, max_epochs=epochs, default_root_dir=folder,
         callbacks=list(callbacks), logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, **trainer,
+        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        **trainer,
     )  # fmt: skip
     datamodule = datamodule or Data(next(module.parameters()).dtype)
     trainer_.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
