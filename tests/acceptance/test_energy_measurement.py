@@ -70,6 +70,7 @@ def test_4_deaths(tmp_path):
     assert {name for name in os.listdir(tempfile.gettempdir()) if "lock" in name} <= before
 
 
+@pytest.mark.slow  # both are among the tests of the parts
 def test_5_a_machine_counts_once_and_machines_add_up(tmp_path):
     test_runs.test_two_ranks_are_one_machine(tmp_path)
     test_summary.test_machines_add_up_and_time_does_not()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,8 @@ import torch
 
 from datamodules.series import EMBEDDED
 from runner import job
-from tests.composing import ROOT, SERIES, composed, plain
+from tests import cli
+from tests.composing import SERIES, composed, plain
 
 TRAFFIC = EMBEDDED / "hourly_sf_traffic.csv"
 # Figures and tables are tested elsewhere.
@@ -274,10 +273,7 @@ def test_forecast_from_the_checkpoint_is_the_same(predicted, tmp_path):
 
 
 def test_wrong_country_is_one_line_and_a_failure(tmp_path):
-    command = [sys.executable, str(ROOT / "run.py"), "experiment=recycle", "data.country=USS"]
-    done = subprocess.run(
-        [*command, f"hydra.run.dir={tmp_path / 'run'}"], cwd=tmp_path, capture_output=True, text=True, timeout=100
-    )
+    done = cli.run("experiment=recycle", "data.country=USS", f"hydra.run.dir={tmp_path / 'run'}", cwd=tmp_path)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
