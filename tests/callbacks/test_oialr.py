@@ -353,20 +353,38 @@ def everything(module: DigitsMLP, trainer: pl.Trainer, callback: Any) -> dict[st
     return state | {"weights": module.state_dict(), "optimizers": optimizers}
 
 
-@pytest.mark.parametrize(
-    ("method", "net"),
-    [("oialr", "mlp"), ("oialr", "attention"), ("stability", "mlp"), ("post_hoc_svd", "attention"), ("dlrt", "mlp")],
+STEPS = ("3", "before 5", "5", "7", "before 9", "9", "12", "16")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("oialr", "mlp"),
+        ("oialr", "attention"),
+        ("stability", "mlp"),
+        ("post_hoc_svd", "attention"),
+        ("dlrt", "mlp"),
+    ],
+    ids="-".join,
 )
-@pytest.mark.parametrize("step", ["3", "before 5", "5", "7", "before 9", "9", "12", "16"])
-def test_a_resumed_run_is_bit_identical(method, net, step, tmp_path):
+def uninterrupted(request, tmp_path_factory):
+    """(method, network, folder, all that is left of a run that saved there at every one of the steps)."""
+    method, net = request.param
+    folder, whole = tmp_path_factory.mktemp("whole"), RESUMABLE[method]()
+    before, after = (
+        [Save(int(step.split()[-1]), folder / f"{step}.ckpt") for step in STEPS if step.startswith("before") == early]
+        for early in (True, False)
+    )
+    module, trainer = fit(RngState(), *before, whole, *after, module=small_net(net))
+    return method, net, folder, everything(module, trainer, whole)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_resumed_run_is_bit_identical(uninterrupted, step):
     """Acceptance 12: before, at, between and after events, at and within epochs, with dropout and a scheduler."""
-    number, path = int(step.split()[-1]), tmp_path / "saved.ckpt"
-    whole = RESUMABLE[method]()
-    save = Save(number, path)
-    order = (save, whole) if step.startswith("before") else (whole, save)
-    module, trainer = fit(RngState(), *order, module=small_net(net))
-    expected = everything(module, trainer, whole)
-    assert torch.load(path, weights_only=True)["global_step"] == number
+    method, net, folder, expected = uninterrupted
+    path = folder / f"{step}.ckpt"
+    assert torch.load(path, weights_only=True)["global_step"] == int(step.split()[-1])
 
     torch.manual_seed(77)
     resumed = RESUMABLE[method]()
