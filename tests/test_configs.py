@@ -14,7 +14,7 @@ from runner.check import HYDRA_KEYS, TRAINER, TRAINER_OWN, check
 from runner.signatures import signature
 from tests.composing import CONF, composed, experiments, options, plain
 
-# What an option needs around it to be a whole configuration, unless an experiment uses it (`base`).
+# What an option needs around it to be a whole configuration, unless an experiment uses it (`around`).
 BASE = ("experiment=recycle",)
 NO_DATA = ("data_dir=/no/such/folder",)
 # An extra whose absence the check must report, and does (tests/runner/test_check.py).
@@ -34,20 +34,29 @@ LEFT_OUT = {
 }
 
 
-def base(group: str, option: str) -> tuple[str, ...]:
-    """An experiment around the option: data and models of one kind do not fit those of another.
+@cache
+def around(group: str, option: str) -> tuple[str, ...]:
+    """The command line of a whole configuration with the option: data and models of one kind do not fit others.
 
-    It is one that chooses the option, else one that chooses another option with the same class.
+    The experiment is one that chooses the option, else one that chooses another option with the same class.
     """
+    chosen = f"{group}={option}"
     if group not in ("data", "model"):
-        return BASE
+        return *BASE, chosen
     target = classes(group)[option]
     for like in (option, *(name for name, other in classes(group).items() if other == target)):
         line = f"override /{group}: {like}\n"
         for name in experiments():
-            if line in (CONF / "experiment" / f"{name}.yaml").read_text():
-                return f"experiment={name}", *NO_DATA
-    return BASE
+            if line in text(name):
+                whole = f"experiment={name}", *NO_DATA
+                return whole if like == option else (*whole, chosen)
+    return *BASE, chosen
+
+
+@cache
+def text(name: str) -> str:
+    """The file of an experiment."""
+    return (CONF / "experiment" / f"{name}.yaml").read_text()
 
 
 @cache
@@ -85,7 +94,7 @@ def test_experiment_passes_the_check(name):
 @pytest.mark.parametrize("name", experiments())
 def test_experiment_says_what_it_is(name):
     """The package line, then what it is, what it shows, what to expect; a variant says how it differs."""
-    first, *rest = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    first, *rest = text(name).splitlines()
     assert first == "# @package _global_"
     assert sum(1 for line in rest[:6] if line.startswith("# ")) >= (2 if "/" in name else 3)
 
@@ -101,7 +110,7 @@ def test_option_passes_the_check(group, option, monkeypatch):
     if group in ("hydra", "local"):
         composed(f"{group}={option}")
         return
-    check(composed(*base(group, option), f"{group}={option}"))
+    check(composed(*around(group, option)))
 
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=lambda v: str(v))
@@ -109,7 +118,7 @@ def test_keys_are_the_arguments(group, option):
     """Every argument stands in the file with its default, so that every override works and is visible."""
     if group in ("hydra", "local", "debug", "hparams_search", "trainer"):
         pytest.skip("no constructor of ours")
-    config = OmegaConf.to_container(composed(*base(group, option), f"{group}={option}"), resolve=False)
+    config = OmegaConf.to_container(composed(*around(group, option)), resolve=False)
     root = {"optimizer": "model.optimizer", "scheduler": "model.scheduler"}.get(group, group)
     tree: Any = config
     for part in root.split("."):
@@ -221,7 +230,7 @@ def test_model_and_data_instantiate(name):
 def test_every_model_instantiates(option):
     from runner.job import instantiate
 
-    config = plain(composed(*base("model", option), f"model={option}"))
+    config = plain(composed(*around("model", option)))
     instantiate("model", config["model"])
 
 
@@ -229,4 +238,4 @@ def test_every_model_instantiates(option):
 def test_every_data_module_instantiates(option):
     from runner.job import instantiate
 
-    instantiate("data", plain(composed(*base("data", option), f"data={option}"))["data"])
+    instantiate("data", plain(composed(*around("data", option)))["data"])
