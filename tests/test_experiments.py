@@ -69,8 +69,13 @@ LARGE = (
 )
 # What a batch of them computes is cut where it takes minutes.
 FEW = ("data.batch_size=8", "data.eval_batch_size=4", "model.num_samples=2", "model.num_eval_samples=2")
-CUT = {"sampling_parallelism/cifar10_vit": FEW}
 TICKETS = (*FEW, "model.evaluation_seeds=1")  # two tickets are tested
+FEW_XRAYS = ("data.num_train=64", "data.num_val=16", "data.num_test=16")  # to generate them takes longer than all else
+CUT = {
+    "sampling_parallelism/cifar10_vit": FEW,
+    "energy_measurement/xray": FEW_XRAYS,
+    "energy_measurement/xray_inference": FEW_XRAYS,
+}
 CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = [pytest.param(name, marks=SLOW if name in LARGE else []) for name in experiments()]

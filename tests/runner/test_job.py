@@ -26,16 +26,24 @@ def test_auto_is_counted_data_parallelism_where_there_are_several_processes(tmp_
     assert type(job._strategy(tiny(tmp_path, "trainer=multi_cpu", "strategy=daso"))) is DASO
 
 
-@pytest.mark.parametrize("experiment", ["classification", "energy_measurement/xray"])
+@pytest.mark.parametrize(
+    ("experiment", "few"),
+    [
+        ("classification", ()),
+        ("energy_measurement/xray", ("data.num_train=32", "data.num_val=16", "data.num_test=16")),
+    ],
+    ids=["classification", "xray"],
+)
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
-def test_images_come_in_the_precision_of_the_network(tmp_path, experiment, precision):
-    options = ("debug=fast", f"trainer.precision={precision}")
+def test_images_come_in_the_precision_of_the_network(tmp_path, experiment, few, precision):
+    options = (*few, "debug=fast", "callbacks.energy.figures=[]", f"trainer.precision={precision}")
     result = job.run(plain(composed(f"experiment={experiment}", *options, run_dir=tmp_path)))
     assert result["status"] == "completed", result
 
 
 def test_a_module_without_parameters_is_only_evaluated(tmp_path):
-    config = plain(composed("experiment=recycle", "model=rhp", "debug=fast", "predict=false", run_dir=tmp_path))
+    little = ("debug=fast", "predict=false", "callbacks.energy.figures=[]")
+    config = plain(composed("experiment=recycle", "model=rhp", *little, run_dir=tmp_path))
     result = job.run(config)
     assert result["status"] == "completed", result
     assert result["metrics"]["test/mae_scaled"] == result["metrics"]["test/rhp_mae_scaled"]
