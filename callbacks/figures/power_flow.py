@@ -139,40 +139,48 @@ def voltage_profile(
     return figure
 
 
-def loading_strip(outputs: Outputs, datamodule: Any, *, num_branches: int = 25) -> Figure:
+def loading_strip(outputs: Outputs, datamodule: Any, *, num_branches: int = 25, num_columns: int = 480) -> Figure:
     """Loading of the most loaded branches (rows, the heaviest on top) over the scenarios of a series.
+
+    Below the limit of a branch cells are blue, above it red. Of a long series a cell is the largest loading of several
+    steps.
 
     Args:
         outputs: With ``scenario`` and ``loading_percent``.
         datamodule: Names branches and scenarios.
         num_branches: Rows.
+        num_columns: Most columns.
     """
+    from matplotlib.colors import TwoSlopeNorm
+
     order = outputs["scenario"].argsort().numpy()
     loading = outputs["loading_percent"].numpy()[order]
     numbers = outputs["scenario"].numpy()[order]
     grid = datamodule.grid
     if not np.isfinite(loading).any():
         raise ValueError(f"no branch of {grid.name} has a limit: set data.limits=base data.limit_factor=1.3")
-    peak = np.where(np.isfinite(loading), loading, -1).max(0)
+    loading = np.where(np.isfinite(loading), loading, -1)
+    peak = loading.max(0)
     chosen = np.argsort(-peak, kind="stable")[: min(num_branches, int((peak >= 0).sum()))]
+    together = -(-len(numbers) // num_columns)
+    starts = np.arange(0, len(numbers), together)
+    values = np.ma.masked_less(np.maximum.reduceat(loading[:, chosen], starts, axis=0).T, 0)
     figure, (axes,) = make_figure(8.4, 1.4 + 0.2 * len(chosen))
     axes.grid(visible=False)
-    values = loading[:, chosen].T
     image = axes.pcolormesh(
-        cell_edges(np.arange(len(numbers))), np.arange(len(chosen) + 1) - 0.5, values, cmap="viridis",
-        vmin=0, vmax=max(100.0, float(np.nanmax(values))), rasterized=True,
+        cell_edges(np.arange(len(starts))), np.arange(len(chosen) + 1) - 0.5, values, cmap="RdBu_r", rasterized=True,
+        norm=TwoSlopeNorm(100.0, 0.0, max(150.0, float(values.max()))),
     )  # fmt: skip
-    over = np.argwhere(values > 100)
-    if len(over):
-        axes.scatter(over[:, 1], over[:, 0], s=5, color=LIMIT, marker="s", linewidths=0, label="above its limit")
-        figure.legend(loc="outside lower right", frameon=False, fontsize="small")
     axes.invert_yaxis()
     axes.set_yticks(range(len(chosen)), [grid.branch_names[i] for i in chosen], fontsize="x-small")
-    places = np.unique(np.linspace(0, len(numbers) - 1, min(len(numbers), 9)).round().astype(int))
-    names = [datamodule.scenario_name(int(numbers[i])).removesuffix(":00").replace("T", "\n") for i in places]
-    axes.set_xticks(places, names, fontsize="x-small")
+    places = np.unique(np.linspace(0, len(starts) - 1, min(len(starts), 8)).round().astype(int))
+    names = [datamodule.scenario_name(int(numbers[starts[i]])) for i in places]
+    axes.set_xticks(places, [name.removesuffix(":00").replace("T", "\n") for name in names], fontsize="x-small")
     figure.colorbar(image, ax=axes, label="loading [%]", pad=0.02)
-    axes.set_title(f"{grid.name}: the {len(chosen)} most loaded of {grid.num_branches} branches", fontsize="medium")
+    title = f"{grid.name}: the {len(chosen)} most loaded of {grid.num_branches} branches"
+    if together > 1:
+        title += f", a cell is the largest of {together} steps"
+    axes.set_title(title, fontsize="medium")
     return figure
 
 

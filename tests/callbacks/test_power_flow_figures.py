@@ -87,14 +87,16 @@ def test_loading_strip(tmp_path: Path):
     loading = torch.full((5, 20), 10.0)
     loading[:, 7] = torch.tensor([150.0, 20, 30, 40, 50])  # of scenario 3 the first
     loading[:, 2] = 60.0
-    figure = figures.loading_strip(
-        {"scenario": torch.tensor([3, 0, 1, 2, 4]), "loading_percent": loading}, made, num_branches=3
-    )
+    outputs = {"scenario": torch.tensor([3, 0, 1, 2, 4]), "loading_percent": loading}
+    figure = figures.loading_strip(outputs, made, num_branches=3)
     values = np.asarray(figure.axes[0].collections[0].get_array()).reshape(3, 5)
     assert values[0].tolist() == [20, 30, 40, 150, 50] and (values[1] == 60).all()
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[:2] == [made.grid.branch_names[7], made.grid.branch_names[2]]
-    assert "above its limit" in texts(figure) and "2012-10-01" in texts(figure)
+    assert "2012-10-01" in texts(figure)
+    few = figures.loading_strip(outputs, made, num_branches=3, num_columns=2)  # three steps a cell
+    values = np.asarray(few.axes[0].collections[0].get_array()).reshape(3, 2)
+    assert values[0].tolist() == [40, 150] and "the largest of 3 steps" in texts(few)
     figure.savefig(tmp_path / "x.png")
     with pytest.raises(ValueError, match=r"no branch of case14 has a limit: set data\.limits=base"):
         figures.loading_strip({"scenario": torch.arange(5), "loading_percent": torch.full((5, 20), NAN)}, made)
