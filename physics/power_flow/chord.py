@@ -9,6 +9,7 @@ from torch import Tensor
 
 from physics.power_flow.buffers import Buffers
 from physics.power_flow.equations import Batch, Equations, State
+from physics.power_flow.mixing import Mixing
 from physics.power_flow.outcome import Outcome, Recorder
 
 # A scenario is given up when this many steps have not brought max|F| down by the factor.
@@ -62,7 +63,7 @@ def chord(
     active, given = columns, batch
     there = torch.ones_like(active, dtype=torch.bool)  # columns of the arrays that still iterate
     earlier: list[Tensor] = []
-    mixing = _Mixing(buffers)
+    mixing = Mixing(buffers)
     for iteration in range(max_iter + 1):
         mismatch = eq.mismatch(now, given, buffers)
         size = torch.abs(mismatch, out=buffers("size", *mismatch.shape)).amax(0)
@@ -89,38 +90,3 @@ def chord(
                 mixing.select(kept)
         earlier.append(size)
         eq.step(now, mixing.step(inverse.solve(mismatch)))
-
-
-class _Mixing:
-    """Anderson mixing of depth 1: ``s_k = r_k - g (s_{k-1} + r_k - r_{k-1})``.
-
-    ``g`` makes ``|r_k - g (r_k - r_{k-1})|`` least, scenario by scenario.
-    """
-
-    def __init__(self, buffers: Buffers) -> None:
-        self._buffers = buffers
-        self._last: tuple[Tensor, Tensor] | None = None  # r, s
-        self._turn = 0
-
-    def select(self, columns: Tensor) -> None:
-        """Go on with some scenarios."""
-        if self._last is not None:
-            self._last = self._last[0][:, columns], self._last[1][:, columns]
-
-    def step(self, r: Tensor) -> Tensor:
-        """The step to take where the chord step is ``r``; it lasts until the call after next."""
-        self._turn = 1 - self._turn
-        kept, step = (self._buffers(f"{name}{self._turn}", *r.shape, dtype=r.dtype) for name in ("r", "s"))
-        kept.copy_(r)
-        if self._last is None:
-            step.copy_(r)
-        else:
-            before, last = self._last
-            change = torch.sub(r, before, out=self._buffers("change", *r.shape, dtype=r.dtype))
-            product = self._buffers("product", *r.shape, dtype=r.dtype)
-            along = torch.mul(change, r, out=product).sum(0)
-            square = torch.mul(change, change, out=product).sum(0)
-            weight = torch.where(square > 0, along / square, 0.0)
-            torch.sub(r, change.add_(last).mul_(weight), out=step)
-        self._last = kept, step
-        return step

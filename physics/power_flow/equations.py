@@ -14,7 +14,7 @@ import torch
 from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor
 
-from physics.power_flow.admittance import admittances, shunts
+from physics.power_flow.admittance import BranchAdmittances, admittances, shunts
 from physics.power_flow.buffers import Buffers
 from physics.power_flow.factorization import csr_tensor, multiplies_csr
 from physics.power_flow.flows import branch_flows, shunt_power
@@ -146,7 +146,11 @@ class Equations:
     def batch(self, scenarios: Scenarios) -> Batch:
         """Scheduled powers and changed branches in our order."""
         s = scenarios.s.detach()
-        changes = None if scenarios.status is None else self.changes(scenarios.status.detach())
+        changes = None
+        if scenarios.admittances is not None:
+            changes = self.admittance_changes(scenarios.admittances)
+        elif scenarios.status is not None:
+            changes = self.changes(scenarios.status.detach())
         return Batch(s.real[self.order].to(self.dtype), s.imag[self.order].to(self.dtype), changes)
 
     def changes(self, status: Tensor) -> Changes | None:
@@ -160,6 +164,16 @@ class Equations:
             return None
         branch = difference.abs().topk(most, dim=0).indices
         return self.weighted_changes(branch, difference.gather(0, branch))
+
+    def admittance_changes(self, y: BranchAdmittances) -> Changes | None:
+        """Branches whose admittances ``[L, B]`` are not those of the grid in any scenario; None if there are none."""
+        own = [(self.grid.status * value)[:, None] for value in self.full]
+        change = [value.detach() - mine for value, mine in zip(y, own, strict=True)]
+        branch = torch.stack([(value != 0).any(1) for value in change]).any(0).nonzero()[:, 0]
+        if not len(branch):
+            return None
+        branches = branch[:, None].expand(-1, y.ff.shape[1])
+        return Changes(branches, self.f[branches], self.t[branches], *(value[branch] for value in change))
 
     def weighted_changes(self, branch: Tensor, weight: Tensor) -> Changes:
         """Changes of the weights of branches ``[K, B]`` by ``weight`` ``[K, B]``."""
@@ -460,7 +474,7 @@ class JacobianPattern:
 
     def matrix(self, values: np.ndarray) -> csc_matrix:
         """The Jacobian with given entries ``[nnz]``."""
-        return csc_matrix((values, self.rows, self.indptr), shape=(self.size, self.size))
+        return csc_matrix((np.ascontiguousarray(values), self.rows, self.indptr), shape=(self.size, self.size))
 
     def dense(self, values: Tensor) -> Tensor:
         """Jacobians with given entries ``[nnz, B]``, ``[B, N_u, N_u]``."""

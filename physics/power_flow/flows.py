@@ -52,8 +52,11 @@ def branch_flows(grid: Grid, vm: Tensor, va: Tensor, status: Tensor | None = Non
 
 
 def currents_ka(grid: Grid, flows: BranchFlows) -> tuple[Tensor, Tensor]:
-    """Magnitude of the currents at the *from* and the *to* end, kA, ``[L, B]``: ``|S| S_base / (sqrt(3) |V| Vn)``."""
-    scale = (grid.base_mva / 3**0.5) / grid.vn_kv
+    """Magnitude of the currents at the *from* and the *to* end, kA, ``[L, B]``: ``|S| S_base / (sqrt(3) |V| Vn)``.
+
+    They are nan where the nominal voltage is not known (0 in some files).
+    """
+    scale = torch.where(grid.vn_kv > 0, (grid.base_mva / 3**0.5) / grid.vn_kv, torch.nan)
     return scale[grid.from_bus, None] * flows.i_from.abs(), scale[grid.to_bus, None] * flows.i_to.abs()
 
 

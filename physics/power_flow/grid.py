@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal
@@ -149,13 +149,12 @@ class Grid:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Grid:
         """The same grid elsewhere, or in another real dtype."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
-
-        return Grid(**{f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)})
+    def map(self, change: Callable[[Tensor], Tensor]) -> Grid:
+        """The same grid with every tensor changed."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return Grid(**{name: change(value) if isinstance(value, Tensor) else value for name, value in fields.items()})
 
     def replace(self, **fields: Any) -> Grid:
         """The same grid with other fields, for instance ``grid.replace(x=x)`` with ``x`` that needs a gradient."""

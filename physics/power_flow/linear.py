@@ -37,6 +37,12 @@ def dc_angles(eq: Equations, p: Tensor, va: Tensor, status: Tensor | None = None
     return _dc_angles(eq, p, va, eq.grid.status)
 
 
+def dc_factors(eq: Equations) -> SparseLU:
+    """The factorised matrix of the DC approximation without the slack buses, in the order of the equations."""
+    matrix = _laplacian(eq, eq.grid.status * dc_susceptances(eq.grid))
+    return SparseLU(matrix[eq.num_slack :, eq.num_slack :], torch.float64)
+
+
 def _dc_angles(eq: Equations, p: Tensor, va: Tensor, status: Tensor) -> Tensor:
     grid, given = eq.grid, eq.num_slack
     b = status * dc_susceptances(grid)

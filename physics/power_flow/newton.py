@@ -23,6 +23,8 @@ NNZ_TOGETHER = 100_000
 DENSE_TOGETHER = 2**28
 # Halvings of a step at most.
 HALVINGS = 12
+# Damped steps that must take away this share of |F|^2; otherwise it is a minimum that is no solution.
+STALL_STEPS, LEAST_DECREASE = 8, 0.1
 
 
 class NewtonSteps:
@@ -86,7 +88,7 @@ class NewtonSteps:
                 lu = sparse_lu(self.eq.pattern.matrix(values[:, column].numpy()))
             except SingularMatrix:
                 continue
-            out[:, column] = torch.from_numpy(lu.solve(b[:, column].numpy(), "T" if transposed else "N"))
+            out[:, column] = torch.from_numpy(lu.solve(b[:, column].contiguous().numpy(), "T" if transposed else "N"))
         return out
 
     def _block_pattern(self, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -130,33 +132,35 @@ def newton(
     active = torch.arange(state.vm.shape[1], device=state.vm.device)
     now, given = state.clone(), batch
     mismatch = eq.mismatch(now, given)
+    stuck = torch.zeros_like(active, dtype=torch.bool)
     for iteration in range(max_iter + 1):
         recorder(iteration, active, mismatch)
         size = mismatch.abs().amax(0)
-        leaves = ~(size > tol) | ~(size < RUN_AWAY)
+        leaves = ~(size > tol) | ~(size < RUN_AWAY) | stuck
         if iteration == max_iter:
             leaves[:] = True
         if leaves.any():
             outcome.write(active[leaves], now.select(leaves), mismatch[:, leaves], iteration)
             stays = ~leaves
-            active, now, given, mismatch = active[stays], now.select(stays), _some(given, stays), mismatch[:, stays]
+            active, now, given, mismatch = active[stays], now.select(stays), given.select(stays), mismatch[:, stays]
         if not len(active):
             break
         du = steps(now, mismatch, given)
         if line_search:
-            mismatch = _searched(eq, now, given, mismatch, du)
+            mismatch, stuck = _searched(eq, now, given, mismatch, du)
         else:
+            stuck = torch.zeros_like(active, dtype=torch.bool)
             eq.step(now, du)
             mismatch = eq.mismatch(now, given)
     return outcome
 
 
-def _some(batch: Batch, mask: Tensor) -> Batch:
-    return batch.select(mask)
+def _searched(eq: Equations, now: State, given: Batch, mismatch: Tensor, du: Tensor) -> tuple[Tensor, Tensor]:
+    """Step in place by the largest of 1, 1/2, 1/4, ... that decreases ``|F|`` enough.
 
-
-def _searched(eq: Equations, now: State, given: Batch, mismatch: Tensor, du: Tensor) -> Tensor:
-    """Step in place by the largest of 1, 1/2, 1/4, ... that decreases ``|F|`` enough; returns the new ``F``."""
+    Returns:
+        The new ``F``, and which scenarios did not move.
+    """
     before = mismatch.square().sum(0)
     best, best_mismatch = now.clone(), mismatch.clone()
     left = torch.arange(du.shape[1], device=du.device)
@@ -177,7 +181,7 @@ def _searched(eq: Equations, now: State, given: Batch, mismatch: Tensor, du: Ten
         scale /= 2
     for mine, theirs in zip(now, best, strict=True):
         mine.copy_(theirs)
-    return best_mismatch
+    return best_mismatch, (best_mismatch == mismatch).all(0)
 
 
 def levenberg_marquardt(
@@ -220,12 +224,16 @@ def _damped(
     one, zero = eye(size, format="csc"), np.zeros(size)
     mismatch = eq.mismatch(now, given)
     damping, growth, iteration = 1e-3, 2.0, 0
+    squares: list[float] = []
     jacobian = eq.jacobian(now, given.changes)
     for iteration in range(max_iter + 1):
         recorder(iteration, index, mismatch)
         if not float(mismatch.abs().max()) > tol or iteration == max_iter or damping > 1e12:
             break
         f = mismatch[:, 0].cpu().numpy()
+        squares.append(float(f @ f))
+        if iteration >= STALL_STEPS and squares[-1] > (1 - LEAST_DECREASE) * squares[-1 - STALL_STEPS]:
+            break
         scale = float(abs(jacobian).sum(0).max()) ** 2 * 1e-6
         system = bmat([[one, jacobian], [jacobian.T, -damping * scale * one]], format="csc")
         du = splu(system).solve(np.concatenate([f, zero]))[size:]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from physics.power_flow.admittance import BranchAdmittances
 from physics.power_flow.grid import Grid, listed
 
 
@@ -20,12 +21,15 @@ class Scenarios:
         vm: Voltage set-points, per unit, ``[n, B]``; rows of PQ buses are not read. None: those of the grid.
         status: Weights of the branches, 1 in service and 0 out, ``[L, B]``. None: those of the grid.
         names: Of the scenarios, for messages and tables.
+        admittances: Of the branches, ``[L, B]`` each, status included, where scenarios differ in more than that; they
+            replace those of the grid, and ``status`` must be None.
     """
 
     s: Tensor
     vm: Tensor | None = None
     status: Tensor | None = None
     names: tuple[str, ...] = ()
+    admittances: BranchAdmittances | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -86,7 +90,8 @@ class Scenarios:
             return None if value is None else value[:, index]
 
         names = tuple(self.names[b] for b in index.tolist())
-        return Scenarios(self.s[:, index], picked(self.vm), picked(self.status), names)
+        y = self.admittances and BranchAdmittances(*(value[:, index] for value in self.admittances))
+        return Scenarios(self.s[:, index], picked(self.vm), picked(self.status), names, y)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Scenarios:
         """The same scenarios elsewhere, or in another real dtype."""
@@ -96,7 +101,8 @@ class Scenarios:
                 return None
             return value.to(device=device, dtype=dtype.to_complex() if dtype and value.is_complex() else dtype)
 
-        return Scenarios(moved(self.s), moved(self.vm), moved(self.status), self.names)
+        y = self.admittances and BranchAdmittances(*(moved(value) for value in self.admittances))
+        return Scenarios(moved(self.s), moved(self.vm), moved(self.status), self.names, y)
 
     def check(self, grid: Grid) -> Scenarios:
         """Return the scenarios if they fit the grid.
@@ -107,8 +113,14 @@ class Scenarios:
         """
         wanted = {"s": (grid.num_buses, len(self)), "vm": (grid.num_buses, len(self))}
         wanted["status"] = (grid.num_branches, len(self))
+        given = {key: getattr(self, key) for key in wanted}
+        if self.admittances is not None:
+            if self.status is not None:
+                raise ValueError(f"{grid.name}: scenarios have admittances, which include the status; leave status out")
+            wanted |= {f"admittances.{key}": wanted["status"] for key in BranchAdmittances._fields}
+            given |= {f"admittances.{key}": value for key, value in self.admittances._asdict().items()}
         for key, shape in wanted.items():
-            value = getattr(self, key)
+            value = given[key]
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(
                     f"{grid.name}: {key} has shape {tuple(value.shape)}, not {shape} (elements, scenarios)"

@@ -129,7 +129,7 @@ class Solver:
                 outcome = first_order(eq, batch, state, settings or chosen, tol, max_iter, recorder)
         names = [method] * len(scenarios)
         if fallback and method in _FALL_BACK:
-            self._fall_back(batch, outcome, names, begin, tol, recorder)
+            self.fall_back(batch, outcome, names, begin, tol, recorder)
         return solution_of(eq, outcome, names, tol, recorder)
 
     def _chord(
@@ -137,7 +137,7 @@ class Solver:
     ) -> tuple[Outcome, Callable[[Tensor], State]]:
         """Chord iterations around the mean scenario; also where given scenarios start."""
         eq, count = self.equations, len(scenarios)
-        base, factors = self.base(scenarios, start, max(tol, _BASE_TOLERANCE))
+        base, factors, _ = self.base(scenarios, start, max(tol, _BASE_TOLERANCE))
         warm = None
         if not isinstance(start, str) and count > 1 and _columns(start) == count:
             warm = starting_state(eq, scenarios, start, batch)
@@ -165,8 +165,19 @@ class Solver:
             chord(eq, given, state, factors, tol, max_iter, outcome, columns, recorder, buffers)
         return outcome, begin
 
-    def base(self, scenarios: Scenarios, start: Start = "dc", tol: float = 1e-8) -> tuple[State, Factorization | None]:
-        """Solution of the mean of the scenarios by Newton's method and its factorised Jacobian (None: singular)."""
+    def base(
+        self, scenarios: Scenarios, start: Start = "dc", tol: float = 1e-8
+    ) -> tuple[State, Factorization | None, float]:
+        """Solve the mean of the scenarios by Newton's method.
+
+        Args:
+            scenarios: Their status is not looked at.
+            start: See `solve`; warm starts are averaged.
+            tol: Bound on ``max|F|``, per unit.
+
+        Returns:
+            The state ``[n, 1]``, the factorised Jacobian there (None: singular), and ``max|F|``.
+        """
         eq = self.equations
         vm = None if scenarios.vm is None else scenarios.vm.mean(1, keepdim=True)
         mean = Scenarios(scenarios.s.mean(1, keepdim=True), vm, names=("mean",))
@@ -179,11 +190,11 @@ class Solver:
         if not float(found.mismatch) <= tol:
             found = newton(eq, batch, state, tol, _SEARCHED_ITERATIONS, silent, True, self.newton_steps)
         try:
-            return found.state, factorize(eq.jacobian(found.state), eq.device)
+            return found.state, factorize(eq.jacobian(found.state), eq.device), float(found.mismatch)
         except SingularMatrix:
-            return found.state, None
+            return found.state, None, float(found.mismatch)
 
-    def _fall_back(
+    def fall_back(
         self,
         batch: Batch,
         outcome: Outcome,
