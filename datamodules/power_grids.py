@@ -95,6 +95,7 @@ class PowerGrids(LightningDataModule):
         feeder_share: What the loads of a feeder are multiplied by.
         limits: Limits of the branches: those of the ``case``, or ``limit_factor`` times the flow of the ``base`` case.
         limit_factor: Multiplies the limits.
+        limit_floor_mva: No limit is below this: what hardly carries anything in the base case may carry more.
         kind: ``snapshot``: the case itself, then independent draws around it; ``series``: steps of time;
             ``contingencies``: outages of ``num_outages`` branches in the base case; ``mixed``: steps of time, each with
             an outage drawn at random.
@@ -146,6 +147,7 @@ class PowerGrids(LightningDataModule):
         feeder_share: float = 1.0,
         limits: Limits = "case",
         limit_factor: float = 1.0,
+        limit_floor_mva: float = 0.0,
         kind: Kind = "snapshot",
         num_scenarios: int | None = 1,
         first_step: int = 0,
@@ -175,7 +177,7 @@ class PowerGrids(LightningDataModule):
         self.grid_name, self.grid_source, self.data_dir, self.isolated = grid, grid_source, data_dir, isolated
         self.copies, self.ties, self.tie_admittance = copies, ties, tuple(tie_admittance)
         self.feeder, self.num_feeders, self.feeder_share = feeder, num_feeders, feeder_share
-        self.limits, self.limit_factor = limits, limit_factor
+        self.limits, self.limit_factor, self.limit_floor_mva = limits, limit_factor, limit_floor_mva
         self.kind, self.num_scenarios, self.first_step = kind, num_scenarios, first_step
         self.num_outages, self.load_scale = num_outages, load_scale
         self.files, self.time_column = dict(files or {}), time_column
@@ -204,7 +206,7 @@ class PowerGrids(LightningDataModule):
         for key in ("copies", "num_feeders", "iterations", "following_iterations", "batch_size", "eval_batch_size"):
             if getattr(self, key) < 1:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must be at least 1")
-        for key in ("first_step", "num_workers"):
+        for key in ("first_step", "num_workers", "limit_floor_mva"):
             if getattr(self, key) < 0:
                 raise ValueError(f"data.{key}={getattr(self, key)}: must not be negative")
         for key in ("limit_factor", "load_scale", "feeder_share"):
@@ -235,7 +237,7 @@ class PowerGrids(LightningDataModule):
         self.count, self.outages = self._count(grid)
         if self.limits == "base" or self.limit_factor != 1:
             grid = self._limited(grid)
-        self.grid = grid
+        self.grid = grid.replace(rate_mva=grid.rate_mva.clamp(min=self.limit_floor_mva))
         log.info(
             "%s: %d buses, %d branches, %d generators; %d scenarios (%s)",
             grid.name, grid.num_buses, grid.num_branches, len(grid.gen_names), self.count, self.kind,

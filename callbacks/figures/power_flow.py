@@ -8,6 +8,7 @@ colour in every figure.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -205,17 +206,18 @@ def outage_ranking(outputs: Outputs, datamodule: Any, *, num_outages: int = 25) 
     axes.axvline(100, color="black", linewidth=1)
     for i, at in enumerate(order):
         text = f" {grid.branch_names[worst[i]]}; {int(outputs['overloads'][at])} overloads"
-        text += f", {low[at]} voltages" if low[at] else ""
+        text += f", {low[at]} voltages outside" if low[at] else ""
         axes.annotate(text, (peak[i], i), va="center", fontsize="x-small")
     axes.set_yticks(range(len(order)), [datamodule.scenario_name(int(numbers[i])) for i in order], fontsize="x-small")
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(order), 1) - 0.4, -0.6)
     axes.set_xlim(0, 1.75 * max(float(peak.max(initial=0)), 100.0))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("loading of the worst branch after the outage [%]")
-    cut = [datamodule.scenario_name(int(i)) for i in numbers[islanding]]
-    named = ", ".join(cut[:6]) + (", ..." if len(cut) > 6 else "")
-    title = f"{grid.name}: {len(solved)} outages solved, {int((~converged & ~islanding).sum())} without a solution"
-    axes.set_title(title + (f"\n{len(cut)} island buses: {named}" if cut else ""), fontsize="small")
+    failed = int((~converged & ~islanding).sum())
+    axes.set_title(f"{grid.name}: {len(solved)} outages solved, {failed} without a solution", fontsize="medium")
+    if cut := [datamodule.scenario_name(int(i)) for i in numbers[islanding]]:
+        named = ", ".join(cut[:12]) + (", ..." if len(cut) > 12 else "")
+        figure.supxlabel(fill(f"{len(cut)} island buses: {named}", 120), fontsize="x-small", x=0.01, ha="left")
     return figure
 
 

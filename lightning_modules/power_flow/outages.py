@@ -114,7 +114,9 @@ class OutageAnalysis(GridModule):
         begin = self.clock()
         solved = wanted.nonzero()[:, 0]
         s = scenarios.s[:, 0] if len(columns) else None
-        solution = solve_contingencies(self.grid, outages.select(solved.cpu()), s, self.tol, self.max_iter)
+        solution = solve_contingencies(
+            self.grid, outages.select(solved.cpu()), s, self.tol, self.max_iter, solver=self.solver
+        )
         seconds = self.clock() - begin
         chosen = scenarios.select(solved)
         self.warn_of_failures(solution, chosen)
@@ -146,9 +148,9 @@ class OutageAnalysis(GridModule):
         match = _ESTIMATE.fullmatch(name)
         begin = self.clock()
         if match[1] is None:
-            found = screen(self.grid, outages, method="dc")
+            found = screen(self.grid, outages, method="dc", solver=self.solver)
         else:
-            found = screen(self.grid, outages, steps=int(match[1]))
+            found = screen(self.grid, outages, steps=int(match[1]), solver=self.solver)
         if stage == "test":
             getattr(self, f"{name}_seconds").update(torch.tensor(self.clock() - begin), torch.tensor(len(outages)))
         return found

@@ -140,6 +140,8 @@ def test_limits_from_the_base_case():
     base = solve(data.grid)
     loading = loadings(data.grid, branch_flows(data.grid, base.vm, base.va))[:, 0]
     torch.testing.assert_close(loading, torch.full_like(loading, 0.8), rtol=1e-6, atol=0)
+    floor = ready(limits="base", limit_factor=1.25, limit_floor_mva=20.0).grid.rate_mva
+    torch.testing.assert_close(floor, data.grid.rate_mva.clamp(min=20.0))
     doubled = ready(grid="case30", limit_factor=2.0).grid
     torch.testing.assert_close(doubled.rate_mva, 2 * load_grid("case30").rate_mva)
 

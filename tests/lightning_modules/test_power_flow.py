@@ -327,7 +327,7 @@ def test_what_is_returned_of_an_outage():
     assert torch.equal(joined["overloads"][~cut], (over > 0).sum(1))
     # A branch that is out carries nothing.
     gone = torch.arange(20)
-    assert float(joined["i_from_ka"][gone, gone][~cut].abs().max()) < 1e-12
+    assert float(joined["p_from_mw"][gone, gone][~cut].abs().max()) < 1e-9
     table = data.outage_table(joined)
     assert table["state"].value_counts().to_dict() == {"solved": 19, "islanded": 1}
 
