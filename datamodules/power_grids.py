@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
@@ -20,7 +20,7 @@ from datamodules.loading import make_loader
 from datamodules.readers.injections import QUANTITIES, InjectionTable, read_injections
 from physics.power_flow import Contingencies, Grid, branch_flows, contingencies, solve
 from physics.power_flow.profiles import Injections, Profile, Shape, injections
-from physics.power_flow.synthetic import Ties, attach, copies
+from physics.power_flow.synthetic import TieAdmittance, Ties, attach, copies
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +89,7 @@ class PowerGrids(LightningDataModule):
         isolated: ``refuse`` buses that nothing connects to a slack, or ``drop`` them with a message.
         copies: Copies of the grid in one, joined by random ties (section 2.4).
         ties: ``no_connections``, ``total_random``, ``linear_random`` or ``pairwise_random``.
-        tie_admittance: Smallest and largest admittance of a tie, p.u.; the paper's are 1.515e-5.
+        tie_admittance: ``realistic``, 1 to 10 p.u. between buses of like voltage, or the ``paper``'s 1.515e-5.
         feeder: Grid of which copies are attached at PQ buses: transmission and distribution in one; None: none.
         num_feeders: How many.
         feeder_share: What the loads of a feeder are multiplied by.
@@ -141,7 +141,7 @@ class PowerGrids(LightningDataModule):
         isolated: Literal["refuse", "drop"] = "refuse",
         copies: int = 1,
         ties: Ties = "linear_random",
-        tie_admittance: Sequence[float] = (1.0, 10.0),
+        tie_admittance: TieAdmittance = "realistic",
         feeder: str | None = None,
         num_feeders: int = 20,
         feeder_share: float = 1.0,
@@ -175,7 +175,7 @@ class PowerGrids(LightningDataModule):
     ) -> None:
         super().__init__()
         self.grid_name, self.grid_source, self.data_dir, self.isolated = grid, grid_source, data_dir, isolated
-        self.copies, self.ties, self.tie_admittance = copies, ties, tuple(tie_admittance)
+        self.copies, self.ties, self.tie_admittance = copies, ties, tie_admittance
         self.feeder, self.num_feeders, self.feeder_share = feeder, num_feeders, feeder_share
         self.limits, self.limit_factor, self.limit_floor_mva = limits, limit_factor, limit_floor_mva
         self.kind, self.num_scenarios, self.first_step = kind, num_scenarios, first_step
@@ -200,7 +200,8 @@ class PowerGrids(LightningDataModule):
             raise ValueError(f"data.{error}") from None
 
     def _check_arguments(self) -> None:
-        for key, choices in (("kind", Kind), ("limits", Limits), ("ties", Ties), ("grid_source", Source)):
+        choices_of = {"kind": Kind, "limits": Limits, "ties": Ties, "tie_admittance": TieAdmittance}
+        for key, choices in (choices_of | {"grid_source": Source}).items():
             if getattr(self, key) not in get_args(choices):
                 raise ValueError(f"data.{key}={getattr(self, key)!r} is unknown; choose {', '.join(get_args(choices))}")
         for key in ("copies", "num_feeders", "iterations", "following_iterations", "batch_size", "eval_batch_size"):
@@ -222,8 +223,6 @@ class PowerGrids(LightningDataModule):
             raise ValueError(f"data.files names {unknown[0]!r}; choose from {', '.join(QUANTITIES)}")
         if self.files and self.kind == "contingencies":
             raise ValueError("data.files gives steps of time, data.kind=contingencies has none: use series or mixed")
-        if len(self.tie_admittance) != 2 or not 0 < self.tie_admittance[0] <= self.tie_admittance[1]:
-            raise ValueError(f"data.tie_admittance={list(self.tie_admittance)}: give the smallest and the largest")
 
     # -------------------------------------------------------------------------------------------------- preparation
 
@@ -252,6 +251,9 @@ class PowerGrids(LightningDataModule):
             feeder = load_grid(self.feeder, "auto", self.data_dir, self.isolated)
             grid = attach(grid, [(feeder, bus) for bus in self._feeding_buses(grid)], self.feeder_share)
         if self.copies > 1:
+            base = solve(grid)  # realistic ties join buses of like voltage
+            if bool(base.converged.all()):
+                grid = grid.replace(vm=base.vm[:, 0], va=base.va[:, 0])
             grid = copies(grid, self.copies, self.ties, self.tie_admittance, self.seed)
         return grid
 

@@ -140,6 +140,11 @@ def voltage_profile(
     return figure
 
 
+def feeder_profile(outputs: Outputs, datamodule: Any) -> Figure:
+    """`voltage_profile` of the first feeder of a joint grid (``data.feeder``), with the bus that feeds it."""
+    return voltage_profile(outputs, datamodule, feeder="feeder 1:")
+
+
 def loading_strip(outputs: Outputs, datamodule: Any, *, num_branches: int = 25, num_columns: int = 480) -> Figure:
     """Loading of the most loaded branches (rows, the heaviest on top) over the scenarios of a series.
 
@@ -275,7 +280,9 @@ def time_to_tolerance(rows: Sequence[Mapping[str, Any]]) -> Figure | None:
         given = np.array([row[method]["seconds"] for row in mine], dtype=float)
         there = np.isfinite(reached)
         color = COLORS[method]
-        axes.plot(buses, np.where(there, reached, np.nan), color=color, marker="o", markersize=4, label=LABELS[method])
+        if there.any():
+            values = np.where(there, reached, np.nan)
+            axes.plot(buses, values, color=color, marker="o", markersize=4, label=LABELS[method])
         if (~there).any():
             axes.plot(
                 buses[~there], given[~there], color=color, marker="^", markersize=6, markerfacecolor="none",

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_modules.metrics.power_flow import FlowErrors
 from physics.power_flow import METHODS, Grid, Scenarios, Solution, Solver, branch_flows, currents_ka, loadings
 from physics.power_flow.equations import Equations
+from physics.power_flow.first_order import adam_settings
 from physics.power_flow.grid import BusType
 
 log = logging.getLogger(__name__)
@@ -188,11 +189,12 @@ class GridModule(pl.LightningModule):
             iterations: Most iterations of a method, by name; its default where it is not named.
         """
         reference = self.reference(scenarios)
+        paper = adam_settings(self.trainer.datamodule.grid_name)  # also where the grid is made of several
         rows = []
         for method in methods:
             solution = Solver(self.grid).solve(  # what it prepares counts
                 scenarios, method, tol=tol, max_iter=iterations.get(method), start="flat", fallback=False,
-                record=True,
+                record=True, settings=paper if method == "adam" else None,
             )  # fmt: skip
             points = solution.history
             number = METHODS.index(method)

@@ -81,6 +81,14 @@ def test_a_feeder_of_a_joint_grid_can_be_shown():
         figures.voltage_profile({"scenario": torch.tensor([0]), "vm_pu": torch.ones(1, 14)}, made, feeder="nowhere")
 
 
+def test_the_feeder_of_a_joint_grid(tmp_path: Path):
+    made = data(grid="case118", feeder="case33bw", num_feeders=2)
+    figure = figures.feeder_profile({"scenario": torch.tensor([0]), "vm_pu": torch.ones(1, made.grid.num_buses)}, made)
+    assert len(figure.axes[0].collections[0].get_segments()) == 33  # its branches and its transformer
+    with pytest.raises(ValueError, match="has a name that begins with 'feeder 1:'"):
+        figures.feeder_profile({"scenario": torch.tensor([0]), "vm_pu": torch.ones(1, 14)}, data())
+
+
 def test_loading_strip(tmp_path: Path):
     """Scenarios in their order whatever order they came in, branches by their largest loading."""
     made = data()
