@@ -18,7 +18,7 @@ from datamodules.grid_sources import Source, load_grid
 from datamodules.grid_tables import branch_table, bus_table, outage_table
 from datamodules.loading import make_loader
 from datamodules.readers.injections import QUANTITIES, InjectionTable, read_injections
-from physics.power_flow import Contingencies, Grid, branch_flows, contingencies, solve
+from physics.power_flow import BusType, Contingencies, Grid, branch_flows, contingencies, solve
 from physics.power_flow.profiles import Injections, Profile, Shape, injections
 from physics.power_flow.synthetic import TieAdmittance, Ties, attach, copies
 
@@ -250,6 +250,9 @@ class PowerGrids(LightningDataModule):
         if self.feeder is not None:
             feeder = load_grid(self.feeder, "auto", self.data_dir, self.isolated)
             grid = attach(grid, [(feeder, bus) for bus in self._feeding_buses(grid)], self.feeder_share)
+            # The source of a feeder is held in its own case (limits 1 and 1), and is a bus like others here.
+            held = (grid.bus_type == BusType.PQ) & (grid.vm_min >= grid.vm_max)
+            grid = grid.replace(vm_min=torch.where(held, 0.9, grid.vm_min), vm_max=torch.where(held, 1.1, grid.vm_max))
         if self.copies > 1:
             base = solve(grid)  # realistic ties join buses of like voltage
             if bool(base.converged.all()):

@@ -133,7 +133,8 @@ def voltage_profile(
             axes.scatter(
                 away[chosen], vm[chosen], s=16, color=color, marker=marker, label=label, zorder=3, linewidths=1
             )
-    axes.set_xlabel("electrical distance from the slack, sum of |z| [p.u.]")
+    place = "the slack" if feeder is None else "the bus that feeds it"
+    axes.set_xlabel(f"electrical distance from {place}, sum of |z| [p.u.]")
     axes.set_ylabel("voltage [p.u.]")
     axes.set_title(f"{grid.name}, {datamodule.scenario_name(int(numbers[row]))}", fontsize="medium")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize="small")
