@@ -207,7 +207,7 @@ def solve_contingencies(
     s: Tensor | None = None,
     tol: float = 1e-8,
     max_iter: int = 40,
-    start: Start = "dc",
+    start: Start = "auto",
     solver: Solver | None = None,
 ) -> Solution:
     """Voltages after every outage, by chord iterations with the base case's Jacobian corrected by Woodbury's formula.
@@ -305,7 +305,7 @@ def screen(
     steps: int = 1,
     method: str = "woodbury",
     s: Tensor | None = None,
-    start: Start = "dc",
+    start: Start = "auto",
     solver: Solver | None = None,
 ) -> Screening:
     """Estimate flows after outages without solving them.

@@ -189,7 +189,7 @@ def power_flow(
     *,
     method: str = "chord",
     tol: float = 1e-10,
-    start: Start = "dc",
+    start: Start = "auto",
     solver: Solver | None = None,
     allow_failures: bool = False,
     **parameters: Tensor,
@@ -265,7 +265,7 @@ class PowerFlowLayer(nn.Module):
     def __init__(self, grid: Grid, method: str = "chord", tol: float = 1e-10) -> None:
         super().__init__()
         self.grid, self.method, self.tol = grid, method, tol
-        self._start: Start = "dc"
+        self._start: Start = "auto"
 
     def forward(
         self, s: Tensor | None = None, vm: Tensor | None = None, status: Tensor | None = None, **fields: Tensor
@@ -291,5 +291,5 @@ class PowerFlowLayer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PowerFlowLayer:
         super()._apply(fn, recurse)
-        self.grid, self._start = self.grid.map(fn), "dc"
+        self.grid, self._start = self.grid.map(fn), "auto"
         return self

@@ -23,6 +23,8 @@ NNZ_TOGETHER = 100_000
 DENSE_TOGETHER = 2**28
 # Halvings of a step at most.
 HALVINGS = 12
+# Of the homotopy: Newton steps at a level, and the least step between levels.
+_LEVEL_ITERATIONS, _LEAST_STRIDE = 15, 0.01
 # Damped steps that must take away this share of |F|^2; otherwise it is a minimum that is no solution.
 STALL_STEPS, LEAST_DECREASE = 8, 0.1
 
@@ -182,6 +184,57 @@ def _searched(eq: Equations, now: State, given: Batch, mismatch: Tensor, du: Ten
     for mine, theirs in zip(now, best, strict=True):
         mine.copy_(theirs)
     return best_mismatch, (best_mismatch == mismatch).all(0)
+
+
+def homotopy(
+    eq: Equations,
+    batch: Batch,
+    state: State,
+    tol: float,
+    max_iter: int,
+    recorder: Recorder,
+    steps: NewtonSteps | None = None,
+) -> Outcome:
+    """Raise all injections from nothing to what is scheduled, with Newton's method at every level.
+
+    A level that cannot be reached is tried again from half way; a scenario whose steps become too short has no solution
+    near, and its outcome is the mismatch at the last level it reached.
+
+    Args:
+        eq: The equations.
+        batch: Scenarios.
+        state: Where the set-points are; levels begin at its magnitudes with the angles of the slack.
+        tol: Bound on ``max|F|``, per unit.
+        max_iter: Most levels.
+        recorder: Of the history.
+        steps: To share the order of elimination between calls.
+    """
+    steps = steps or NewtonSteps(eq)
+    outcome = Outcome(eq, state)
+    count = state.vm.shape[1]
+    state.va[eq.num_slack :] = state.va[:1]
+    level, stride = state.vm.new_zeros(count), state.vm.new_full((count,), 0.5)
+    taken = torch.zeros(count, dtype=torch.int64, device=level.device)
+    active, silent = torch.arange(count, device=level.device), Recorder(eq, batch, False)
+    for _ in range(max_iter):
+        aim = (level[active] + stride[active]).clamp(max=1)
+        given = batch.select(active)
+        part = Batch(aim * given.p, aim * given.q, given.changes)
+        found = newton(eq, part, state.select(active), tol, _LEVEL_ITERATIONS, silent, True, steps)
+        taken[active] += found.iterations
+        reached = found.mismatch <= tol
+        for mine, theirs in zip(state, found.state, strict=True):
+            mine[:, active[reached]] = theirs[:, reached]
+        level[active[reached]] = aim[reached]
+        stride[active] *= torch.where(reached, 1.5, 0.5)
+        active = active[(level[active] < 1) & (stride[active] > _LEAST_STRIDE)]
+        recorder(0, torch.arange(count, device=level.device), eq.mismatch(state, batch))
+        if not len(active):
+            break
+    everyone = torch.arange(count, device=level.device)
+    outcome.write(everyone, state, eq.mismatch(state, batch), 0)
+    outcome.iterations[:] = taken
+    return outcome
 
 
 def levenberg_marquardt(

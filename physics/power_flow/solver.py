@@ -16,22 +16,23 @@ from physics.power_flow.first_order import RMSpropSettings, Settings, adam_setti
 from physics.power_flow.grid import Grid
 from physics.power_flow.lbfgs import lbfgs
 from physics.power_flow.linear import dc_angles, fast_decoupled
-from physics.power_flow.newton import NewtonSteps, levenberg_marquardt, newton
+from physics.power_flow.newton import NewtonSteps, homotopy, levenberg_marquardt, newton
 from physics.power_flow.outcome import Outcome, Recorder
 from physics.power_flow.scenarios import Scenarios
 from physics.power_flow.solution import Solution
 
 # Most iterations where nothing else is asked for.
 ITERATIONS = {
-    "newton": 20, "chord": 60, "fdlf_xb": 100, "fdlf_bx": 100, "lm": 100, "lbfgs": 1000, "adam": 1000, "rmsprop": 1000,
-    "dc": 0,
+    "newton": 20, "chord": 60, "fdlf_xb": 100, "fdlf_bx": 100, "lm": 100, "homotopy": 60, "lbfgs": 1000, "adam": 1000,
+    "rmsprop": 1000, "dc": 0,
 }  # fmt: skip
 METHODS = tuple(ITERATIONS)
 # Of the fallback: Newton's method with line search, Levenberg-Marquardt.
 _SEARCHED_ITERATIONS, _DAMPED_ITERATIONS = 40, 60
 # max|F| of the mean scenario around which chord iterations go, per unit: a point to expand at need not be exact.
 _BASE_TOLERANCE = 1e-3
-# Methods whose failures go to the fallback.
+# Methods that start flat; those whose failures go to the fallback.
+_FIRST_ORDER = ("lbfgs", "adam", "rmsprop")
 _FALL_BACK = ("chord", "newton", "fdlf_xb", "fdlf_bx")
 # Elements of an array that chord iterations take at once on a CPU, but at least so many scenarios.
 CHUNK_ELEMENTS, LEAST_CHUNK = 300_000, 64
@@ -78,7 +79,7 @@ class Solver:
         *,
         tol: float = 1e-8,
         max_iter: int | None = None,
-        start: Start = "dc",
+        start: Start | None = None,
         fallback: bool = True,
         record: bool = False,
         settings: Settings | None = None,
@@ -91,11 +92,13 @@ class Solver:
             tol: Bound on ``max|F|`` of every scenario, per unit.
             max_iter: Most iterations of the method; None: its default.
             start: ``dc``, ``flat`` (angles of the slack, magnitudes 1 at PQ buses), ``case`` (the grid's ``vm``,
-                ``va``), or a warm start: a `Solution`, or ``(vm, va)`` of shape ``[n]``, ``[n, 1]`` or ``[n, B]``.
-                Set-points of slack and PV buses always come from scenarios and grid. ``chord`` solves the mean
-                scenario from there and starts all others at its solution, unless a warm start has ``B`` columns.
+                ``va``), ``auto`` (of ``dc`` and ``case`` the one with less mismatch), or a warm start: a `Solution`, or
+                ``(vm, va)`` of shape ``[n]``, ``[n, 1]`` or ``[n, B]``. None: ``flat`` for first-order methods, as in
+                the paper, otherwise ``auto``. Set-points of slack and PV buses always come from scenarios and grid.
+                ``chord`` solves the mean scenario from there and starts all others at its solution, unless a warm
+                start has ``B`` columns.
             fallback: Whether scenarios that the method leaves unsolved go to Newton's method, then with line search,
-                then to Levenberg-Marquardt; first-order methods, ``lm`` and ``dc`` have none.
+                then to Levenberg-Marquardt; other methods than ``chord``, ``newton`` and ``fdlf_*`` have none.
             record: Whether to keep the history of ``max|F|`` against seconds.
             settings: Of ``adam`` and ``rmsprop``; None: the paper's for the grid's name.
 
@@ -109,6 +112,8 @@ class Solver:
         batch = eq.batch(scenarios)
         recorder = Recorder(eq, batch, record)
         max_iter = ITERATIONS[method] if max_iter is None else max_iter
+        if start is None:
+            start = "flat" if method in _FIRST_ORDER else "auto"
         if method == "chord":
             outcome, begin = self._chord(scenarios, batch, start, tol, max_iter, recorder)
         else:
@@ -120,6 +125,8 @@ class Solver:
                 outcome = fast_decoupled(eq, batch, state, method[-2:], tol, max_iter, recorder)
             elif method == "lm":
                 outcome = levenberg_marquardt(eq, batch, state, tol, max_iter, recorder)
+            elif method == "homotopy":
+                outcome = homotopy(eq, batch, state, tol, max_iter, recorder, self.newton_steps)
             elif method == "lbfgs":
                 outcome = lbfgs(eq, batch, state, tol, max_iter, recorder)
             elif method == "dc":
@@ -166,7 +173,7 @@ class Solver:
         return outcome, begin
 
     def base(
-        self, scenarios: Scenarios, start: Start = "dc", tol: float = 1e-8
+        self, scenarios: Scenarios, start: Start = "auto", tol: float = 1e-8
     ) -> tuple[State, Factorization | None, float]:
         """Solve the mean of the scenarios by Newton's method.
 
@@ -255,11 +262,15 @@ def solution_of(eq: Equations, outcome: Outcome, names: list[str], tol: float, r
 
 
 def starting_state(eq: Equations, scenarios: Scenarios, start: Start, batch: Batch) -> State:
-    """Voltages where scenarios start, with the set-points of slack and PV buses.
+    """Voltages where scenarios start, with the set-points of slack and PV buses; see `Solver.solve`.
 
     Raises:
         ValueError: If the start is unknown or of the wrong shape.
     """
+    if isinstance(start, str) and start == "auto":
+        found = [starting_state(eq, scenarios, name, batch) for name in ("dc", "case")]
+        sizes = [eq.mismatch(state, batch).square().sum(0) for state in found]
+        return State(*(torch.where(sizes[1] < sizes[0], two, one) for one, two in zip(*found, strict=True)))
     grid, count = eq.grid, len(scenarios)
     share = grid.vm.new_zeros(int(eq.distributed), count)
     if isinstance(start, Solution):
@@ -268,7 +279,7 @@ def starting_state(eq: Equations, scenarios: Scenarios, start: Start, batch: Bat
         start = start.vm, start.va
     if isinstance(start, str):
         if start not in ("dc", "flat", "case"):
-            raise ValueError(f"start={start!r}: choose 'dc', 'flat', 'case', or give voltages")
+            raise ValueError(f"start={start!r}: choose 'auto', 'dc', 'flat', 'case', or give voltages")
         vm, va = grid.vm, grid.va
         if start != "case":
             vm, va = torch.ones_like(vm), va[grid.slack[0]].expand(len(va))
