@@ -255,7 +255,7 @@ def _base_case(solver: Solver, s: Tensor | None, tol: float, start: Start) -> tu
     grid, eq = solver.grid, solver.equations
     s = grid.s_bus() if s is None else s
     scenarios = Scenarios(s[:, None], names=("base case",)).check(grid)
-    base, factors, mismatch = solver.base(scenarios, start, tol)
+    base, factors, mismatch, _ = solver.base(scenarios, start, tol)
     if factors is None or not mismatch <= tol:
         raise NotConverged(
             f"{grid.name}: the base case has no solution (max|F| = {mismatch:.2e}), so outages have none"

@@ -34,6 +34,9 @@ SAME_SET_POINT = 1e-6
 BRANCH_PARAMETERS = ("r", "x", "g", "b", "r_asym", "x_asym", "g_asym", "b_asym", "tap", "shift")
 
 
+_OF_BRANCHES = (*BRANCH_PARAMETERS, "status", "rate_mva")
+
+
 class BusType(IntEnum):
     """What is given at a bus, with MATPOWER's numbers."""
 
@@ -246,6 +249,12 @@ def _index(names: Sequence[str], name: str, kind: str, grid: str) -> int:
         raise ValueError(f"{grid}: there is no {kind} {name!r}; there are {shown}") from None
 
 
+def called(kind: str, names: Sequence[str], most: int = 10) -> str:
+    """Elements for a message: ``bus 4, 5``, or ``Bus 4, Bus 5`` where names say what they are."""
+    telling = all(name.lower().startswith(kind) for name in names)
+    return listed(names, most) if telling else f"{kind} {listed(names, most)}"
+
+
 def listed(names: Sequence[str], most: int = 10) -> str:
     """Names for a message, the first few of many."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
@@ -264,18 +273,16 @@ def _check(grid: Grid) -> None:
             continue
         bad = (~value.detach().isfinite()).nonzero()[:, 0].tolist()
         if bad:
-            names = {grid.num_buses: grid.bus_names, grid.num_branches: grid.branch_names}
-            names = grid.gen_names if field.name.startswith("gen_") else names[len(value)]
-            kind = "generator" if field.name.startswith("gen_") else "bus" if names is grid.bus_names else "branch"
-            raise ValueError(
-                f"{grid.name}: {field.name} is not a finite number at {kind} {listed([names[i] for i in bad])}"
-            )
+            kind = "generator" if field.name.startswith("gen_") else "branch" if field.name in _OF_BRANCHES else "bus"
+            names = {"generator": grid.gen_names, "branch": grid.branch_names, "bus": grid.bus_names}[kind]
+            places = called(kind, [names[i] for i in bad])
+            raise ValueError(f"{grid.name}: {field.name} is not a finite number at {places}")
     on = grid.status.detach() != 0
     short = (torch.hypot(grid.r, grid.x).detach() < LEAST_IMPEDANCE) & on
     if short.any():
         names = [grid.branch_names[i] for i in short.nonzero()[:, 0].tolist()]
         raise ValueError(
-            f"{grid.name}: branch {listed(names)} has no impedance (|r + jx| < {LEAST_IMPEDANCE:g} per unit); merge "
+            f"{grid.name}: {called('branch', names)} has no impedance (|r + jx| < {LEAST_IMPEDANCE:g} per unit); merge "
             "its two buses, or give it a small reactance such as 1e-5"
         )
     ends = grid.from_bus[on].cpu().numpy(), grid.to_bus[on].cpu().numpy()
@@ -284,14 +291,14 @@ def _check(grid: Grid) -> None:
     if alone.any():
         names = [grid.bus_names[i] for i in np.flatnonzero(alone)]
         raise ValueError(
-            f"{grid.name}: no branch in service connects bus {listed(names)} to a slack bus; connect them, or drop "
+            f"{grid.name}: no branch in service connects {called('bus', names)} to a slack bus; connect them, or drop "
             "them (isolated='drop')"
         )
     low, high = USUAL_SET_POINTS
     held = (grid.bus_type != BusType.PQ) & ((grid.vm.detach() < low) | (grid.vm.detach() > high))
     if held.any():
         places = [f"{grid.bus_names[i]} ({float(grid.vm[i]):g})" for i in held.nonzero()[:, 0].tolist()]
-        _log.warning("%s: voltage set-points outside %g-%g per unit at bus %s", grid.name, low, high, listed(places))
+        _log.warning("%s: voltage set-points outside %g-%g per unit at %s", grid.name, low, high, called("bus", places))
 
 
 def _from_matpower(case: Mapping[str, Any], isolated: str) -> Grid:
@@ -325,7 +332,7 @@ def _from_matpower(case: Mapping[str, Any], isolated: str) -> Grid:
         if not keep.any():  # no slack at all: `check` tells
             keep = kind != 4
     if not keep.all():
-        _log.warning("%s: bus %s is isolated and left out", name, listed([str(n) for n in names[~keep]]))
+        _log.warning("%s: %s is isolated and left out", name, called("bus", [str(n) for n in names[~keep]]))
         new = np.cumsum(keep) - 1
         there = keep[from_bus] & keep[to_bus]
         branch, branch_on, from_bus, to_bus = (a[there] for a in (branch, branch_on, from_bus, to_bus))
@@ -338,7 +345,7 @@ def _from_matpower(case: Mapping[str, Any], isolated: str) -> Grid:
     with_gen = np.zeros(len(bus), dtype=bool)
     with_gen[gen_bus[gen_on]] = True
     kind[(kind == BusType.PV) & ~with_gen] = BusType.PQ
-    gen_names = numbered([f"gen at bus {names[i]}" for i in gen_bus])
+    gen_names = numbered([f"gen at {called('bus', [str(names[i])])}" for i in gen_bus])
     _set_points(name, vm, kind, gen[:, 5], gen_bus, gen_on, gen_names)
     tap = np.where(branch[:, 8] == 0, 1.0, branch[:, 8])
     rate = np.where(branch[:, 5] == 0, math.inf, branch[:, 5])

@@ -298,7 +298,7 @@ def _damped(
         if gained > 0 and bool((trial.vm > 0).all()):
             now, mismatch = trial, found
             jacobian = eq.jacobian(now, given.changes)
-            ratio = gained / max(predicted, 1e-300)
+            ratio = min(gained / max(predicted, 1e-300), 1.0)
             damping, growth = damping * max(1 / 3, 1 - (2 * ratio - 1) ** 3), 2.0
             damping = max(damping, 1e-15)
         else:

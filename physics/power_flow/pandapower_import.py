@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from physics.power_flow.grid import BusType, Grid, listed, numbered
+from physics.power_flow.grid import BusType, Grid, called, listed, numbered
 
 # Columns of pandapower's internal branch table beyond MATPOWER's (``pandapower.pypower.idx_brch``).
 _R_ASYM, _X_ASYM, _G, _G_ASYM, _B_ASYM = 21, 22, 23, 24, 25
@@ -68,7 +68,7 @@ def from_pandapower(net: Any) -> Grid:
         base_mva=base,
         bus_names=names,
         branch_names=_branch_names(net, tables, branch, names),
-        gen_names=numbered([f"gen at bus {names[i]}" for i in gen_bus]),
+        gen_names=numbered([f"gen at {called('bus', [names[i]])}" for i in gen_bus]),
         **{key: torch.tensor(np.ascontiguousarray(value)) for key, value in tensors.items()},
         slack_weights=weights,
     ).check()

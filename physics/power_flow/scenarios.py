@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from physics.power_flow.admittance import BranchAdmittances
-from physics.power_flow.grid import Grid, listed
+from physics.power_flow.grid import Grid, called, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ class Scenarios:
         count = p_load_mw.shape[1]
         names = tuple(names) or tuple(f"scenario {b}" for b in range(count))
         gen_p = grid.gen_p_mw[:, None].expand(-1, count) if gen_p_mw is None else gen_p_mw
-        loads = [f"load at bus {name}" for name in grid.bus_names]
+        loads = [f"load at {called('bus', [name])}" for name in grid.bus_names]
         for what, value, elements in (
             ("active power (MW)", p_load_mw, loads),
             ("reactive power (MVAr)", q_load_mvar, loads),
@@ -127,10 +127,10 @@ class Scenarios:
                 )
         if len(self.names) != len(self):
             raise ValueError(f"{grid.name}: {len(self.names)} names for {len(self)} scenarios")
-        _refuse_nan(grid, "injection", self.s, [f"bus {name}" for name in grid.bus_names], self.names)
+        _refuse_nan(grid, "injection", self.s, [called("bus", [name]) for name in grid.bus_names], self.names)
         if self.vm is not None:
             held = grid.slack.tolist() + grid.pv.tolist()
-            elements = [f"bus {grid.bus_names[i]}" for i in held]
+            elements = [called("bus", [grid.bus_names[i]]) for i in held]
             _refuse_nan(grid, "voltage set-point", self.vm[held], elements, self.names)
         return self
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from physics.power_flow.grid import Grid, listed
+from physics.power_flow.grid import Grid, called, listed
 from physics.power_flow.scenarios import Scenarios
 
 
@@ -70,8 +70,8 @@ class Solution:
     def failures(self, grid: Grid, scenarios: Scenarios) -> list[str]:
         """One line for every scenario that has not converged: its name, the mismatch and the worst bus."""
         return [
-            f"{scenarios.names[b]}: max|F| = {float(self.max_mismatch[b]):.2e} at bus "
-            f"{grid.bus_names[int(self.worst_bus[b])]} after {int(self.iterations[b])} iterations"
+            f"{scenarios.names[b]}: max|F| = {float(self.max_mismatch[b]):.2e} at "
+            f"{called('bus', [grid.bus_names[int(self.worst_bus[b])]])} after {int(self.iterations[b])} iterations"
             for b in (~self.converged).nonzero()[:, 0].tolist()
         ]
 

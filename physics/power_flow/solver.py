@@ -144,7 +144,9 @@ class Solver:
     ) -> tuple[Outcome, Callable[[Tensor], State]]:
         """Chord iterations around the mean scenario; also where given scenarios start."""
         eq, count = self.equations, len(scenarios)
-        base, factors, _ = self.base(scenarios, start, max(tol, _BASE_TOLERANCE))
+        base, factors, _, taken = self.base(
+            scenarios, start, max(tol, _BASE_TOLERANCE), recorder if count == 1 else None
+        )
         warm = None
         if not isinstance(start, str) and count > 1 and _columns(start) == count:
             warm = starting_state(eq, scenarios, start, batch)
@@ -170,20 +172,23 @@ class Solver:
                 outcome.write(columns, state, eq.mismatch(state, given), 0)
                 continue
             chord(eq, given, state, factors, tol, max_iter, outcome, columns, recorder, buffers)
+        if count == 1:
+            outcome.iterations += taken
         return outcome, begin
 
     def base(
-        self, scenarios: Scenarios, start: Start = "auto", tol: float = 1e-8
-    ) -> tuple[State, Factorization | None, float]:
+        self, scenarios: Scenarios, start: Start = "auto", tol: float = 1e-8, recorder: Recorder | None = None
+    ) -> tuple[State, Factorization | None, float, int]:
         """Solve the mean of the scenarios by Newton's method.
 
         Args:
             scenarios: Their status is not looked at.
             start: See `solve`; warm starts are averaged.
             tol: Bound on ``max|F|``, per unit.
+            recorder: Of the history; None: nothing is recorded.
 
         Returns:
-            The state ``[n, 1]``, the factorised Jacobian there (None: singular), and ``max|F|``.
+            The state ``[n, 1]``, the factorised Jacobian there (None: singular), ``max|F|``, and steps taken.
         """
         eq = self.equations
         vm = None if scenarios.vm is None else scenarios.vm.mean(1, keepdim=True)
@@ -192,14 +197,17 @@ class Solver:
             parts = (start.vm, start.va) if isinstance(start, Solution) else start
             start = tuple(value if value.ndim == 1 else value.mean(1) for value in parts)
         batch = eq.batch(mean)
-        state, silent = starting_state(eq, mean, start, batch), Recorder(eq, batch, False)
-        found = newton(eq, batch, state, tol, ITERATIONS["newton"], silent, steps=self.newton_steps)
+        state, recorder = starting_state(eq, mean, start, batch), recorder or Recorder(eq, batch, False)
+        found = newton(eq, batch, state, tol, ITERATIONS["newton"], recorder, steps=self.newton_steps)
+        taken = int(found.iterations)
         if not float(found.mismatch) <= tol:
-            found = newton(eq, batch, state, tol, _SEARCHED_ITERATIONS, silent, True, self.newton_steps)
+            found = newton(eq, batch, state, tol, _SEARCHED_ITERATIONS, recorder, True, self.newton_steps)
+            taken += int(found.iterations)
         try:
-            return found.state, factorize(eq.jacobian(found.state), eq.device), float(found.mismatch)
+            factors = factorize(eq.jacobian(found.state), eq.device)
         except SingularMatrix:
-            return found.state, None, float(found.mismatch)
+            factors = None
+        return found.state, factors, float(found.mismatch), taken
 
     def fall_back(
         self,
