@@ -70,7 +70,7 @@ class InverseDesign(Supervised):
         optimizer: Partial that takes the parameters. None: the module can only be evaluated.
         scheduler: Partial that takes the optimizer. None: constant learning rate.
         label: What tables and figures call the network.
-        baselines: Further networks by name, trained along.
+        baselines: Further networks by name, trained along; None for one leaves it out.
         ema_decay: Of the moving average of the weights of ``net`` that is evaluated; None: the weights themselves.
         num_draws: Stacks per target in a test.
         report_draws: Numbers of draws after which the best is reported, each at most ``num_draws``.
@@ -108,7 +108,7 @@ class InverseDesign(Supervised):
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         label: str = "OptoLlama",
-        baselines: Mapping[str, StackGenerator] | None = None,
+        baselines: Mapping[str, StackGenerator | None] | None = None,
         ema_decay: float | None = None,
         num_draws: int = 50,
         report_draws: Sequence[int] = (10, 50),
@@ -145,7 +145,7 @@ class InverseDesign(Supervised):
         super().__init__(net, optimizer, scheduler, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=list(self.objects))
         self.label = label
-        self.baselines = nn.ModuleDict(dict(baselines or {}))
+        self.baselines = nn.ModuleDict({k: v for k, v in (baselines or {}).items() if v is not None})
         self.ema = None if ema_decay is None else copy.deepcopy(net).requires_grad_(False)
         self.ema_decay = ema_decay
         self.num_draws, self.report_draws, self.refine_top = num_draws, sorted(set(report_draws)), refine_top
