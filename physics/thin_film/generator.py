@@ -253,8 +253,12 @@ class StackGenerator:
 
     def _snap(self, material: np.ndarray, thickness_nm: np.ndarray) -> np.ndarray:
         """The token of each material whose thickness is next."""
-        distance = np.abs(self._grid_nm[material] - thickness_nm[..., None])
-        return self._tokens[material, distance.argmin(-1)]
+        choice = np.empty_like(material)
+        for m, count in enumerate(self._counts):
+            middles = (self._grid_nm[m, 1:count] + self._grid_nm[m, : count - 1]) / 2
+            here = material == m
+            choice[here] = np.searchsorted(middles, thickness_nm[here])
+        return self._tokens[material, choice]
 
 
 class _Words:
