@@ -137,15 +137,19 @@ class TokenTables:
         )
         for rows in chunks(len(flat), len(self.wavelength_nm), self.device):
             part = _Stacks(*(field[rows] for field in stacks))
-            out.index_copy_(0, order[rows], self._spectra(part).to(out.dtype))
+            if order is None:
+                self._spectra(part, out[rows])
+            else:
+                out.index_copy_(0, order[rows], self._spectra(part, out.new_empty(part.lengths.shape + out.shape[1:])))
         return out.reshape(*tokens.shape[:-1], *out.shape[1:])
 
-    def _sorted(self, tokens: Tensor) -> tuple[Tensor, _Stacks]:
-        """Only layers, at the front of each row, and the order in which the rows are."""
+    def _sorted(self, tokens: Tensor) -> tuple[Tensor | None, _Stacks]:
+        """Only layers, at the front of each row, and the order in which the rows are; None: that of ``tokens``."""
         keep = self.vocabulary.keep(tokens)
-        lengths = keep.sum(1)
-        order = lengths.argsort(descending=True, stable=True)
-        tokens, keep, lengths = tokens[order], keep[order], lengths[order]
+        lengths, order = keep.sum(1), None
+        if not bool((lengths[1:] <= lengths[:-1]).all()):
+            order = lengths.argsort(descending=True, stable=True)
+            tokens, keep, lengths = tokens[order], keep[order], lengths[order]
         used = int(lengths[0]) if len(lengths) else 0
         if not bool(keep[:, 1:].le(keep[:, :-1]).all()):  # special tokens between layers
             front = (~keep).to(torch.uint8).argsort(dim=1, stable=True)
@@ -157,7 +161,8 @@ class TokenTables:
         thickness.scatter_add_(1, material, self._thickness[tokens])
         return order, _Stacks(tokens, material, lengths, thickness[:, :materials])
 
-    def _spectra(self, stacks: _Stacks) -> Tensor:
+    def _spectra(self, stacks: _Stacks, out: Tensor) -> Tensor:
+        """R, A and T of some stacks, written into ``out`` ``(N, 3, W)``."""
         media, pairs = self._media, []
         for tables in self._tables:
             materials = len(tables.damping)
@@ -171,7 +176,9 @@ class TokenTables:
                 found = through_plate(found, back, media, behind, tables.plate_exit)
             pairs.append(found)
         reflectance, transmittance = (sum(part) / len(pairs) for part in zip(*pairs, strict=True))
-        return torch.stack([reflectance, 1 - reflectance - transmittance, transmittance], dim=1)
+        out[:, 0], out[:, 2] = reflectance, transmittance
+        out[:, 1] = reflectance.add_(transmittance).neg_().add_(1)
+        return out
 
 
 def _turned(stacks: _Stacks, materials: int) -> _Stacks:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from physics.thin_film.surroundings import Surroundings
 
 # (stack, wavelength) at a time.
-CHUNK_ELEMENTS = 1 << 15
+CHUNK_ELEMENTS = 1 << 16
 ACCELERATOR_ELEMENTS = 1 << 25
 
 
@@ -378,7 +378,8 @@ class _Scratch(NamedTuple):
 
 
 def chunks(number: int, wavelengths: int, device: torch.device) -> list[slice]:
-    """Slices of stacks that are simulated at a time: on a processor, what fits into the cache of a core."""
+    """Slices of stacks that are simulated at a time: on a processor, what fits into its caches."""
     elements = CHUNK_ELEMENTS if device.type == "cpu" else ACCELERATOR_ELEMENTS
-    size = max(1, elements // wavelengths)
+    most = max(1, elements // wavelengths)
+    size = max(1, math.ceil(number / math.ceil(max(number, 1) / most)))  # of about equal size
     return [slice(i, min(i + size, number)) for i in range(0, number, size)]
