@@ -40,7 +40,8 @@ def branch_flows(grid: Grid, vm: Tensor, va: Tensor, status: Tensor | None = Non
 
     Args:
         grid: The grid.
-        vm, va: Voltages, per unit and rad, ``[n, B]``.
+        vm: Voltage magnitudes, per unit, ``[n, B]``.
+        va: Voltage angles, rad, ``[n, B]``.
         status: Weights of the branches ``[L, B]``; None: the grid's.
         parameters: Branch parameters other than the grid's, ``[L]`` or ``[B, L]``.
     """
