@@ -118,8 +118,8 @@ class ThinFilms(LightningDataModule):
         materials: Names, of the generator.
         thickness_nm: First and last thickness of a layer and the step between, of the generator.
         max_layers: Most layers of a stack.
-        mixture: Weights of kinds of generated stacks (``random``, ``dbr``, ``fabry_perot``, ``absorber``); null:
-            random ones alone.
+        mixture: Weights of kinds of generated stacks (``random``, ``dbr``, ``fabry_perot``, ``absorber``,
+            ``antireflection``); null: random ones alone.
         wavelength_nm: First and last wavelength and the step between.
         material_folder: Tables ``<material>.csv`` (nm, n, k) that replace or extend those of the program.
         substrate: ``none`` (air on both sides), ``semi_infinite:<material or number>``, or
@@ -331,7 +331,8 @@ class ThinFilms(LightningDataModule):
         return self._sets[name]
 
     def _generator(self, part: str) -> StackGenerator:
-        return StackGenerator(self.vocabulary, self.max_layers, seed=self.part_seeds[part], mixture=self.mixture)
+        seed = self.part_seeds[part]
+        return StackGenerator(self.vocabulary, self.max_layers, seed=seed, mixture=self.mixture, catalog=self.catalog)
 
     def _generated(self, part: str) -> StackSet:
         if part == "train":
