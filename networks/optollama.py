@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,21 @@ _SCALE_STD, _SHIFT_STD = 1.2e-3, 8e-4  # of what modulates layer normalisations 
 _TRAINING, _SAMPLING = 1, 2  # streams of random numbers
 
 
+class Shown(NamedTuple):
+    """What a network makes of spectra before it writes: once for all steps and draws.
+
+    Attributes:
+        memory: Keys and values for the cross-attention of every block; None for each without one.
+        added: To the tokens of the stack, ``(B, 1, L, width)``; None: nothing.
+    """
+
+    memory: list[tuple[Tensor, Tensor] | None]
+    added: Tensor | None
+
+
+Condition = Literal["cross", "add"]
+
+
 class StackGenerator(nn.Module):
     """What networks that write stacks have in common.
 
@@ -39,13 +54,21 @@ class StackGenerator(nn.Module):
         num_tokens: V, special tokens included.
         length: L, EOS included.
         num_wavelengths: W.
+        condition: How the spectrum enters: ``cross``, by attention to the tokens of its encoder, as published; ``add``:
+            the encoder's token for each place of the stack is added there.
 
     Attributes:
         special: Ids of the special tokens: the last three, until somebody who has read a vocabulary says otherwise.
     """
 
-    def __init__(self, num_tokens: int, length: int, num_wavelengths: int) -> None:
+    encoder: nn.Module
+    blocks: nn.ModuleList
+
+    def __init__(self, num_tokens: int, length: int, num_wavelengths: int, condition: Condition = "cross") -> None:
         super().__init__()
+        if condition not in get_args(Condition):
+            raise ValueError(f"model.net.condition={condition!r} is unknown; choose cross or add")
+        self.condition = condition
         if num_tokens < 4:
             raise ValueError(f"model.net.num_tokens={num_tokens}: three special tokens and a layer are the least")
         if length < 2:
@@ -109,6 +132,19 @@ class StackGenerator(nn.Module):
                 f"spectra of {tuple(spectrum.shape[-2:])} (channels, wavelengths), but "
                 f"model.net.num_wavelengths={self.num_wavelengths}"
             )
+
+    def _show(self, spectrum: Tensor) -> Shown:
+        """Encode spectra ``(B, 3, W)`` for the blocks."""
+        self._check(spectrum)
+        encoded = self.encoder(spectrum)
+        if self.condition == "cross":
+            return Shown([block.cross.memory(encoded) for block in self.blocks], None)
+        if encoded.shape[1] != self.length:
+            raise ValueError(
+                f"model.net.condition=add needs a token of the spectrum for each of the {self.length} places of a "
+                f"stack, but the encoder gives {encoded.shape[1]}: set model.net.encoder.count={self.length}"
+            )
+        return Shown([None] * len(self.blocks), encoded[:, None])
 
     def _table(self, constraints: Constraints | None, device: torch.device) -> Tensor:
         return (constraints or Constraints()).table(self.num_tokens, self.length, self.special, device)
@@ -348,35 +384,46 @@ class AdaptiveNorm(nn.Module):
 
 
 class DenoiserBlock(nn.Module):
-    """Cross-attention to the spectrum, self-attention, feed-forward layer, with norms and gates that time sets."""
+    """Cross-attention to the spectrum, self-attention, feed-forward layer, with norms and gates that time sets.
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float, rotary: bool) -> None:
+    Args:
+        width: Of a token.
+        heads: Of the attention.
+        hidden: Of the feed-forward layer.
+        dropout: Of attention and feed-forward layer.
+        rotary: Whether the self-attention knows places by turning queries and keys.
+        cross: Whether there is cross-attention.
+    """
+
+    def __init__(self, width: int, heads: int, hidden: int, dropout: float, rotary: bool, cross: bool = True) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(AdaptiveNorm(width) for _ in range(3))
-        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        attentions = 1 + cross
+        self.norms = nn.ModuleList(AdaptiveNorm(width) for _ in range(attentions + 1))
+        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(attentions))
         for gate in self.gates:
             nn.init.normal_(gate.weight, std=_SHIFT_STD)
             nn.init.zeros_(gate.bias)
-        self.cross = Attention(width, heads, dropout)
+        self.cross = Attention(width, heads, dropout) if cross else None
         self.attention = Attention(width, heads, dropout, rotary)
         self.feed_forward = feed_forward(width, hidden, dropout)
 
-    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor], condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, memory: tuple[Tensor, Tensor] | None, condition: Tensor) -> Tensor:
         """One block.
 
         Args:
             x: ``(B, N, L, width)``: N sequences for each spectrum.
-            memory: Keys and values of the spectrum's tokens.
+            memory: Keys and values of the spectrum's tokens, where there is cross-attention.
             condition: Embedding of time, ``(B, width)``, or ``(1, width)`` for all.
         """
         shape = x.shape
         # All sequences of a spectrum ask its keys together.
         x = x.flatten(1, 2)
         gates = [1 + gate(condition)[:, None] for gate in self.gates]
-        x = x + gates[0] * self.cross(self.norms[0](x, condition), memory)
-        y = self.norms[1](x, condition).view(-1, *shape[2:])
-        x = x + gates[1] * self.attention(y, self.attention.memory(y)).view(x.shape)
-        return (x + self.feed_forward(self.norms[2](x, condition))).view(shape)
+        if self.cross is not None:
+            x = x + gates[0] * self.cross(self.norms[0](x, condition), memory)
+        y = self.norms[-2](x, condition).view(-1, *shape[2:])
+        x = x + gates[-1] * self.attention(y, self.attention.memory(y)).view(x.shape)
+        return (x + self.feed_forward(self.norms[-1](x, condition))).view(shape)
 
 
 # ------------------------------------------------------------------------------------------------------------ OptoLlama
@@ -397,6 +444,7 @@ class MaskedDiffusionDenoiser(StackGenerator):
         hidden: Of the feed-forward layers.
         dropout: Of attention and feed-forward layers.
         encoder: Maps (B, 3, W) to tokens (B, K, width); None: `ChannelTokens`, as published.
+        condition: How the spectrum enters: ``cross`` (published) or ``add``, see `StackGenerator`.
         position: ``sinusoidal``, added to the tokens as published; ``learned``; ``rotary``, in the self-attention.
         time_scale: Factor of t in its embedding. As published it is 1, with frequencies of 1 and below, which hardly
             tells times apart; 1000 does.
@@ -422,6 +470,7 @@ class MaskedDiffusionDenoiser(StackGenerator):
         hidden: int = 4096,
         dropout: float = 0.0,
         encoder: nn.Module | None = None,
+        condition: Condition = "cross",
         position: Literal["sinusoidal", "learned", "rotary"] = "sinusoidal",
         time_scale: float = 1.0,
         final_norm: bool = False,
@@ -429,7 +478,7 @@ class MaskedDiffusionDenoiser(StackGenerator):
         loss: LossName = "all",
         sampler: Sampler | None = None,
     ) -> None:
-        super().__init__(num_tokens, length, num_wavelengths)
+        super().__init__(num_tokens, length, num_wavelengths, condition)
         if position not in ("sinusoidal", "learned", "rotary"):
             raise ValueError(f"model.net.position={position!r} is unknown; choose sinusoidal, learned or rotary")
         if loss not in ("all", "masked", "elbo"):
@@ -447,8 +496,8 @@ class MaskedDiffusionDenoiser(StackGenerator):
         self.encoder = encoder or ChannelTokens(num_wavelengths, width)
         self.embed = nn.Embedding(num_tokens, width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        rotary = position == "rotary"
-        self.blocks = nn.ModuleList(DenoiserBlock(width, heads, hidden, dropout, rotary) for _ in range(depth))
+        rotary, cross = position == "rotary", condition == "cross"
+        self.blocks = nn.ModuleList(DenoiserBlock(width, heads, hidden, dropout, rotary, cross) for _ in range(depth))
         self.norm = nn.LayerNorm(width) if final_norm else nn.Identity()
         self.head = nn.Linear(width, num_tokens)
         places = sinusoidal(torch.arange(length), width)
@@ -460,22 +509,18 @@ class MaskedDiffusionDenoiser(StackGenerator):
     def _time(self, t: Tensor) -> Tensor:
         return self.time(sinusoidal(t * self.time_scale, 256))
 
-    def _logits(self, memory: list[tuple[Tensor, Tensor]], tokens: Tensor, t: Tensor) -> Tensor:
+    def _logits(self, shown: Shown, tokens: Tensor, t: Tensor) -> Tensor:
         """Logits of ``(B, N, L)`` tokens at times ``(B,)``, or one for all, ``(1,)``."""
         condition = self._time(t)
         x = self.embed(tokens) + self.places + condition[:, None, None]
-        for block, own in zip(self.blocks, memory, strict=True):
-            x = block(x, own, condition)
+        x = x if shown.added is None else x + shown.added
+        for block, memory in zip(self.blocks, shown.memory, strict=True):
+            x = block(x, memory, condition)
         return self.head(self.norm(x))
-
-    def _memory(self, spectrum: Tensor) -> list[tuple[Tensor, Tensor]]:
-        self._check(spectrum)
-        encoded = self.encoder(spectrum)
-        return [block.cross.memory(encoded) for block in self.blocks]
 
     def forward(self, spectrum: Tensor, tokens: Tensor, t: Tensor) -> Tensor:
         """Logits ``(B, L, V)`` of tokens ``(B, L)``, some of them MSK, at times ``(B,)``."""
-        return self._logits(self._memory(spectrum), tokens[:, None], t)[:, 0]
+        return self._logits(self._show(spectrum), tokens[:, None], t)[:, 0]
 
     def log_probs(self, spectrum: Tensor, tokens: Tensor, t: Tensor | None = None) -> Tensor:
         """See `StackGenerator`; t is needed."""
@@ -503,10 +548,10 @@ class MaskedDiffusionDenoiser(StackGenerator):
         record: list[Tensor] | None = None,
     ) -> Tensor:
         """See `StackGenerator`; the spectrum is encoded once for all steps and draws."""
-        memory = self._memory(spectrum)
+        shown = self._show(spectrum)
 
         def denoise(tokens: Tensor, t: float) -> Tensor:
-            return self._logits(memory, tokens, torch.tensor([t], dtype=spectrum.dtype, device=spectrum.device))
+            return self._logits(shown, tokens, torch.tensor([t], dtype=spectrum.dtype, device=spectrum.device))
 
         def uniform(step: int, purpose: int) -> Tensor:
             numbers = counter_uniform((seed, _SAMPLING, step, purpose), draws, index, (self.length,))
@@ -528,26 +573,38 @@ class MaskedDiffusionDenoiser(StackGenerator):
 
 
 class DecoderBlock(nn.Module):
-    """Causal self-attention, attention to the condition, feed-forward layer; norms before, shortcuts beside them."""
+    """Causal self-attention, attention to the condition, feed-forward layer; norms before, shortcuts beside them.
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float, activation: str) -> None:
+    Args:
+        width: Of a token.
+        heads: Of the attention.
+        hidden: Of the feed-forward layer.
+        dropout: Everywhere.
+        activation: Of the feed-forward layer, see `feed_forward`.
+        cross: Whether there is attention to the condition.
+    """
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, activation: str, cross: bool = True
+    ) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.attention, self.cross = Attention(width, heads, dropout), Attention(width, heads, dropout)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 + cross))
+        self.attention = Attention(width, heads, dropout)
+        self.cross = Attention(width, heads, dropout) if cross else None
         self.feed_forward = feed_forward(width, hidden, dropout, activation)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
         x: Tensor,
-        memory: tuple[Tensor, Tensor],
+        memory: tuple[Tensor, Tensor] | None,
         past: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One block.
 
         Args:
             x: ``(B, N, T, width)``: the new places of N sequences for each spectrum.
-            memory: Keys and values of the condition.
+            memory: Keys and values of the condition, where there is attention to it.
             past: Keys and values of earlier places; then T is 1.
 
         Returns:
@@ -559,8 +616,9 @@ class DecoderBlock(nn.Module):
         if past is not None:
             keys, values = torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2)
         x = x + self.dropout(self.attention(y, (keys, values), causal=past is None)).view(shape)
-        x = x + self.dropout(self.cross(self.norms[1](x).flatten(1, 2), memory)).view(shape)
-        return x + self.dropout(self.feed_forward(self.norms[2](x))), (keys, values)
+        if self.cross is not None:
+            x = x + self.dropout(self.cross(self.norms[1](x).flatten(1, 2), memory)).view(shape)
+        return x + self.dropout(self.feed_forward(self.norms[-1](x))), (keys, values)
 
 
 class OptoGPT(StackGenerator):
@@ -580,6 +638,7 @@ class OptoGPT(StackGenerator):
         dropout: Everywhere in the blocks.
         ffn: ``linear`` (as published) or ``silu``.
         encoder: Maps (B, 3, W) to tokens (B, K, width); None: one token, linear in the spectrum, as published.
+        condition: How the spectrum enters: ``cross`` (published) or ``add``, see `StackGenerator`.
         label_smoothing: Part of the target that is spread over all tokens; 0.1 in the original OptoGPT.
         sampler: Temperature, top-p and top-k of the draws; None: 0.65, 0.9, 0.
 
@@ -601,10 +660,11 @@ class OptoGPT(StackGenerator):
         dropout: float = 0.0,
         ffn: Literal["linear", "silu"] = "linear",
         encoder: nn.Module | None = None,
+        condition: Condition = "cross",
         label_smoothing: float = 0.0,
         sampler: Sampler | None = None,
     ) -> None:
-        super().__init__(num_tokens, length, num_wavelengths)
+        super().__init__(num_tokens, length, num_wavelengths, condition)
         if ffn not in ("linear", "silu"):
             raise ValueError(f"model.net.ffn={ffn!r} is unknown; choose linear (as published) or silu")
         if not 0 <= label_smoothing < 1:
@@ -614,22 +674,20 @@ class OptoGPT(StackGenerator):
             nn.Flatten(), nn.Linear(3 * num_wavelengths, width), nn.Unflatten(1, (1, width))
         )
         self.embed = nn.Embedding(num_tokens, width)
-        self.blocks = nn.ModuleList(DecoderBlock(width, heads, hidden, dropout, ffn) for _ in range(depth))
+        cross = condition == "cross"
+        self.blocks = nn.ModuleList(DecoderBlock(width, heads, hidden, dropout, ffn, cross) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_tokens)
         self.register_buffer("places", sinusoidal(torch.arange(length), width), persistent=False)
-
-    def _memory(self, spectrum: Tensor) -> list[tuple[Tensor, Tensor]]:
-        self._check(spectrum)
-        encoded = self.encoder(spectrum)
-        return [block.cross.memory(encoded) for block in self.blocks]
 
     def forward(self, spectrum: Tensor, tokens: Tensor) -> Tensor:
         """Logits ``(B, L, V)`` of every place, given the tokens ``(B, L)`` before it."""
         begin = tokens.new_full((len(tokens), 1), self.special.mask)
         x = (self.embed(torch.cat([begin, tokens[:, :-1]], 1)) + self.places)[:, None]
-        for block, own in zip(self.blocks, self._memory(spectrum), strict=True):
-            x, _ = block(x, own)
+        shown = self._show(spectrum)
+        x = x if shown.added is None else x + shown.added
+        for block, memory in zip(self.blocks, shown.memory, strict=True):
+            x, _ = block(x, memory)
         return self.head(self.norm(x))[:, 0]
 
     def log_probs(self, spectrum: Tensor, tokens: Tensor, t: Tensor | None = None) -> Tensor:
@@ -661,7 +719,7 @@ class OptoGPT(StackGenerator):
     ) -> Tensor:
         """See `StackGenerator`; keys and values of earlier places are kept, those of the spectrum are shared."""
         choice = (sampler or self.sampler).choice
-        allowed, memory = self._table(constraints, spectrum.device), self._memory(spectrum)
+        allowed, shown = self._table(constraints, spectrum.device), self._show(spectrum)
         shape = (len(spectrum), len(draws))
         numbers = counter_uniform((seed, _SAMPLING), draws, index, (self.length,)).transpose(0, 1)
         token = torch.full(shape, self.special.mask, device=spectrum.device)
@@ -669,8 +727,9 @@ class OptoGPT(StackGenerator):
         written = []
         for place in range(self.length):
             x = (self.embed(token) + self.places[place])[:, :, None]
+            x = x if shown.added is None else x + shown.added[:, :, place : place + 1]
             for i, block in enumerate(self.blocks):
-                x, past[i] = block(x, memory[i], past[i])
+                x, past[i] = block(x, shown.memory[i], past[i])
             logits = self.head(self.norm(x))[:, :, 0].masked_fill(~allowed[place], -math.inf)
             token = choice(logits, numbers[..., place])
             written.append(token)

@@ -47,13 +47,17 @@ NETS = {
     ),
     "learned": functools.partial(MaskedDiffusionDenoiser, **SIZES, position="learned"),
     "rotary": functools.partial(MaskedDiffusionDenoiser, **SIZES, position="rotary"),
+    "added": functools.partial(MaskedDiffusionDenoiser, **SIZES, condition="add"),
     "optogpt": functools.partial(OptoGPT, **SIZES),
+    "optogpt_added": functools.partial(OptoGPT, **SIZES, ffn="silu", condition="add"),
     "optogpt_silu": functools.partial(OptoGPT, **SIZES, ffn="silu", label_smoothing=0.1),
 }
 
 
 def made(name, encoder="published"):
     torch.manual_seed(0)
+    if "added" in name:  # a token of the spectrum for each place of the stack
+        return NETS[name](encoder=DenseTokens(W, 16, hidden=24, depth=1, count=L)).eval()
     return NETS[name](encoder=ENCODERS[encoder]()).eval()
 
 
@@ -210,13 +214,11 @@ def test_draws_keep_to_constraints(name):
     assert set(layers.tolist()) <= {2, 3} and not ((found < 7).any() or (found == V - 1).any())
 
 
-@pytest.mark.parametrize("ffn", ["linear", "silu"])
+@pytest.mark.parametrize("name", ["optogpt", "optogpt_silu", "optogpt_added"])
 @pytest.mark.parametrize("encoder", ["published", "dense"])
-def test_kept_keys_and_values_change_nothing(ffn, encoder):
+def test_kept_keys_and_values_change_nothing(name, encoder):
     """Greedy writing with the cache equals writing anew from the beginning for every token."""
-    torch.manual_seed(0)
-    net = OptoGPT(**SIZES, ffn=ffn, encoder=ENCODERS[encoder]()).eval()
-    s = spectra(6)
+    net, s = made(name, encoder), spectra(6)
     found = net.sample(s, [0], torch.arange(6), sampler=Sampler(temperature=0.0))[:, 0]
     allowed = Constraints().table(V, L, net.special)
     tokens = torch.full((6, L), net.special.pad)
@@ -258,6 +260,7 @@ def test_wrong_settings_are_refused():
     for arguments, message in (
         ({"position": "x"}, "net.position='x'"),
         ({"loss": "x"}, "net.loss='x'"),
+        ({"condition": "x"}, "net.condition='x'"),
         ({"schedule": "x"}, "net.schedule='x'"),
         ({"heads": 3}, "net.heads=3"),
         ({"loss": "masked"}, "set model.net.sampler.redraw=masked"),
@@ -270,5 +273,7 @@ def test_wrong_settings_are_refused():
         OptoGPT(**SIZES, ffn="gelu")
     with pytest.raises(ValueError, match="patch=12: must be 1 to 11"):
         PatchTokens(W, 16, patch=12)
+    with pytest.raises(ValueError, match=r"set model\.net\.encoder\.count=6"):
+        MaskedDiffusionDenoiser(**SIZES, condition="add").log_probs(spectra(1), stacks(1), torch.rand(1))
     with pytest.raises(ValueError, match=r"\(3, 10\).*num_wavelengths=11"):
         made("optollama").log_probs(torch.rand(1, 3, 10), stacks(1), torch.rand(1))
