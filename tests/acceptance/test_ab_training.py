@@ -13,14 +13,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from datamodules.image_set import ImageBatches
 from runner import job
+from runner.load import load_run
 from tests import cli
 from tests.composing import composed, plain
 
-# An MLP 64-256-256-10 on all of the 1,437 digits, 22 steps per epoch, two nodes of two processes.
-DIGITS = ("experiment=ab_training/compare", "data.val_fraction=0", "callbacks=communication", "cluster.rate_mbit=null",
-          "cluster.compute_ms=0")  # fmt: skip
+# An MLP 64-256-256-10 on all 1,437 digits, 22 steps per epoch, two nodes of two processes, as the document of the paper
+# measured: AdamW at a constant 2e-3, 32 images per node and step, Gaussian noise of 0.1 on them.
+DIGITS = ("experiment=ab_training/compare", "data.val_fraction=0", "cluster.rate_mbit=null", "cluster.compute_ms=0",
+          "scheduler=none", "data.augment=true", "data.padding=0", "data.noise=0.1")  # fmt: skip
 LONG = ("trainer.max_epochs=28",)  # 616 steps
 SHORT = ("trainer.max_epochs=12", "strategy=ab_training", "strategy.warmup_steps=44")  # 264 steps
 AB = ("strategy=ab_training", "strategy.warmup_steps=100", *LONG)
@@ -33,9 +37,10 @@ STRATEGIES = {
 SQUARE = "ab/rank/net.layers.1.weight"
 
 
-def _run(folder: str, *overrides: str) -> dict[str, Any]:
+def _run(folder: str, *overrides: str, callbacks: str = "communication") -> dict[str, Any]:
     """Train in this process as one rank of the pool; what came out, on rank 0."""
-    result = job.run(plain(composed(*DIGITS, *overrides, run_dir=folder)))
+    lean = ("callbacks=default", "~callbacks.energy") if callbacks == "default" else (f"callbacks={callbacks}",)
+    result = job.run(plain(composed(*DIGITS, *lean, *overrides, run_dir=folder)))
     assert result["status"] == "completed", result.get("error")
     if torch.distributed.get_rank():
         return {}
@@ -52,6 +57,19 @@ def _last_report(folder: Path) -> dict[str, float]:
     return found
 
 
+def _learned(folder: str, *overrides: str) -> dict[str, Any]:
+    """The same, with the loss of the trained network on all training images as they are."""
+    found = _run(folder, *overrides, callbacks="default")
+    if not found:
+        return {}
+    module, data, _ = load_run(folder, "last")
+    data.setup("fit")
+    images = ImageBatches(data.images("train"))
+    batch = data.normalized(images.__getitems__(list(range(len(images)))))
+    with torch.no_grad():
+        return found | {"loss": float(F.cross_entropy(module.net(batch["image"]), batch["label"]))}
+
+
 def _mean(runs: dict[str, list[dict[str, Any]]], name: str, key: str) -> float:
     return sum(run[key] for run in runs[name]) / len(runs[name])
 
@@ -62,7 +80,8 @@ def runs(ranks4, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("digits")
     return {
         name: [
-            ranks4(_run, str(folder / f"{name}{seed}"), *overrides, f"seed={seed}", timeout=280)[0] for seed in (0, 1)
+            ranks4(_learned, str(folder / f"{name}{seed}"), *overrides, f"seed={seed}", timeout=280)[0]
+            for seed in (0, 1)
         ]
         for name, overrides in STRATEGIES.items()
     }
@@ -87,7 +106,7 @@ def test_accuracy_is_that_of_data_parallelism(runs):
     ddp = _mean(runs, "ddp", "test/accuracy")
     assert ddp > 0.96
     assert _mean(runs, "only-learned", "test/accuracy") >= ddp - 0.005
-    assert _mean(runs, "only-learned", "train/loss") <= 1.5 * _mean(runs, "ddp", "train/loss")
+    assert _mean(runs, "only-learned", "loss") <= 1.5 * _mean(runs, "ddp", "loss")
     assert _mean(runs, "with-stale", "test/accuracy") >= ddp - 0.02
 
 
@@ -98,7 +117,7 @@ def test_orthogonal_beginnings_make_small_networks(runs):
     for run in runs["ortho-sigma"]:
         assert run[SQUARE] <= 32
     assert _mean(runs, "ortho-sigma", "test/accuracy") >= _mean(runs, "ddp", "test/accuracy") - 0.01
-    assert _mean(runs, "ortho-sigma", "ab/compression") > 1.5 * _mean(runs, "only-learned", "ab/compression")
+    assert _mean(runs, "ortho-sigma", "ab/compression") > 1.3 * _mean(runs, "only-learned", "ab/compression")
 
 
 @pytest.mark.slow
