@@ -39,13 +39,15 @@ from benchmarks.record import Result, Row
 CLAIM: str = (
     "On two nodes with 200 Mbit/s between them a step under DASO takes at most 55 % of the time of one under data "
     "parallelism and no longer than one of local SGD with as many exchanges; at 1 Gbit/s at most 80 %. In steady state "
-    "it sends 83 % fewer bytes between nodes, 91 % fewer with 16 bits on the wire; its accuracy is at most a point "
+    "it sends 83 % fewer bytes between nodes, 91.6 % fewer with 16 bits on the wire; its accuracy is at most a point "
     "lower at equal epochs. AB-training sends nothing between nodes in its AB phases."
 )
 
 COMPUTE_MS, STEPS, SKIPPED, LOCAL_SIZE, WORLD = 40.0, 60, 12, 2, 4
 RATES = (1000.0, 200.0, 50.0)
-ALONE = ("DASO on one node", "DDP on one node")  # what the machinery costs where there is nothing to gain
+# What the machinery costs where there is nothing to gain.
+ALONE = ("DASO on one node", "DDP on one node")
+EVERY_STEP = ("DASO, B=1, W=0", "DDP")
 
 
 def strategies() -> dict[str, Callable[..., Any]]:
@@ -64,6 +66,7 @@ def strategies() -> dict[str, Callable[..., Any]]:
         "DiLoCo, H=16": lambda **k: DiLoCo(period=16, **k),
         "DASO": lambda **k: DASO(**steady, skip=4, wait=1, **k),
         "DASO, W=2": lambda **k: DASO(**steady, skip=4, wait=2, **k),
+        EVERY_STEP[0]: lambda **k: DASO(**steady, skip=1, wait=0, **k),
         "DASO, bf16": lambda **k: DASO(**steady, skip=4, wait=1, cycling_wire_dtype="bf16", **k),
         # All steps that count lie in one AB phase.
         "AB-training": lambda **k: ABTrainingStrategy(
@@ -157,7 +160,7 @@ def measure(
 
 def run(steps: int = STEPS, repeats: int = 2, real: bool = True) -> Result:
     """All strategies at all bandwidths, interleaved."""
-    names = [name for name in strategies() if name not in ALONE]
+    names = [name for name in strategies() if name not in (*ALONE, EVERY_STEP[0])]
     jobs = [(name, rate) for _ in range(repeats) for rate in RATES for name in names]
     found = measure(jobs, steps=steps)
     by_job: dict[tuple[str, float | None], list[dict[str, float]]] = {}
@@ -183,7 +186,7 @@ def _rows(what: str, found: dict[str, dict[str, float]], rate: float) -> list[Ro
     rows: list[Row] = []
     ddp, local = found["DDP"], found["local SGD, B=4"]
     limits = {200.0: {"DASO": 0.55, "AB-training": 0.50}, 1000.0: {"DASO": 0.80}}.get(rate, {})
-    saved = {"DASO": 0.83, "DASO, bf16": 0.91, "AB-training": 1.0}
+    saved = {"DASO": 0.83, "DASO, bf16": 0.916, "AB-training": 1.0}
     for name, values in found.items():
         rows.append({"what": f"{what}: step", "variant": name, "value": 1e3 * values["step_s"], "unit": "ms"})
     for name, values in found.items():
@@ -207,7 +210,7 @@ def _rows(what: str, found: dict[str, dict[str, float]], rate: float) -> list[Ro
     if waiting["transfer_s"]:
         rows.append(
             {"what": f"{what}: blocked / transfer time", "variant": "DASO, W=2", "unit": "",
-             "value": waiting["blocked_s"] / waiting["transfer_s"]}
+             "value": waiting["blocked_s"] / waiting["transfer_s"], **({"at_most": 0.20} if rate == 200.0 else {})}
         )  # fmt: skip
     return rows
 
@@ -248,14 +251,20 @@ def _run(*overrides: str) -> dict[str, Any]:
 
 
 def overhead_rows(rounds: int = 5) -> list[Row]:
-    """A step without computation and without a second node, in turns."""
-    jobs = [(name, None) for _ in range(rounds) for name in ALONE]
-    times = [values["step_s"] for values in measure(jobs, compute_ms=0.0, steps=200)]
-    found = median([a / b for a, b in zip(times[::2], times[1::2], strict=True)])
-    return [
-        {"what": "one node, no computation: step, ratio", "variant": " / ".join(ALONE), "value": found.value,
-         "low": found.low, "high": found.high, "unit": "", "at_most": 1.1}
-    ]  # fmt: skip
+    """Steps without a second node, and with one that is as near as the first; pairs of runs in turns."""
+    rows: list[Row] = []
+    for what, pair, compute_ms, steps in (
+        ("one node, no computation", ALONE, 0.0, 200),
+        ("two nodes, a fast network", EVERY_STEP, COMPUTE_MS, STEPS),
+    ):
+        jobs = [(name, None) for _ in range(rounds) for name in pair]
+        times = [values["step_s"] for values in measure(jobs, compute_ms=compute_ms, steps=steps)]
+        found = median([a / b for a, b in zip(times[::2], times[1::2], strict=True)])
+        rows.append(
+            {"what": f"{what}: step, ratio", "variant": " / ".join(pair), "value": found.value,
+             "low": found.low, "high": found.high, "unit": "", "at_most": 1.1}
+        )  # fmt: skip
+    return rows
 
 
 def real_rows(rate: float = 200.0) -> list[Row]:
@@ -269,7 +278,7 @@ def real_rows(rate: float = 200.0) -> list[Row]:
         rows.append({"what": what, "variant": name, "value": 1e3 * found["step_s"], "unit": "ms"})
         what = "real link: bytes by the kernel / by the ledger"
         rows.append(
-            {"what": what, "variant": name, "value": found["ratio"], "unit": "", "at_least": 0.97, "at_most": 1.06}
+            {"what": what, "variant": name, "value": found["ratio"], "unit": "", "at_least": 0.97, "at_most": 1.03}
         )
     rows.append(
         {"what": "real link, 200 Mbit/s: step, ratio", "variant": "DASO / DDP", "value": steps["DASO"] / steps["DDP"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -14,35 +15,38 @@ from torch.nn import functional as F
 from strategies.daso import DASO
 from strategies.daso.merging import merge
 from tests import cli
+from tests.callbacks.digits_mlp import DigitsData, DigitsMLP, digits
 from tests.strategies import nets
 
 # ------------------------------------------------------------------------------------ 5: what sixteen bits may carry
 
 
-class Adam(nets.Regression):
-    """Small steps, which rounded parameters swallow."""
-
-    def __init__(self):
-        super().__init__(nets.network(torch.float32), lambda p: torch.optim.AdamW(p, 1e-4))
+def loss_of_digits(module):
+    images, labels = (t[:1437] for t in digits())
+    with torch.no_grad():
+        return float(F.cross_entropy(module.net(images), labels))
 
 
 def narrow(folder):
+    """Training loss of 64-256-10 on the digits after 300 steps of AdamW at 1e-4, each of which is exchanged."""
     found = {}
     for name, wire, encoding in (("full", "fp32", "delta"), ("delta", "bf16", "delta"), ("param", "bf16", "param")):
-        strategy = DASO(40, 0, wire_dtype=wire, wire_encoding=encoding, local_size=1)
-        module, _ = nets.fit(strategy, folder, module=Adam(), epochs=40)  # 320 steps
-        found[name] = nets.error(module)
-    return nets.error(Adam()), found
+        torch.manual_seed(0)
+        module = DigitsMLP(partial(torch.optim.AdamW, lr=1e-4), widths=(256,))
+        strategy = DASO(14, 0, wire_dtype=wire, wire_encoding=encoding, local_size=1)
+        _, trainer = nets.fit(strategy, folder, module=module, epochs=14, max_steps=300, datamodule=DigitsData())
+        assert trainer.global_step == trainer.strategy.turn == 300
+        found[name] = loss_of_digits(module)
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_rounded_changes_lose_nothing_where_rounded_parameters_do(ranks2, tmp_path):
-    begin, found = ranks2(narrow, str(tmp_path), timeout=380)[0]
-    gained = begin - found["full"]
-    assert gained > 0.01 * begin
+    found = ranks2(narrow, str(tmp_path), timeout=380)[0]
+    assert found["full"] < 1.9  # of 2.3 at the beginning: far enough that losses can differ by a fifth
     assert found["delta"] == pytest.approx(found["full"], rel=0.01)
-    assert begin - found["param"] < 0.8 * gained  # at least a fifth of the progress is rounded away
+    assert found["param"] >= 1.2 * found["full"]
 
 
 # ---------------------------------------------------------------------------------------------- 6: many replicas
@@ -120,11 +124,11 @@ def test_bytes_and_time_on_a_slow_network():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_machinery_costs_little_where_there_is_nothing_to_gain():
-    """12: one node, no computation to hide behind."""
+    """12: one node, without computation to hide behind; and two nodes that exchange after every step, B = 1, W = 0."""
     from benchmarks import slow_network
 
-    (row,) = slow_network.overhead_rows(rounds=3)
-    assert row["value"] <= 1.1
+    rows = slow_network.overhead_rows(rounds=3)
+    assert len(rows) == 2 and all(row["value"] <= 1.1 for row in rows), rows
 
 
 @pytest.mark.slow
@@ -136,7 +140,7 @@ def test_the_ledger_agrees_with_the_kernel(name):
     if reason := namespaces.missing():
         pytest.skip(f"network namespaces: {reason}")
     # TCP and IP headers are beyond the ledger.
-    assert 0.97 <= slow_network.on_a_real_link(name, 200.0, compute_ms=10.0)["ratio"] <= 1.06
+    assert 0.97 <= slow_network.on_a_real_link(name, 200.0, compute_ms=10.0)["ratio"] <= 1.03
 
 
 # ------------------------------------------------------------------------------- 7 and 9: a whole run, the experiment
