@@ -117,5 +117,6 @@ def test_10_three_epochs_on_fourteen_series_beat_last_week(tmp_path):
     test_workloads.test_three_epochs_on_fourteen_real_series_beat_last_week(tmp_path)
 
 
+@pytest.mark.slow  # it is among the tests of the parts
 def test_11_a_recorded_trace_of_two_nodes_gives_the_same_report_twice(tmp_path, clock, monkeypatch):  # noqa: F811
     test_callback.test_a_recorded_trace_of_two_nodes_gives_the_same_report_twice(tmp_path, clock, monkeypatch)
