@@ -34,6 +34,13 @@ FEW = {
 }  # fmt: skip
 WIDE = Init(sigma_scale=1.0)
 LEAN = ("logger=none", "~callbacks.energy", "~callbacks.communication", "num_threads=1", "trainer=cpu", "strategy=auto")
+# Without what they draw: figures would be most of the time.
+SAMPLING = (
+    "experiment=sampling_parallelism",
+    "~callbacks.figures",
+    "callbacks.posterior.figures=[]",
+    "callbacks.training_history.figures=[]",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -422,7 +429,7 @@ def test_views_meet_their_samples_in_chunks_and_repeated_inputs():
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-true", "bf16-mixed"])
 def test_precision(tmp_path, precision):
-    options = (*LEAN, "experiment=sampling_parallelism", "trainer.max_epochs=2", "data.max_train=400", "validate=true")
+    options = (*LEAN, *SAMPLING, "trainer.max_epochs=2", "data.max_train=400", "validate=true")
     result = job.run(plain(composed(*options, f"trainer.precision={precision}", run_dir=tmp_path)))
     assert result["status"] == "completed", result
     found = result["metrics"]
@@ -449,7 +456,7 @@ def test_reductions_are_not_in_16_bits():
 def test_a_run_that_stops_and_resumes_is_the_uninterrupted_one(tmp_path):
     """Acceptance 12 on one process, bit for bit: two epochs and one are three."""
     options = (
-        *LEAN, "experiment=sampling_parallelism", "data.max_train=400", "predict=false", "model.num_samples=4",
+        *LEAN, *SAMPLING, "data.max_train=400", "predict=false", "model.num_samples=4",
         "model.kl_anneal_epochs=2.5", "model.augment_scope=sample", "data.augment=true", "data.padding=1",
     )  # fmt: skip
     whole, cut = tmp_path / "whole", tmp_path / "cut"

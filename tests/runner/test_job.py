@@ -42,7 +42,7 @@ def test_images_come_in_the_precision_of_the_network(tmp_path, experiment, few, 
 
 
 def test_a_module_without_parameters_is_only_evaluated(tmp_path):
-    little = ("debug=fast", "predict=false", "callbacks.energy.figures=[]")
+    little = ("debug=fast", "predict=false", "callbacks.energy.figures=[]", "~callbacks.figures")
     config = plain(composed("experiment=recycle", "model=rhp", *little, run_dir=tmp_path))
     result = job.run(config)
     assert result["status"] == "completed", result
