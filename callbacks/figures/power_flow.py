@@ -25,11 +25,13 @@ if TYPE_CHECKING:
 
 COLORS = {
     "newton": "#000000", "chord": "#0072B2", "fdlf_xb": "#56B4E9", "fdlf_bx": "#56B4E9", "lm": "#8C8C8C",
+    "homotopy": "#7B4EA3",
     "lbfgs": "#E69F00", "adam": "#D55E00", "rmsprop": "#CC79A7", "dc": "#009E73",
 }  # fmt: skip
 LABELS = {
     "newton": "Newton", "chord": "chord", "fdlf_xb": "fast decoupled XB", "fdlf_bx": "fast decoupled BX",
-    "lm": "Levenberg-Marquardt", "lbfgs": "L-BFGS", "adam": "Adam (paper)", "rmsprop": "RMSprop", "dc": "DC",
+    "lm": "Levenberg-Marquardt", "homotopy": "homotopy", "lbfgs": "L-BFGS", "adam": "Adam (paper)",
+    "rmsprop": "RMSprop", "dc": "DC",
 }  # fmt: skip
 GOOD, LIMIT, WORSE, MUTED = "#0072B2", "#D55E00", "#CC79A7", "#8C8C8C"
 ISLANDED = "#E69F00"

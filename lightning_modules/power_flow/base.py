@@ -115,7 +115,7 @@ class GridModule(pl.LightningModule):
 
     def reference(self, scenarios: Scenarios, start: Solution | None = None) -> Solution:
         """The solutions of Newton's method."""
-        return self.solver.solve(scenarios, "newton", tol=1e-10, start="dc" if start is None else start)
+        return self.solver.solve(scenarios, "newton", tol=1e-10, start=start)
 
     def difference(self, vm: Tensor, va: Tensor, reference: Solution) -> dict[str, Tensor]:
         """Largest differences of voltages to those of a reference, per unit and degrees, (scenario,).

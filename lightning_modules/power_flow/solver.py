@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.power_flow.base import HISTORY_COLUMNS, Batch, GridModule, Stage
 from physics.power_flow import METHODS, Scenarios, Solution
+from physics.power_flow.limits import solve_with_q_limits
 
 
 class PowerFlowSolver(GridModule):
@@ -34,8 +35,10 @@ class PowerFlowSolver(GridModule):
             ``adam``, ``rmsprop``, ``dc``.
         tol: Largest mismatch of a solved scenario, per unit.
         max_iter: Most iterations; None: the default of the method.
-        start: ``dc``, ``flat`` or ``case``.
+        start: ``flat``, ``dc``, ``case``, or ``auto``: of the last two the one with less mismatch.
         fallback: Whether scenarios that the method leaves unsolved go to Newton's method.
+        q_limits: Whether PV buses whose generators reach a limit of reactive power give up their set-point; then
+            ``q_limited`` (B, bus) says which, and voltages are compared with no reference.
         reference: Whether voltages are compared with those of Newton's method at 1e-10.
         compare: Methods to run on the first scenarios of the test, for the figure of error against seconds.
         compare_scenarios: How many scenarios.
@@ -52,8 +55,9 @@ class PowerFlowSolver(GridModule):
         method: str = "chord",
         tol: float = 1e-8,
         max_iter: int | None = None,
-        start: str = "dc",
+        start: str = "auto",
         fallback: bool = True,
+        q_limits: bool = False,
         reference: bool = True,
         compare: Sequence[str] = (),
         compare_scenarios: int = 1,
@@ -67,8 +71,8 @@ class PowerFlowSolver(GridModule):
                 raise ValueError(f"model.{key}={value!r} is unknown; choose {', '.join(METHODS)}")
         if not 0 < tol < 1:
             raise ValueError(f"model.tol={tol}: give the largest mismatch in per unit, for instance 1e-8")
-        if start not in ("dc", "flat", "case"):
-            raise ValueError(f"model.start={start!r} is unknown; choose dc, flat, case")
+        if start not in ("auto", "dc", "flat", "case"):
+            raise ValueError(f"model.start={start!r} is unknown; choose auto, dc, flat, case")
         if unknown := sorted(set(compare_iterations or {}) - set(METHODS)):
             raise ValueError(f"model.compare_iterations names {unknown[0]!r}; choose {', '.join(METHODS)}")
         for key, value in (("max_iter", max_iter), ("compare_scenarios", compare_scenarios)):
@@ -76,7 +80,8 @@ class PowerFlowSolver(GridModule):
                 raise ValueError(f"model.{key}={value}: must be at least 1")
         self.save_hyperparameters(ignore=["optimizer", "scheduler"])
         self.method, self.tol, self.max_iter, self.start, self.fallback = method, tol, max_iter, start, fallback
-        self.with_reference, self.compared_methods, self.compare_scenarios = reference, list(compare), compare_scenarios
+        self.q_limits, self.with_reference = q_limits, reference and not q_limits
+        self.compared_methods, self.compare_scenarios = list(compare), compare_scenarios
         self.compare_iterations = dict(compare_iterations or {})
         self.val_seconds, self.test_seconds = SumRatio(), SumRatio()
 
@@ -86,10 +91,10 @@ class PowerFlowSolver(GridModule):
 
     def solve(self, scenarios: Scenarios) -> Solution:
         """Solve scenarios with the method of the module."""
-        return self.solver.solve(
-            scenarios, self.method, tol=self.tol, max_iter=self.max_iter, start=self.start,
-            fallback=self.fallback,
-        )  # fmt: skip
+        options = {"tol": self.tol, "max_iter": self.max_iter, "start": self.start, "fallback": self.fallback}
+        if self.q_limits:
+            return solve_with_q_limits(self.grid, scenarios, self.method, **options)
+        return self.solver.solve(scenarios, self.method, **options)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -104,6 +109,8 @@ class PowerFlowSolver(GridModule):
         self.warn_of_failures(solution, scenarios)
         found = self.flow_outputs(solution.vm, solution.va, scenarios.status, everything=stage is None)
         found["prediction"] = solution.v.mT
+        if self.q_limits:
+            found["q_limited"] = (solution.bus_type != self.grid.bus_type[:, None]).mT
         found |= {key: getattr(solution, key) for key in ("converged", "iterations", "max_mismatch")}
         if stage is None:
             return out | self.spread(found, columns, size)

@@ -136,7 +136,7 @@ REFUSED = {
     "no slack": ({7: "10 1 0 0 0 0 1 1 0 110 1 1.1 0.9;"}, r"mine: no slack bus; give one bus the type 3"),
     "isolated bus": (
         {16: "10 20 .01 .1 0 0 0 0 0 0 0 -360 360;", 17: "20 30 .02 .2 0 0 0 0 0 0 0 -360 360;"},
-        r"mine: no branch in service connects bus bus 20 to a slack bus",
+        r"mine: no branch in service connects bus 20 to a slack bus",
     ),
     "no impedance": ({16: "10 20 0 1e-12 0 0 0 0 0 0 1 -360 360;"}, r"mine: branch bus 10-bus 20 has no impedance"),
     "contradictory set-points": (
@@ -158,7 +158,7 @@ def test_isolated_buses_can_be_dropped(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = own(tmp_path, changes, isolated="drop")
         data.setup()
-    assert data.grid.bus_names == ("bus 10", "bus 30") and "bus bus 20 is isolated and left out" in caplog.text
+    assert data.grid.bus_names == ("bus 10", "bus 30") and "bus 20 is isolated and left out" in caplog.text
 
 
 def test_injections_that_are_no_numbers_name_their_element(tmp_path):
@@ -171,14 +171,14 @@ def test_injections_that_are_no_numbers_name_their_element(tmp_path):
     batch = data.batch(torch.arange(1).numpy())
     batch["p_mw"][0, 1] = math.nan
     data.batch = lambda scenarios: batch
-    with pytest.raises(ValueError, match=r"mine: injection is not a finite number: bus bus 20 in case"):
+    with pytest.raises(ValueError, match=r"mine: injection is not a finite number: bus 20 in case"):
         evaluated(PowerFlowSolver(), data)
 
 
 def test_unusual_set_points_are_warned_of(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         own(tmp_path, {12: "10 0 0 99 -99 0.4 100 1 200 0;"}).setup()
-    assert "mine: voltage set-points outside 0.5-1.5 per unit at bus bus 10 (0.4)" in caplog.text
+    assert "mine: voltage set-points outside 0.5-1.5 per unit at bus 10 (0.4)" in caplog.text
 
 
 def test_what_does_not_converge_is_named_with_its_worst_bus(tmp_path, caplog):
@@ -186,7 +186,7 @@ def test_what_does_not_converge_is_named_with_its_worst_bus(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         values = evaluated(PowerFlowSolver(), data)
     assert values["test/unsolved"] == 2
-    assert "mine: not converged: 2012-10-01T00:15:00: max|F| = " in caplog.text and "at bus bus 20" in caplog.text
+    assert "mine: not converged: 2012-10-01T00:15:00: max|F| = " in caplog.text and "at bus 20" in caplog.text
 
 
 def test_unknown_grids_list_the_choices(tmp_path):

@@ -92,13 +92,30 @@ def test_limits_are_counted():
     assert values["test/low_voltages"] > 5 and values["test/high_voltages"] == 0
 
 
+def test_generators_have_limits_of_reactive_power():
+    data = PowerGrids("case14", load_scale=1.3)
+    free, limited = (trainer().predict(PowerFlowSolver(q_limits=flag), data)[0] for flag in (False, True))
+    grid, pv = data.grid, data.grid.pv
+    low, high = (
+        torch.zeros(14, dtype=F64).index_add(0, grid.gen_bus, limit)[pv]
+        for limit in (grid.gen_q_min_mvar, grid.gen_q_max_mvar)
+    )
+    before, given = ((out["q_mvar"][0] + grid.q_load_mvar)[pv] for out in (free, limited))
+    assert ((before > high + 1) | (before < low - 1)).any()
+    assert ((given <= high + 1e-4) & (given >= low - 1e-4)).all()
+    at_limit = limited["q_limited"][0, pv]
+    assert at_limit.any() and (torch.minimum((given - high).abs(), (given - low).abs())[at_limit] < 1e-4).all()
+    assert (limited["vm_pu"][0, pv] == grid.vm[pv])[~at_limit].all()
+    assert evaluated(PowerFlowSolver(q_limits=True), data)["test/converged_share"] == 1
+
+
 def test_what_has_no_solution_is_named_and_not_silent(caplog):
     """Load far beyond the nose of the curve."""
     data = PowerGrids("case14", load_scale=20.0)
     with caplog.at_level(logging.WARNING):
         values = evaluated(PowerFlowSolver("newton"), data)
     assert values["test/unsolved"] == 1 and values["test/converged_share"] == 0
-    assert "case14: not converged: case: max|F| =" in caplog.text and "at bus" in caplog.text
+    assert "case14: not converged: case: max|F| = " in caplog.text and " at Bus " in caplog.text
     out = trainer().predict(PowerFlowSolver("newton"), data)[0]
     assert out["converged"].tolist() == [False] and out["vm_pu"].isfinite().all()
 
@@ -131,7 +148,7 @@ SOLVER_MISTAKES = {
     "method": ({"method": "gauss"}, r"model\.method='gauss' is unknown; choose newton, chord"),
     "compare": ({"compare": ["gauss"]}, r"model\.compare='gauss' is unknown"),
     "tol": ({"tol": 0.0}, r"model\.tol=0\.0: give the largest mismatch"),
-    "start": ({"start": "warm"}, r"model\.start='warm' is unknown; choose dc, flat, case"),
+    "start": ({"start": "warm"}, r"model\.start='warm' is unknown; choose auto, dc, flat, case"),
     "iterations": ({"max_iter": 0}, r"model\.max_iter=0: must be at least 1"),
     "compared iterations": ({"compare_iterations": {"sgd": 3}}, r"model\.compare_iterations names 'sgd'"),
 }
