@@ -24,7 +24,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         For every job ``buses``, ``peak_mib``, and by the name of each compared method its ``seconds``,
-        ``seconds_to_1e-3`` (NaN: not reached), ``max_mismatch_pu`` and ``iterations``; smaller grids first.
+        ``seconds_to_1e-3`` (infinite: not reached), ``max_mismatch_pu`` and ``iterations``; smaller grids first.
     """
     found = []
     for row, _ in finished_jobs(Path(folder)):
@@ -34,7 +34,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
         job: dict[str, Any] = {"buses": int(metrics["test/buses"]), "peak_mib": metrics["test/peak_mib"]}
         for method in METHODS:
             if f"test/{method}_seconds" in metrics:
-                job[method] = {name: metrics.get(f"test/{method}_{name}", math.nan) for name in _VALUES}
+                job[method] = {name: metrics.get(f"test/{method}_{name}", math.inf) for name in _VALUES}
         found.append(job)
     return sorted(found, key=lambda job: job["buses"])
 

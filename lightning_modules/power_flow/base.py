@@ -201,7 +201,7 @@ class GridModule(pl.LightningModule):
             rows += [(number, p.iteration, p.seconds, p.max_mismatch, p.mse, p.flow_deviation_percent) for p in points]
             self._compared[method] = {
                 "seconds": points[-1].seconds,
-                "seconds_to_1e-3": next((p.seconds for p in points if p.max_mismatch < REACHED), math.nan),
+                "seconds_to_1e-3": next((p.seconds for p in points if p.max_mismatch < REACHED), math.inf),
                 "iterations": float(solution.iterations.max()),
                 "max_mismatch_pu": float(solution.max_mismatch.max()),
                 "flow_deviation_percent": points[-1].flow_deviation_percent,

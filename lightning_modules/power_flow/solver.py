@@ -28,7 +28,7 @@ class PowerFlowSolver(GridModule):
 
     Logged: what `metrics.power_flow.FlowErrors` computes, ``seconds_per_flow``, and for every method ``m`` of
     ``compare`` ``test/m_...`` with ``seconds``, ``iterations``, ``max_mismatch_pu``, ``flow_deviation_percent``,
-    ``dv_max_pu`` and ``seconds_to_1e-3`` (NaN: not reached). Seconds are CPU seconds on a CPU.
+    ``dv_max_pu`` and ``seconds_to_1e-3`` (infinite: not reached). Seconds are CPU seconds on a CPU.
 
     Args:
         method: One of `physics.power_flow.METHODS`: ``chord``, ``newton``, ``fdlf_xb``, ``fdlf_bx``, ``lm``, ``lbfgs``,

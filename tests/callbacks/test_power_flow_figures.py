@@ -152,7 +152,7 @@ def test_true_against_identified(tmp_path: Path):
 
 
 def job(buses: int, reached: float) -> dict:
-    adam = {"seconds": 2.0, "seconds_to_1e-3": NAN, "max_mismatch_pu": 0.06, "iterations": 1000.0}
+    adam = {"seconds": 2.0, "seconds_to_1e-3": float("inf"), "max_mismatch_pu": 0.06, "iterations": 1000.0}
     newton = {"seconds": 2 * reached, "seconds_to_1e-3": reached, "max_mismatch_pu": 1e-9, "iterations": 4.0}
     return {"buses": buses, "peak_mib": 300.0, "newton": newton, "adam": adam}
 
@@ -181,12 +181,12 @@ def test_the_end_of_a_sweep(tmp_path: Path):
         metrics = {"test/buses": buses, "test/peak_mib": 400.0}
         for name, value in job(buses, buses / 1e4)["newton"].items():
             metrics[f"test/newton_{name}"] = value
-        metrics |= {"test/adam_seconds": 1.0, "test/adam_max_mismatch_pu": 0.1, "test/adam_seconds_to_1e-3": NAN}
+        metrics |= {"test/adam_seconds": 1.0, "test/adam_max_mismatch_pu": 0.1, "test/adam_seconds_to_1e-3": float("inf")}
         (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
         rows.append(f"{number},{number},completed,0,{folder}")
     (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
     found = read_jobs(tmp_path)
-    assert [one["buses"] for one in found] == [118, 472] and np.isnan(found[0]["adam"]["seconds_to_1e-3"])
+    assert [one["buses"] for one in found] == [118, 472] and np.isinf(found[0]["adam"]["seconds_to_1e-3"])
     printed = draw_sweep(tmp_path)
     assert "| 118 | 0.0118 | not reached: 1.0e-01 after 1 s | 400 |" in printed
     assert (tmp_path / "figures" / "time_to_tolerance.png").stat().st_size > 1000
