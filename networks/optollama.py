@@ -26,7 +26,7 @@ from networks.diffusion import (
     denoising_loss,
     sample,
 )
-from networks.token_choice import Constraints, SpecialTokens, close
+from networks.token_choice import Choice, Constraints, SpecialTokens, close
 
 _SCALE_STD, _SHIFT_STD = 1.2e-3, 8e-4  # of what modulates layer normalisations and gates at the start
 _TRAINING, _SAMPLING = 1, 2  # streams of random numbers
@@ -120,7 +120,8 @@ class StackGenerator(nn.Module):
             draws: Numbers of the draws, N of them.
             index: Numbers of the items, ``(B,)``.
             seed: Of the evaluation.
-            sampler: How; None: as the network was built.
+            sampler: How; None: as the network was built. Of it an autoregressive network uses temperature, top-p and
+                top-k.
             constraints: None: any layers, up to the length of the sequence.
             record: A list that gets the sequences of every step.
         """
@@ -640,7 +641,7 @@ class OptoGPT(StackGenerator):
         encoder: Maps (B, 3, W) to tokens (B, K, width); None: one token, linear in the spectrum, as published.
         condition: How the spectrum enters: ``cross`` (published) or ``add``, see `StackGenerator`.
         label_smoothing: Part of the target that is spread over all tokens; 0.1 in the original OptoGPT.
-        sampler: Temperature, top-p and top-k of the draws; None: 0.65, 0.9, 0.
+        choice: How a token is drawn; None: temperature 0.65, top-p 0.9.
 
     Raises:
         ValueError: Names the argument and the remedy.
@@ -662,14 +663,14 @@ class OptoGPT(StackGenerator):
         encoder: nn.Module | None = None,
         condition: Condition = "cross",
         label_smoothing: float = 0.0,
-        sampler: Sampler | None = None,
+        choice: Choice | None = None,
     ) -> None:
         super().__init__(num_tokens, length, num_wavelengths, condition)
         if ffn not in ("linear", "silu"):
             raise ValueError(f"model.net.ffn={ffn!r} is unknown; choose linear (as published) or silu")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.net.label_smoothing={label_smoothing}: must be at least 0 and below 1")
-        self.label_smoothing, self.sampler = label_smoothing, sampler or Sampler()
+        self.label_smoothing, self.choice = label_smoothing, choice or Choice()
         self.encoder = encoder or nn.Sequential(
             nn.Flatten(), nn.Linear(3 * num_wavelengths, width), nn.Unflatten(1, (1, width))
         )
@@ -718,7 +719,7 @@ class OptoGPT(StackGenerator):
         record: list[Tensor] | None = None,
     ) -> Tensor:
         """See `StackGenerator`; keys and values of earlier places are kept, those of the spectrum are shared."""
-        choice = (sampler or self.sampler).choice
+        choice = self.choice if sampler is None else sampler.choice
         allowed, shown = self._table(constraints, spectrum.device), self._show(spectrum)
         shape = (len(spectrum), len(draws))
         numbers = counter_uniform((seed, _SAMPLING), draws, index, (self.length,)).transpose(0, 1)

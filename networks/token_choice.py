@@ -47,11 +47,11 @@ class Choice:
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
-            raise ValueError(f"model.net.sampler.temperature={self.temperature}: must not be negative; 0 is greedy")
+            raise ValueError(f"temperature={self.temperature}: must not be negative; 0 is greedy")
         if not 0 <= self.top_p <= 1:
-            raise ValueError(f"model.net.sampler.top_p={self.top_p}: must be in [0, 1]; 1 leaves all tokens")
+            raise ValueError(f"top_p={self.top_p}: must be in [0, 1]; 1 leaves all tokens")
         if self.top_k < 0:
-            raise ValueError(f"model.net.sampler.top_k={self.top_k}: must not be negative; 0 leaves all tokens")
+            raise ValueError(f"top_k={self.top_k}: must not be negative; 0 leaves all tokens")
 
     @property
     def greedy(self) -> bool:
