@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
+from physics.power_flow.factorization import csr_tensor
 from physics.power_flow.grid import BRANCH_PARAMETERS, Grid
 
 
@@ -89,5 +91,6 @@ def ybus_sparse(grid: Grid) -> Tensor:
         diagonal = torch.arange(grid.num_buses, device=grid.device)
         rows, columns = torch.cat([f, f, t, t, diagonal]), torch.cat([f, t, f, t, diagonal])
         values = torch.cat([*y, shunts(grid)])
-        size = (grid.num_buses, grid.num_buses)
-        return torch.sparse_coo_tensor(torch.stack([rows, columns]), values, size).coalesce().to_sparse_csr()
+        place = rows.cpu().numpy(), columns.cpu().numpy()
+        matrix = csr_matrix((values.cpu().numpy(), place), shape=(grid.num_buses, grid.num_buses))
+        return csr_tensor(matrix, grid.device)

@@ -20,6 +20,7 @@ from physics.power_flow.factorization import DenseInverse, Factorization
 from physics.power_flow.flows import branch_flows
 from physics.power_flow.grid import Grid, listed
 from physics.power_flow.linear import dc_angles, dc_factors, dc_susceptances
+from physics.power_flow.mixing import Mixing
 from physics.power_flow.outcome import Outcome, Recorder
 from physics.power_flow.scenarios import Scenarios
 from physics.power_flow.solution import NotConverged, Solution
@@ -341,8 +342,9 @@ def screen(
     for columns, branches in _parts(eq, outages):
         state, given = _outage_batch(eq, base, batch, branches)
         inverse = Woodbury.of_outages(eq, factors, base, branches)
+        mixing = Mixing(Buffers(batch.p))
         for _ in range(steps):
-            eq.step(state, inverse.solve(eq.mismatch(state, given)))
+            eq.step(state, mixing.step(inverse.solve(eq.mismatch(state, given))))
         mismatches.append(eq.mismatch(state, given).abs().amax(0))
         vm, va = eq.in_grid_order(state.vm), eq.in_grid_order(state.va)
         flows = branch_flows(grid, vm, va, status[:, columns])

@@ -197,7 +197,7 @@ def csr_tensor(matrix: csr_matrix, device: torch.device) -> Tensor:
     matrix.sort_indices()
     parts = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int64), matrix.data
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore")  # "Sparse CSR tensor support is in beta state", invariants are not checked
         return torch.sparse_csr_tensor(
             *(torch.from_numpy(part).to(device) for part in parts), size=matrix.shape, check_invariants=False
         )

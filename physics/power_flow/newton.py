@@ -289,7 +289,11 @@ def _damped(
             break
         scale = float(abs(jacobian).sum(0).max()) ** 2 * 1e-6
         system = bmat([[one, jacobian], [jacobian.T, -damping * scale * one]], format="csc")
-        du = splu(system).solve(np.concatenate([f, zero]))[size:]
+        try:
+            du = splu(system).solve(np.concatenate([f, zero]))[size:]
+        except RuntimeError:  # exactly singular, although damped
+            damping, growth = damping * growth, growth * 2
+            continue
         trial = now.clone()
         eq.step(trial, torch.from_numpy(du)[:, None].to(now.vm))
         found = eq.mismatch(trial, given)

@@ -135,8 +135,10 @@ class Solver:
                 chosen = adam_settings(grid.name) if method == "adam" else RMSpropSettings()
                 outcome = first_order(eq, batch, state, settings or chosen, tol, max_iter, recorder)
         names = [method] * len(scenarios)
-        if fallback and method in _FALL_BACK:
-            self.fall_back(batch, outcome, names, begin, tol, recorder)
+        if method in _FALL_BACK:
+            if fallback:
+                self.fall_back(batch, outcome, names, begin, tol, recorder)
+            _not_worse_than_start(eq, batch, outcome, begin, tol)
         return solution_of(eq, outcome, names, tol, recorder)
 
     def _chord(
@@ -144,11 +146,10 @@ class Solver:
     ) -> tuple[Outcome, Callable[[Tensor], State]]:
         """Chord iterations around the mean scenario; also where given scenarios start."""
         eq, count = self.equations, len(scenarios)
-        base, factors, _, taken = self.base(
-            scenarios, start, max(tol, _BASE_TOLERANCE), recorder if count == 1 else None
-        )
-        warm = None
-        if not isinstance(start, str) and count > 1 and _columns(start) == count:
+        base_tol = max(tol, _BASE_TOLERANCE)
+        base, factors, size, taken = self.base(scenarios, start, base_tol, recorder if count == 1 else None)
+        solved, warm = size <= base_tol, None
+        if not solved or (not isinstance(start, str) and count > 1 and _columns(start) == count):
             warm = starting_state(eq, scenarios, start, batch)
         points = None if scenarios.vm is None else scenarios.vm.detach()[eq.order[: eq.first_pq]].to(eq.dtype)
 
@@ -168,7 +169,7 @@ class Solver:
             columns = torch.arange(first, min(first + width, count), device=eq.device)
             part = slice(first, first + len(columns))
             state, given = begin(part, buffers), batch.narrow(part)
-            if factors is None:
+            if factors is None or not solved:
                 outcome.write(columns, state, eq.mismatch(state, given), 0)
                 continue
             chord(eq, given, state, factors, tol, max_iter, outcome, columns, recorder, buffers)
@@ -179,7 +180,7 @@ class Solver:
     def base(
         self, scenarios: Scenarios, start: Start = "auto", tol: float = 1e-8, recorder: Recorder | None = None
     ) -> tuple[State, Factorization | None, float, int]:
-        """Solve the mean of the scenarios by Newton's method.
+        """Solve the mean of the scenarios, or if it has no solution their median, by Newton's method.
 
         Args:
             scenarios: Their status is not looked at.
@@ -192,17 +193,26 @@ class Solver:
         """
         eq = self.equations
         vm = None if scenarios.vm is None else scenarios.vm.mean(1, keepdim=True)
-        mean = Scenarios(scenarios.s.mean(1, keepdim=True), vm, names=("mean",))
         if not isinstance(start, str):
             parts = (start.vm, start.va) if isinstance(start, Solution) else start
             start = tuple(value if value.ndim == 1 else value.mean(1) for value in parts)
-        batch = eq.batch(mean)
-        state, recorder = starting_state(eq, mean, start, batch), recorder or Recorder(eq, batch, False)
-        found = newton(eq, batch, state, tol, ITERATIONS["newton"], recorder, steps=self.newton_steps)
-        taken = int(found.iterations)
-        if not float(found.mismatch) <= tol:
-            found = newton(eq, batch, state, tol, _SEARCHED_ITERATIONS, recorder, True, self.newton_steps)
-            taken += int(found.iterations)
+        silent, taken = Recorder(eq, eq.batch(scenarios.select([0])), False), 0
+        # A scenario beyond all measure may leave the mean without a solution; the median does not see it.
+        attempts: list[Callable[[], Tensor]] = [lambda: scenarios.s.mean(1, keepdim=True)]
+        if len(scenarios) > 1:
+            s = scenarios.s
+            attempts.append(lambda: torch.complex(*(x.median(1, keepdim=True).values for x in (s.real, s.imag))))
+        for injections in attempts:
+            middle = Scenarios(injections(), vm, names=("middle",))
+            batch = eq.batch(middle)
+            state = starting_state(eq, middle, start, batch)
+            for most, search in ((ITERATIONS["newton"], False), (_SEARCHED_ITERATIONS, True)):
+                found = newton(eq, batch, state, tol, most, recorder or silent, search, self.newton_steps)
+                taken += int(found.iterations)
+                if float(found.mismatch) <= tol:
+                    break
+            if float(found.mismatch) <= tol:
+                break
         try:
             factors = factorize(eq.jacobian(found.state), eq.device)
         except SingularMatrix:
@@ -237,6 +247,20 @@ class Solver:
             for column, better in zip(left.tolist(), outcome.adopt(left, found).tolist(), strict=True):
                 if better:
                     names[column] = name
+
+
+def _not_worse_than_start(
+    eq: Equations, batch: Batch, outcome: Outcome, begin: Callable[[Tensor], State], tol: float
+) -> None:
+    """Put scenarios that ran away back to where they started."""
+    left = (~(outcome.mismatch <= tol)).nonzero()[:, 0]
+    if len(left):
+        state = begin(left)
+        mismatch = eq.mismatch(state, batch.select(left))
+        worse = ~(outcome.mismatch[left] <= mismatch.abs().amax(0))
+        iterations = outcome.iterations[left[worse]]
+        outcome.write(left[worse], state.select(worse), mismatch[:, worse], 0)
+        outcome.iterations[left[worse]] = iterations
 
 
 def _unsolved(eq: Equations, state: State, batch: Batch, recorder: Recorder) -> Outcome:
