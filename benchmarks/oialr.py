@@ -136,7 +136,8 @@ def _digits(seeds: Sequence[int]) -> list[Row]:
     rows = [found.row("digits: test accuracy", name, "test/accuracy") for name, found in table.items()]
     gain = table["oialr"].mean("test/accuracy") - table["dense"].mean("test/accuracy")
     rows.append({"what": "digits: test accuracy, difference", "variant": "oialr - dense", "value": gain, "unit": ""})
-    rows[-1] |= {"at_least": -1 / 360, "note": "one of 360 test images", "paper": "-2 to +1 percentage points"}
+    # Images are counted: a mean of three times 360 is not exact.
+    rows[-1] |= {"at_least": -1e-6, "note": "one test image is 0.0009", "paper": "-2 to +1 percentage points"}
     rows.append(table["oialr"].row("digits: stored parameters, share of dense", "oialr", "test/stored_fraction"))
     rows[-1]["at_most"] = 0.70
     rows.append(table["oialr"].row("digits: trainable parameters, share of dense", "oialr", "test/trainable_fraction"))

@@ -132,24 +132,22 @@ def dense_digits(tmp_path_factory) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("options", "stored", "trainable", "images"),
+    ("options", "stored", "trainable"),
     [
-        ((), 0.30, 0.05, 3),  # the experiment as it is, which drops more than the acceptance line asks for
-        (("callbacks.oialr.frequency=200", "callbacks.oialr.progressive=0.2"), 0.35, 0.06, 0),
-        (("callbacks.oialr.frequency=400",), 0.70, 0.11, 0),
+        ((), 0.35, 0.06),  # the experiment as it is, which drops more than the acceptance line asks for
+        (("callbacks.oialr.frequency=400", "callbacks.oialr.progressive=0.5"), 0.70, 0.11),
     ],
-    ids=["preset", "slower", "slowest"],
+    ids=["preset", "slower"],
 )
-def test_digits_keep_their_accuracy(tmp_path, dense_digits, options, stored, trainable, images):
-    """Of 3 x 360 test images at most so many more are wrong than with the dense network.
-
-    Measured, mean of the seeds: dense 0.9815; 0.9806 at 0.25 to 0.29 of the stored parameters, 0.9815 at 0.27 to 0.31,
-    0.9824 at 0.64.
-    """
+def test_digits_keep_their_accuracy(tmp_path, dense_digits, options, stored, trainable):
+    """Means of three seeds. Measured: dense 0.9815; 0.9815 at 0.27 to 0.31 of the stored parameters, 0.9824 at 0.64."""
     accuracy, metrics = digits_accuracy(tmp_path, *options)
     assert metrics["test/stored_fraction"] <= stored
     assert metrics["test/trainable_fraction"] <= trainable
-    assert round(360 * (sum(dense_digits) - sum(accuracy))) <= images, (dense_digits, accuracy)
+    wrong = [
+        round(360 * sum(1 - value for value in values)) for values in (accuracy, dense_digits)
+    ]  # of 3 x 360 images
+    assert wrong[0] <= wrong[1], (dense_digits, accuracy)
 
 
 # --- 9: it does not overfit where the dense network does ------------------------------------------------------------
