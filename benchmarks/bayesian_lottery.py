@@ -4,6 +4,9 @@ Claim of the paper (Kuhn et al., 2026): matching tickets exist in Bayesian netwo
 ordinary network can be transplanted at up to half of the cost. It measures no speed of sparse networks; published code
 multiplies by masks, which is as slow as dense ("masked" here). The layer is 1024 x 1024, batch 128, 10 samples.
 
+Trained tickets: files of two short searches, halved six times (1.6 % left), 20 samples of all test images, as
+``model.execution`` runs them: ``masked``, ``sparse``, and ``compact`` without dead channels.
+
 Digits: seeds 0 to 2 of ``experiment=bayesian_lottery`` at its levels 0, 3, 6, 9, 12 and 15, with the ordinary network,
 controls and transplants beside. Learning-rate rewinding has trained for the epochs of all levels together: at levels 6
 and 12 the dense network and the ticket get as many. The peer is Lightning's `ModelPruning` with its option for lottery
@@ -19,7 +22,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -31,10 +34,12 @@ from benchmarks.trained import configuration
 from lightning_modules.classification import Classifier
 from lightning_modules.metrics.classification import ClassificationScores
 from networks.bayes import BayesLinear, SampleContext
-from networks.lottery.compact import sparse
+from networks.lottery.compact import Execution, sparse
+from networks.lottery.tickets import load_ticket, ticket_path
 from networks.masks import PruneChoice, install_masks
 from networks.mlp import MLP
 from runner import job
+from runner.load import load_run
 
 CLAIM: str = (
     "A Bayesian layer with 1.2 % of its weights alive takes at most 1/8 of the time of the masked one, with 5 % at "
@@ -98,6 +103,8 @@ def run(
     with single_thread():
         for density in (0.012, 0.05, 0.1, 0.2):
             rows += _layer(density, repeats, size)
+        if trainings:
+            rows += _trained(repeats)
     if trainings:
         rows += _digits(seeds, levels)
     return Result(rows, {"threads": 1, "repeats": repeats, "seeds": ", ".join(map(str, seeds)), "size": size})
@@ -113,6 +120,53 @@ def _layer(density: float, repeats: int, size: int) -> list[Row]:
     ):
         timings = compare(variants, repeats)
         rows += [*time_rows(what, timings), ratio_row(what, timings, "sparse", "masked", **more)]
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ trained tickets
+
+TRAINED = {
+    "perceptron 64-512-512-10, digits": ("model.net.hidden=[512,512]", "trainer.max_epochs=3"),
+    "VGG-11 of half the width, generated images of 32 pixels": (
+        *("model=lottery_vgg11", "model.net.width=0.5", "model.num_samples=2", "trainer.max_epochs=1"),
+        *("data=synthetic_images", "data.test_size=null", "data.max_train=320", "data.max_test=64"),
+    ),
+}
+HALVINGS = 6
+
+
+def trained_ticket(folder: Path, *overrides: str, halvings: int = HALVINGS) -> Path:
+    """Search that leaves half of the weights at every level; the file of the last ticket."""
+    pruning = ("callbacks.iterative_pruning.rate=0.5", f"callbacks.iterative_pruning.levels={halvings}")
+    _run(folder, "experiment=bayesian_lottery", *overrides, *LEAN, *pruning, "test=false")
+    return ticket_path(folder / "tickets", halvings)
+
+
+def ticket_calls(path: Path) -> tuple[dict[str, Callable[[], Any]], float]:
+    """Prediction of all test images by every execution, and the part of the weights that is left."""
+    modules = {how: load_run(path, "trained", execution=how) for how in get_args(Execution)}
+    data = modules["masked"][1]
+    data.prepare_data()
+    data.setup("test")
+    image = torch.cat([data.shifted(batch)["image"] for batch in data.test_dataloader()])
+
+    def call(module: pl.LightningModule) -> Any:
+        with torch.no_grad():
+            return module.logits(image)
+
+    calls = {how: functools.partial(call, module) for how, (module, _, _) in modules.items()}
+    return calls, load_ticket(path).about["remaining"]
+
+
+def _trained(repeats: int) -> list[Row]:
+    rows: list[Row] = []
+    for name, overrides in TRAINED.items():
+        with tempfile.TemporaryDirectory() as folder:
+            calls, left = ticket_calls(trained_ticket(Path(folder), *overrides))
+            timings = compare(calls, repeats)
+        what = f"trained ticket, {name}, {100 * left:.2g} % alive"
+        rows += time_rows(what, timings)
+        rows += [ratio_row(what, timings, how, "masked") for how in ("sparse", "compact")]
     return rows
 
 
@@ -188,7 +242,7 @@ def _one_seed(folder: Path, seed: int, levels: int, chosen: Sequence[int], found
         once = (
             *common,
             "callbacks.iterative_pruning.levels=0",
-            f"callbacks.iterative_pruning.epochs_per_level={epochs}",
+            f"trainer.max_epochs={epochs}",
         )
         once += (f"model.scheduler.milestones=[{epochs // 2},{epochs * 3 // 4}]",)
         ticket = (f"model.ticket={folder / 'Bayesian, snr'}", f"model.level={level}")

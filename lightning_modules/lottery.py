@@ -164,24 +164,25 @@ class Lottery(BayesClassifier):
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         return self.execution == "masked" or self.training or fitting
 
-    def executable(self, ticket: Ticket | None = None) -> nn.Module:
+    def executable(self, ticket: Ticket | None = None, example: Tensor | None = None) -> nn.Module:
         """The network as ``execution`` says, in evaluation, on its own: it shares no weights with this module.
 
         Args:
             ticket: Whose masks and weights (those that ``evaluate`` names) it gets; None: those of this module.
+            example: Images as they will come, by whose size it is judged which convolutions become sparse.
         """
         net = copy.deepcopy(self.net).eval()
         if ticket is not None:
             apply_masks(net, ticket.masks)
             apply_weights(net, ticket.state(self.evaluate))
-        return executed(net, self.execution, self.execution_noise)
+        return executed(net, self.execution, self.execution_noise, example)
 
     @override
     def logits(self, image: Tensor) -> Any:
         if self.is_masked:
             return super().logits(image)
         if self._level not in self._executed:
-            self._executed[self._level] = self.executable(self._tested.get(self._level))
+            self._executed[self._level] = self.executable(self._tested.get(self._level), image)
         own = self.net
         self.net = self._executed[self._level]
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.bayesian_lottery import layer_calls, masked_layer
+from benchmarks.bayesian_lottery import layer_calls, masked_layer, ticket_calls, trained_ticket
 from benchmarks.measure import compare, ratio
 from networks.bayes import SampleContext
 from networks.lottery.compact import sparse
@@ -314,6 +314,17 @@ def test_a_sparse_layer_computes_the_same():
             expected = masked(inputs)
         with SampleContext(range(10), 10, batch=128):
             torch.testing.assert_close(other(inputs), expected, rtol=0, atol=1e-5)
+
+
+def test_a_trained_ticket_is_timed(tmp_path):
+    """What the benchmark compares: one file, run masked, sparse and compact, with the same accuracy."""
+    small = ("model.net.hidden=[48,32]", "trainer.max_epochs=1", "data.max_test=100")
+    calls, left = ticket_calls(trained_ticket(tmp_path, *small, halvings=4))
+    assert list(calls) == ["masked", "sparse", "compact"] and left == pytest.approx(1 / 16, abs=1e-3)
+    found = {how: call().log_probability.exp() for how, call in calls.items()}
+    for how in ("sparse", "compact"):  # other samples of the same weights
+        torch.testing.assert_close(found[how], found["masked"], rtol=0, atol=0.02)
+        assert not torch.equal(found[how], found["masked"])
 
 
 # --- 16: MNIST -------------------------------------------------------------------------------------------------------

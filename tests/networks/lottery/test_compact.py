@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from networks.bayes import BayesConv2d, BayesLinear, Init, SampleContext, to_bayesian
 from networks.cifar_resnet import CifarResNet
 from networks.lottery.channels import channels
-from networks.lottery.compact import compact, executed, sparse
+from networks.lottery.compact import compact, costs, executed, sparse
 from networks.lottery.sparse_layers import SparseBayesConv2d, SparseBayesLinear, SparseConv2d, SparseLinear
 from networks.masks import PruneChoice, install_masks
 from networks.mlp import MLP
@@ -343,6 +343,27 @@ def test_sparse_convolutions(bayesian, kernel, options):
     ours = small[0].weight_mu.grad if bayesian else small[0].values.grad
     theirs = (layer[0].weight_mu if bayesian else layer[0].weight).grad.flatten()[small[0].pattern.flat]
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_size_of_the_images_decides_which_convolutions_are_sparse():
+    """Few pixels are mostly padding, wide layers have more to leave out; without an example the density decides."""
+    layers = [BayesConv2d(64, 64, 3, padding=1), BayesConv2d(8, 8, 3, padding=1), BayesConv2d(256, 256, 3, stride=2)]
+    for layer in layers:
+        layer.weight_mask = torch.rand(layer.weight_mu.shape) < 0.03
+    wide = costs(layers[0], layers[0].weight_mask, torch.Size((64, 64, 8, 8)))
+    tiny = costs(layers[0], layers[0].weight_mask, torch.Size((256, 64, 2, 2)))
+    narrow = costs(layers[1], layers[1].weight_mask, torch.Size((32, 8, 32, 32)))
+    assert wide[1] < wide[0] and tiny[1] > tiny[0] and narrow[1] > narrow[0]
+    strided = costs(layers[2], layers[2].weight_mask, torch.Size((16, 256, 9, 9)))
+    outputs, alive = 16 * 4 * 4, int(layers[2].weight_mask.sum())
+    assert strided[0] == pytest.approx((0.023 * outputs + 6.4) * 256 * 256 * 9)
+    assert strided[1] == pytest.approx((0.092 * 16 * 25 + 19) * alive + 512 * 16 * 25 + 7e5)
+    net, _ = images("CifarResNet", True, 0.03)
+    chosen = [
+        sum(isinstance(m, SparseBayesConv2d) for m in executed(net.float(), "sparse", "alive", example).modules())
+        for example in (None, torch.zeros(2, 3, 16, 16))
+    ]
+    assert chosen[0] > 10 and chosen[1] == 0
 
 
 @pytest.mark.parametrize("how", ["sparse", "compact"])
