@@ -73,7 +73,7 @@ def error_against_seconds(outputs: Outputs, datamodule: Any) -> Figure:
     left.set_ylabel("largest mismatch [p.u.]")
     right.tick_params(labelleft=False)
     handles, texts = right.get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    figure.legend(handles, texts, loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 

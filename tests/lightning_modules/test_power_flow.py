@@ -92,6 +92,25 @@ def test_limits_are_counted():
     assert values["test/low_voltages"] > 5 and values["test/high_voltages"] == 0
 
 
+def test_steps_with_outages_are_solved_one_by_one():
+    """Other injections and other branches in every scenario of a batch; what is islanded has no numbers."""
+    data = PowerGrids("case14", kind="mixed", num_scenarios=40)
+    out = trainer().predict(PowerFlowSolver("chord"), data)[0]
+    cut = out["islanding"]
+    assert 0 < int(cut.sum()) < 10 and out["vm_pu"][cut].isnan().all() and not out["converged"][cut].any()
+    assert out["converged"][~cut].all()
+    batch = data.batch(out["scenario"].numpy())
+    for i in (~cut).nonzero()[::7, 0].tolist():
+        status = data.grid.status.clone()
+        status[batch["outage"][i]] = 0.0
+        s = torch.complex(batch["p_mw"][i], batch["q_mvar"][i])[:, None] / 100
+        alone = solve(data.grid.replace(status=status), Scenarios(s), "newton", tol=1e-10)
+        torch.testing.assert_close(out["vm_pu"][i], alone.vm[:, 0], rtol=0, atol=1e-7)
+        assert float(out["p_from_mw"][i, batch["outage"][i, 0]]) == 0
+    values = evaluated(PowerFlowSolver("newton"), data)
+    assert values["test/islanded"] == int(cut.sum()) and values["test/unsolved"] == 0
+
+
 def test_generators_have_limits_of_reactive_power():
     data = PowerGrids("case14", load_scale=1.3)
     free, limited = (trainer().predict(PowerFlowSolver(q_limits=flag), data)[0] for flag in (False, True))
