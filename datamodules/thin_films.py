@@ -413,8 +413,13 @@ class ThinFilms(LightningDataModule):
                 f"{path}: stacks of {shard.tokens.shape[1]} tokens and spectra of {tuple(shard.spectra.shape[1:])}, "
                 f"but data.length={self.length} and data.num_wavelengths={self.num_wavelengths}"
             )
-        if len(shard.tokens) and not 0 <= int(shard.tokens.min()) <= int(shard.tokens.max()) < self.num_tokens:
-            raise ValueError(f"{path}: ids outside of the {self.num_tokens} tokens of tokens.json")
+        for first in range(0, len(shard.tokens), _SHARD):
+            tokens = shard.tokens[first : first + _SHARD]
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < self.num_tokens:
+                raise ValueError(f"{path}: ids outside of the {self.num_tokens} tokens of tokens.json")
+            if not (well := self.vocabulary.well_formed(tokens)).all():
+                number = first + int((~well).nonzero()[0])
+                raise ValueError(f"{path}: stack {number} is not a sequence of layers, one <EOS>, and <PAD> behind it")
         return shard
 
     def library(self, count: int) -> Shard:

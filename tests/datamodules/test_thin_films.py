@@ -6,7 +6,7 @@ import torch
 
 from datamodules.stack_set import Numbers, StackSet, fingerprints, take_unlike
 from datamodules.thin_films import ThinFilms, Variants
-from physics.thin_film.layout import Shard, read_shard
+from physics.thin_film.layout import Shard, read_shard, write_shard
 from tests.lightning_modules.tiny_series import quiet_trainer
 
 SMALL = {"num_train": 600, "num_val": 40, "num_test": 30, "batch_size": 50, "eval_batch_size": 16}
@@ -197,7 +197,17 @@ def test_published_files_that_do_not_fit(tmp_path):
         ThinFilms(**options, max_layers=5, length=6).setup("fit")
     with pytest.raises(ValueError, match=r"data\.num_val=100: the training files hold 100 stacks"):
         ThinFilms(**options | {"num_val": 100}).setup("fit")
-    (tmp_path / "out" / "test" / "test.safetensors").unlink()
+    path = tmp_path / "out" / "test" / "test.safetensors"
+    shard = read_shard(path)
+    for wrong, message in ((99, "ids outside of the 53 tokens"), (3, "stack 4 is not a sequence of layers, one <EOS>")):
+        tokens = shard.tokens.clone()
+        tokens[4, -1] = wrong
+        tokens[4, tokens[4] == 50] = wrong
+        write_shard(tmp_path / "new", shard.spectra.clone(), tokens)
+        (tmp_path / "new").replace(path)
+        with pytest.raises(ValueError, match=message):
+            ThinFilms(**options).setup("fit")
+    path.unlink()
     with pytest.raises(FileNotFoundError, match=r"test\.safetensors"):
         ThinFilms(**options).setup("fit")
     tokens = json.loads((tmp_path / "out" / "tokens.json").read_text())

@@ -210,6 +210,37 @@ def test_a_network_learns_the_tiny_space():
     assert after["val/best_mae"] < 0.5 * before
 
 
+def test_a_restart_changes_nothing(tmp_path):
+    """Three epochs equal two, a restart and one more, bit for bit: masks depend on (seed, epoch, stack) alone."""
+    options = {"ema_decay": 0.9, "scheduler": None}
+    whole = module(baselines={"gpt": decoder()}, **options)
+    trained(whole, epochs=3, gradient_clip_val=0.5)
+    first = module(baselines={"gpt": decoder()}, **options)
+    fit, _ = trained(first, epochs=2, gradient_clip_val=0.5)
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    again = module(baselines={"gpt": decoder()}, seed=8, **options)
+    quiet_trainer(max_epochs=3, gradient_clip_val=0.5).fit(again, datamodule=films(), ckpt_path=tmp_path / "a.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
+def trained_weights() -> tuple[torch.Tensor, float]:
+    """Of two networks after two epochs, in this process or as one of several."""
+    own = module(baselines={"gpt": decoder()}).double()
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    options = {"devices": 2, "strategy": "ddp"} if distributed else {}
+    fit, _ = trained(own, films(noise=0.01), precision="64-true", **options)
+    return weights(own), float(fit.callback_metrics["train/loss"])
+
+
+def test_two_processes_train_as_one(ranks2):
+    """Times, masks and noise are those of the stacks, and the loss is the mean over the tokens of all processes."""
+    alone, loss = trained_weights()
+    for found, loss_of_rank in ranks2(trained_weights):
+        assert (found - alone).abs().max() < 1e-9
+        assert loss_of_rank == pytest.approx(loss, rel=1e-9)
+
+
 # ----------------------------------------------------------------------------------------------------------------- test
 
 
