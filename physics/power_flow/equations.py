@@ -336,33 +336,65 @@ class Equations:
 
         With ``z = w_P + j w_Q`` the derivative of ``sum(w F)`` is ``Re(h dV)``, ``h = conj(z I) + Y^T (z conj(V))``.
         """
-        ef, p, q = self.injections(state, changes)
-        return self.transposed_product_of(ef, p, q, state, weight, changes)
+        return self.transposed_product_of(*self.injections(state, changes), state, weight, changes)
 
     def transposed_product_of(
-        self, ef: Tensor, p: Tensor, q: Tensor, state: State, weight: Tensor, changes: Changes | None = None
+        self,
+        ef: Tensor,
+        p: Tensor,
+        q: Tensor,
+        state: State,
+        weight: Tensor,
+        changes: Changes | None = None,
+        buffers: Buffers | None = None,
     ) -> Tensor:
-        """The same where `injections` are known."""
-        n, a, m = self.num_buses, self.num_angles, self.num_magnitudes
-        e, f = ef[:n], ef[n:]
-        z_p, z_q = torch.zeros_like(p), torch.zeros_like(q)
+        """The same where `injections` are known; in memory that the next call with the same ``buffers`` overwrites."""
+        a, m = self.num_angles, self.num_magnitudes
+        buffers = buffers or Buffers(p)
+        z_p, z_q = (buffers(name, *p.shape) for name in ("z_p", "z_q"))
+        z_p[: self.num_slack], z_q[: self.first_pq] = 0, 0
         z_p[self.num_slack :] = weight[:a]
         z_q[self.first_pq :] = weight[a : a + m]
         if self.distributed:
             z_p[:1] = weight[a + m :]
-        w = torch.empty_like(ef)
-        w[:n] = z_p * e + z_q * f
-        w[n:] = z_q * e - z_p * f
-        back = self.transposed_product(w, torch.empty_like(w))
+        by_va, by_vm = self._transposed_at_buses(ef, p, q, state, z_p, z_q, changes, buffers)
+        out = buffers("transposed", *weight.shape)
+        out[:a], out[a : a + m] = by_va[self.num_slack :], by_vm[self.first_pq :]
+        if self.distributed:
+            out[a + m :] = -(self.weights[:, None] * z_p).sum(0, keepdim=True)
+        return out
+
+    def transposed_full_product(
+        self, state: State, z_p: Tensor, z_q: Tensor, changes: Changes | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Derivatives of ``sum(z_p P + z_q Q)`` over all buses by all angles and all magnitudes, ``[n, B]`` each."""
+        return self._transposed_at_buses(*self.injections(state, changes), state, z_p, z_q, changes, Buffers(z_p))
+
+    def _transposed_at_buses(
+        self,
+        ef: Tensor,
+        p: Tensor,
+        q: Tensor,
+        state: State,
+        z_p: Tensor,
+        z_q: Tensor,
+        changes: Changes | None,
+        buffers: Buffers,
+    ) -> tuple[Tensor, Tensor]:
+        n, count = p.shape
+        e, f = ef[:n], ef[n:]
+        w = buffers("w", 2 * n, count)
+        torch.mul(z_p, e, out=w[:n]).addcmul_(z_q, f)
+        torch.mul(z_q, e, out=w[n:]).addcmul_(z_p, f, value=-1)
+        back = self.transposed_product(w, buffers("back", 2 * n, count))
         if changes is not None:
             _add_changes(back, w, changes._replace(ft=changes.tf, tf=changes.ft))
         # h V = conj(z) S + V (Y^T w)
-        real = z_p * p + z_q * q + e * back[:n] - f * back[n:]
-        imag = z_p * q - z_q * p + e * back[n:] + f * back[:n]
-        rows = [-imag[self.num_slack :], (real[self.first_pq :] / state.vm[self.first_pq :])]
-        if self.distributed:
-            rows.append(-(self.weights[:, None] * z_p).sum(0, keepdim=True))
-        return torch.cat(rows)
+        real = torch.mul(z_p, p, out=buffers("real", n, count)).addcmul_(z_q, q)
+        real.addcmul_(e, back[:n]).addcmul_(f, back[n:], value=-1)
+        turned = torch.mul(z_q, p, out=buffers("turned", n, count)).addcmul_(z_p, q, value=-1)  # minus imaginary
+        turned.addcmul_(e, back[n:], value=-1).addcmul_(f, back[:n], value=-1)
+        return turned, real.div_(state.vm)
 
     def jacobian_product(self, state: State, du: Tensor, changes: Changes | None = None) -> Tensor:
         """``J(u) du`` of every scenario without any matrix, ``[N_u, B]``."""

@@ -27,7 +27,7 @@ from physics.power_flow.solution import Solution
 from physics.power_flow.solver import Solver, Start
 
 # Adjoint solves: relative bound on the residual, and steps before a scenario is factorised by itself.
-_ADJOINT_TOLERANCE, _ADJOINT_STEPS = 1e-11, 30
+_ADJOINT_TOLERANCE, _ADJOINT_STEPS = 1e-10, 30
 # What gradients can reach, beside ``s``, ``vm`` and ``status``: tensors of the grid.
 _OF_GRID = (*BRANCH_PARAMETERS, "g_shunt", "b_shunt", "va", "slack_weights")
 
@@ -81,18 +81,83 @@ class _Problem:
         share = u[self.eq.num_angles + self.eq.num_magnitudes :] if self.eq.distributed else None
         return residual(grid, vm, va, value["s"], status, share, **{name: value[name] for name in BRANCH_PARAMETERS})
 
+    def products(self, adjoint: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+        """``-(dF/dp)^T lambda`` for the tensors that need it: the gradients of one backward pass.
+
+        The same as with autograd through `residual`, without the intermediate results of every scenario. With
+        ``w = z conj(V)``, where ``z = lambda_P + j lambda_Q`` at the buses, ``sum(lambda F)`` changes with an
+        admittance between the buses ``i`` and ``k`` by ``Re(w_i V_k dy)``, summed over the scenarios that share it.
+        """
+        eq, state, changes = self.eq, self.state, self.batch.changes
+        wanted = {name for name, need in zip(self.names, needed, strict=True) if need}
+        value = dict(zip(self.names, tensors, strict=True))
+        a, m = eq.num_angles, eq.num_magnitudes
+        z_p, z_q = torch.zeros_like(state.vm), torch.zeros_like(state.vm)
+        z_p[eq.num_slack :], z_q[eq.first_pq :] = -adjoint[:a], -adjoint[a : a + m]
+        if eq.distributed:
+            z_p[:1] = -adjoint[a + m :]
+        found: dict[str, Tensor] = {}
+        if "s" in wanted:
+            found["s"] = -torch.complex(eq.in_grid_order(z_p), eq.in_grid_order(z_q))
+        if {"vm", "va"} & wanted:
+            by_va, by_vm = eq.transposed_full_product(state, z_p, z_q, changes)
+            by_va[eq.num_slack :], by_vm[eq.first_pq :] = 0, 0
+            found["va"] = eq.in_grid_order(by_va.sum(1))
+            by_vm = eq.in_grid_order(by_vm)
+            found["vm"] = by_vm.sum(1) if value["vm"].ndim == 1 else by_vm
+        square = state.vm * state.vm
+        if "g_shunt" in wanted:
+            found["g_shunt"] = eq.in_grid_order((z_p * square).sum(1))
+        if "b_shunt" in wanted:
+            found["b_shunt"] = -eq.in_grid_order((z_q * square).sum(1))
+        if "slack_weights" in wanted:
+            found["slack_weights"] = -eq.in_grid_order((z_p * state.share).sum(1))
+        branch = [name for name in (*BRANCH_PARAMETERS, "status") if name in wanted]
+        if branch:
+            found |= self._branch_products(torch.complex(z_p, z_q), value, branch)
+        return [found[name] if need else None for name, need in zip(self.names, needed, strict=True)]
+
+    def _branch_products(self, z: Tensor, value: dict[str, Tensor], wanted: Sequence[str]) -> dict[str, Tensor]:
+        """`products` with the parameters of the branches."""
+        eq, grid = self.eq, self.grid
+        v = torch.polar(self.state.vm, self.state.va)
+        w = z * v.conj()
+        v_f, v_t, w_f, w_t = v[eq.f], v[eq.t], w[eq.f], w[eq.t]
+        leaves = {name: value[name].detach().requires_grad_() for name in wanted}
+        with torch.enable_grad():
+            given = {name: leaves.get(name, value[name].detach()) for name in (*BRANCH_PARAMETERS, "status")}
+            status = given.pop("status")
+            y = admittances(grid, status if status.ndim == 1 else status.mT, **given)
+        pairs = (w_f, v_f), (w_f, v_t), (w_t, v_f), (w_t, v_t)
+        if y.ff.ndim == 1:
+            by_y = [(one * two).sum(1).conj() for one, two in pairs]
+        else:
+            by_y = [(one * two).conj().mT for one, two in pairs]
+        gradients = torch.autograd.grad(list(y), list(leaves.values()), by_y, allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), gradients, strict=True)
+        }
+
     def solve(self, b: Tensor, transposed: bool) -> Tensor:
         """``J^-1 b``, or ``J^-T b``, for every scenario at the solution, ``[N_u, B]``."""
-        eq, state = self.eq, self.state
-        product = eq.transposed_jacobian_product if transposed else eq.jacobian_product
+        eq, state, changes = self.eq, self.state, self.batch.changes
         factors = self._factorized()
-        x = torch.zeros_like(b)
         if factors is None:
             return self.solver.newton_steps(state, b, self.batch, transposed)
-        mixing, rest, bound = Mixing(Buffers(b)), b.clone(), _ADJOINT_TOLERANCE * b.abs().amax(0)
+        buffers, injections = Buffers(b), eq.injections(state, changes)
+
+        def product(x: Tensor) -> Tensor:
+            if transposed:
+                return eq.transposed_product_of(*injections, state, x, changes, buffers)
+            return eq.jacobian_product(state, x, changes)
+
+        apply = factors.solve_transposed if transposed else factors.solve
+        mixing, bound = Mixing(buffers), _ADJOINT_TOLERANCE * b.abs().amax(0)
+        x, rest = torch.zeros_like(b), b.clone()
         for _ in range(_ADJOINT_STEPS):
-            x += mixing.step((factors.solve_transposed if transposed else factors.solve)(rest))
-            rest = b - product(state, x, self.batch.changes)
+            x += mixing.step(apply(rest))
+            torch.sub(b, product(x), out=rest)
             left = ~(rest.abs().amax(0) <= bound)
             if not bool(left.any()):
                 return x
@@ -132,17 +197,14 @@ class PowerFlow(torch.autograd.Function):
         problem = ctx.problem
         u, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        twice = torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            return None, *problem.products(problem.solve(gradient, transposed=True), tensors, needed)
         adjoint = _Adjoint.apply(problem, u, gradient, *tensors)
-        with torch.enable_grad():
-            # Views, so that the derivative of F with respect to p alone is taken although u depends on p.
-            if twice:
-                u, tensors = u.view_as(u), [t.view_as(t) for t in tensors]
-            else:
-                tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-            wanted = [t for t, n in zip(tensors, needed, strict=True) if n]
-            f = problem.residual(u if twice else u.detach(), tensors)
-            found = torch.autograd.grad(f, wanted, -adjoint, create_graph=twice, allow_unused=True)
+        # Views, so that the derivative of F with respect to p alone is taken although u depends on p.
+        u, tensors = u.view_as(u), [t.view_as(t) for t in tensors]
+        wanted = [t for t, n in zip(tensors, needed, strict=True) if n]
+        f = problem.residual(u, tensors)
+        found = torch.autograd.grad(f, wanted, -adjoint, create_graph=True, allow_unused=True)
         gradients = iter(found)
         return None, *(next(gradients) if n else None for n in needed)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from physics.power_flow.admittance import BranchAdmittances
-from physics.power_flow.grid import Grid, called, listed
+from physics.power_flow.grid import BusType, Grid, called, listed
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,13 +58,12 @@ class Scenarios:
         count = p_load_mw.shape[1]
         names = tuple(names) or tuple(f"scenario {b}" for b in range(count))
         gen_p = grid.gen_p_mw[:, None].expand(-1, count) if gen_p_mw is None else gen_p_mw
-        loads = [f"load at {called('bus', [name])}" for name in grid.bus_names]
-        for what, value, elements in (
-            ("active power (MW)", p_load_mw, loads),
-            ("reactive power (MVAr)", q_load_mvar, loads),
-            ("active power (MW)", gen_p, grid.gen_names),
+        for what, value, element in (
+            ("active power (MW)", p_load_mw, _load_name),
+            ("reactive power (MVAr)", q_load_mvar, _load_name),
+            ("active power (MW)", gen_p, lambda grid, i: grid.gen_names[i]),
         ):
-            _refuse_nan(grid, what, value, elements, names)
+            _refuse_nan(grid, what, value, element, names)
         on = grid.gen_status[:, None]
         p = (-p_load_mw).index_add(0, grid.gen_bus, on * gen_p)
         q = (-q_load_mvar).index_add(0, grid.gen_bus, (on * grid.gen_q_mvar[:, None]).expand(-1, count))
@@ -127,17 +126,26 @@ class Scenarios:
                 )
         if len(self.names) != len(self):
             raise ValueError(f"{grid.name}: {len(self.names)} names for {len(self)} scenarios")
-        _refuse_nan(grid, "injection", self.s, [called("bus", [name]) for name in grid.bus_names], self.names)
+        _refuse_nan(grid, "injection", self.s, _bus_name, self.names)
         if self.vm is not None:
-            held = grid.slack.tolist() + grid.pv.tolist()
-            elements = [called("bus", [grid.bus_names[i]]) for i in held]
-            _refuse_nan(grid, "voltage set-point", self.vm[held], elements, self.names)
+            held = torch.where((grid.bus_type == BusType.PQ)[:, None], 1.0, self.vm.detach())
+            _refuse_nan(grid, "voltage set-point", held, _bus_name, self.names)
         return self
 
 
-def _refuse_nan(grid: Grid, what: str, value: Tensor, elements: Sequence[str], names: Sequence[str]) -> None:
+def _bus_name(grid: Grid, index: int) -> str:
+    return called("bus", [grid.bus_names[index]])
+
+
+def _load_name(grid: Grid, index: int) -> str:
+    return f"load at {_bus_name(grid, index)}"
+
+
+def _refuse_nan(
+    grid: Grid, what: str, value: Tensor, element: Callable[[Grid, int], str], names: Sequence[str]
+) -> None:
     value = value.detach()
     if not bool(value.sum().isfinite()) and not bool(value.isfinite().all()):  # the sum alone is much faster
         bad = (~value.isfinite()).nonzero()
-        places = [f"{elements[i]} in {names[b]}" for i, b in bad.tolist()]
+        places = [f"{element(grid, i)} in {names[b]}" for i, b in bad.tolist()]
         raise ValueError(f"{grid.name}: {what} is not a finite number: {listed(places)}")
