@@ -13,12 +13,12 @@ from physics.power_flow import (
     Solver,
     branch_flows,
     contingencies,
+    factorization,
     screen,
     solve,
     solve_contingencies,
 )
 from physics.power_flow import contingency as module
-from physics.power_flow import factorization
 from physics.power_flow.contingency import Woodbury, dc_outage_flows
 from tests.physics.power_flow.grids import F64, embedded
 

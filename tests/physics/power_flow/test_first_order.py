@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
@@ -126,7 +128,7 @@ def test_dense_and_sparse_are_the_same():
 
 
 def test_lbfgs():
-    """It needs tens of times the iterations of Newton's method where that needs four, but gets there on a small grid."""
+    """It needs tens of times the iterations of Newton's method, but gets there on a small grid."""
     grid = embedded("case14")
     scenarios = noisy(grid, 3, 0.1)
     exact = solve(grid, scenarios, "newton", tol=1e-11)
@@ -141,5 +143,5 @@ def test_lbfgs_decreases_the_loss():
     grid = embedded("case57")
     points = solve(grid, method="lbfgs", max_iter=60, record=True).history
     losses = [point.mse for point in points]
-    assert all(later <= loss for loss, later in zip(losses[:-1], losses[1:], strict=True))
+    assert all(later <= loss for loss, later in itertools.pairwise(losses))
     assert losses[-1] < 1e-2 * losses[0]
