@@ -115,7 +115,7 @@ class _KL(torch.autograd.Function):
             alive = kl.numel()
             if mask is not None:
                 kl.masked_fill_(~mask, 0.0)
-                alive = mask.sum()
+                alive = mask.sum().to(kl.dtype)  # a number times a count would be of torch's default type
             kl = kl.sum() + (math.log(std) - 0.5) * alive
             total = kl if total is None else total + kl
             saved += [deviation, variance, mask]

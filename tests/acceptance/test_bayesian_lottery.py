@@ -1,14 +1,16 @@
 """What Bayesian lottery tickets must achieve: the numbered lines of the acceptance list that need whole runs.
 
 Lines 1, 9 and 10 are in tests/networks/lottery, 2, 3 and 11 in tests/callbacks/test_iterative_pruning.py (11 once more
-here, with a process that is killed), 14 in tests/networks/lottery/test_cost.py. Numbers in comments were measured with
-these tests, means over seeds 0 to 2.
+here, with a process that is killed), 14 in tests/networks/lottery/test_cost.py, 15 in
+tests/lightning_modules/test_uncertainty_metrics.py. Numbers in comments were measured with these tests, means over
+seeds 0 to 2.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 import signal
 import statistics
@@ -17,13 +19,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.bayesian_lottery import layer_calls, masked_layer, ticket_calls, trained_ticket
 from benchmarks.measure import compare, ratio
-from networks.bayes import SampleContext
+from networks.bayes import BayesConv2d, BayesianLayer, BayesLinear, Init, Prior, SampleContext
 from networks.lottery.compact import sparse
 from networks.lottery.cost import transplant_cost
 from networks.lottery.tickets import find_tickets, load_ticket
+from networks.masks import PruneChoice, install_masks
 from runner import job
 from tests import cli
 from tests.composing import ROOT, composed, plain
@@ -135,15 +139,16 @@ def test_mask_and_initial_weights_both_matter(study):
 @pytest.mark.timeout(900)
 def test_a_ticket_can_be_transplanted(study):
     """Means over seeds; cost and saving of every transplant are in its ticket (line 14)."""
-    for level in (3, 6, 9, 12):
+    for level in LEVELS[1:]:
         found = {}
-        for source in ("init", "trained"):
+        for source in ("init", "trained") if level <= 12 else ("trained",):
             runs = [study.once(level, seed, "ordinary", f"model.source={source}") for seed in SEEDS]
             for metric in ("accuracy", "nll"):
                 found[source, metric] = statistics.fmean(metrics[f"test/{metric}"] for metrics in runs)
         bayes = study.mean("snr", level)
-        assert abs(found["init", "accuracy"] - study.mean("ordinary", level)) <= 0.01, level
-        assert abs(found["init", "accuracy"] - bayes) <= 0.02, level
+        if level <= 12:
+            assert abs(found["init", "accuracy"] - study.mean("ordinary", level)) <= 0.01, level
+            assert abs(found["init", "accuracy"] - bayes) <= 0.02, level
         assert found["trained", "accuracy"] >= bayes, level
         if level == 12:
             assert found["trained", "nll"] <= 0.65 * study.mean("snr", level, "nll")
@@ -204,6 +209,44 @@ def test_a_dense_mask_reproduces_the_bayesian_classifier(tmp_path):
     assert masks and all(one["state_dict"][name].all() for name in masks)
     assert one["state_dict"].keys() - masks == two["state_dict"].keys()
     assert all(torch.equal(one["state_dict"][name], value) for name, value in two["state_dict"].items())
+
+
+@pytest.mark.parametrize("name", ["linear", "convolution", "prior of the layer"])
+def test_a_pruned_weight_is_no_parameter(name):
+    """The divergence is the sum of closed forms over what is alive, 1e-12; whatever a pruned mean or deviation is."""
+    torch.manual_seed(0)
+    prior = Prior(0.2, 1.5, rescale=True) if name == "prior of the layer" else Prior()
+    layer: BayesianLayer = BayesConv2d(3, 5, 3, init=Init(0.5), prior=prior) if name == "convolution" else BayesLinear(
+        12, 7, init=Init(0.5), prior=prior
+    )  # fmt: skip
+    layer.double()
+    (weight,) = install_masks(nn.Sequential(layer), PruneChoice(keep_last=False))
+    with torch.no_grad():
+        layer.weight_log_sigma.add_(torch.randn_like(layer.weight_log_sigma))
+    weight.set_mask(torch.rand(layer.weight_mu.shape) < 0.4)
+    mask = layer.weight_mask
+    mean, std = prior.of_layer(layer.fan_in)
+    expected = 0.0
+    for mu, log_sigma in ((layer.weight_mu[mask], layer.weight_log_sigma[mask]), (layer.bias_mu, layer.bias_log_sigma)):
+        for m, s in zip(mu.tolist(), log_sigma.exp().tolist(), strict=True):
+            expected += math.log(std / s) + (s * s + (m - mean) ** 2) / (2 * std * std) - 0.5
+    x = torch.randn(4, *((3, 6, 6) if name == "convolution" else (12,)), dtype=torch.float64)
+    outputs = []
+    for value in (0.3, math.inf, math.nan):
+        with torch.no_grad():
+            layer.weight_mu[~mask] = value
+            layer.weight_log_sigma[~mask] = value
+        layer.zero_grad()
+        assert layer.kl().item() == pytest.approx(expected, rel=1e-12)
+        with SampleContext(range(3), 3, batch=4) as context:
+            drawn, _ = layer.sample(context)
+            assert (drawn[:, ~mask] == 0).all()
+        with SampleContext(range(3), 3, batch=4):
+            outputs.append(layer(x))
+        (outputs[-1].square().sum() + layer.kl()).backward()
+        for gradient in (layer.weight_mu.grad, layer.weight_log_sigma.grad):
+            assert (gradient[~mask] == 0).all() and gradient[mask].isfinite().all() and gradient[mask].any()
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
 # --- 11: a killed process --------------------------------------------------------------------------------------------

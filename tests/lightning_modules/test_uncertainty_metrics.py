@@ -10,6 +10,7 @@ from torch.distributions import Categorical
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_modules.forecasting import TargetUnits
+from lightning_modules.metrics.classification import ClassificationScores
 from lightning_modules.metrics.forecast import SumRatio
 from lightning_modules.metrics.uncertainty import (
     COVERAGES,
@@ -77,6 +78,30 @@ def test_bins_of_equal_weight_are_another_score_than_bins_of_equal_images():
     assert multiclass_calibration_error(p, label, 2, n_bins=10).item() == pytest.approx(
         0.01 * (99 * 0.05 + 0.55), rel=1e-4
     )
+
+
+def test_calibration_of_eight_items_by_hand():
+    """Lottery, acceptance 15: confidences by tenths, four empty bins of ten among them, and exactly 1.
+
+    confidence  0.55 0.55 | 0.65 | 0.75 0.75 | 0.95 0.95 | 1      right: 1 0 | 0 | 1 1 | 1 0 | 1
+    """
+    confidence = torch.tensor([0.55, 0.55, 0.65, 0.75, 0.75, 0.95, 0.95, 1.0], dtype=F64)
+    right = torch.tensor([1, 0, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
+    p = torch.stack([confidence, 1 - confidence], 1)
+    label = (~right).long()
+    scores = UncertaintyScores(10)
+    scores.update(p.log(), torch.zeros(8), label)
+    # Bins (0.5, 0.6], (0.6, 0.7], (0.7, 0.8], (0.9, 1]: in the last, three items of mean confidence 2.9 / 3, two right.
+    gaps = [abs(0.5 - 0.55), abs(0 - 0.65), abs(1 - 0.75), abs(2 / 3 - 2.9 / 3)]
+    assert scores.compute()["mace"].item() == pytest.approx(sum(gaps) / 4, abs=1e-12)
+    expected = (2 * gaps[0] + gaps[1] + 2 * gaps[2] + 3 * gaps[3]) / 8
+    for bins in (10, 15):
+        weighted = ClassificationScores(2, top_k=None, num_bins=bins)
+        weighted.update(p.log(), label)
+        theirs = multiclass_calibration_error(p, label, 2, n_bins=bins, norm="l1").item()
+        assert weighted.compute()["ece"].item() == pytest.approx(theirs, abs=1e-6)
+        if bins == 10:
+            assert weighted.compute()["ece"].item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_bins_hold_their_upper_edge():

@@ -64,9 +64,11 @@ def test_samples_on_two_processes_train_as_on_one(ranks2, tmp_path, objective):
             assert found[1]["items"] == sampled.NUM_VAL  # no item counts twice
 
 
-def test_a_mesh_of_two_by_two_trains_as_one_process(ranks4, tmp_path):
+@pytest.mark.parametrize("objective", [pytest.param("elbo", marks=pytest.mark.slow), "predictive"])
+def test_a_mesh_of_two_by_two_trains_as_one_process(ranks4, tmp_path, objective):
     """Acceptance 1: (4, 2), and uneven shares of 10 samples on 4 ranks (acceptance 3)."""
-    cases = [(2, {}), (4, {"samples": 10, "epochs": 1, "eval_samples": 10})]
+    uneven = {"samples": 10, "epochs": 1, "eval_samples": 10}
+    cases = [(size, kwargs | {"objective": objective}) for size, kwargs in ((2, {}), (4, uneven))]
     expected = [alone(str(tmp_path), **kwargs) for _, kwargs in cases]
     for rank in ranks4(trained, str(tmp_path), cases):
         for found, one in zip(rank, expected, strict=True):
@@ -77,7 +79,8 @@ def test_a_mesh_of_two_by_two_trains_as_one_process(ranks4, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 5])
 def test_other_numbers_of_processes(tmp_path, ranks):
     """Acceptance 1, (1, 1), and acceptance 3, 12 samples on 5 ranks."""
-    pool, cases = Ranks(ranks), [(ranks, {"objective": o, "epochs": 1}) for o in ("elbo", "predictive")]
+    epochs = 3 if ranks == 1 else 1
+    pool, cases = Ranks(ranks), [(ranks, {"objective": o, "epochs": epochs}) for o in ("elbo", "predictive")]
     try:
         found = pool(trained, str(tmp_path), cases)
     finally:
@@ -98,7 +101,7 @@ def test_in_single_precision_an_epoch_stays_close(ranks2, tmp_path, objective):
 
 
 SHARED = {
-    "dropout": {"dropout": True},  # acceptance 14
+    "dropout": {"dropout": True, "epochs": 3},  # acceptance 14
     "accumulated": {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
     "batch_norm": {"norm": True, "strategy": {"sync_bn": "sample"}},
     "augmented": {"scope": 4, "data": {"augment": True, "padding": 1}},
@@ -108,7 +111,7 @@ SHARED = {
 
 @pytest.mark.parametrize("kind", SHARED)
 def test_also_with(ranks2, tmp_path, kind):
-    kwargs = SHARED[kind] | {"epochs": 1}
+    kwargs = {"epochs": 1} | SHARED[kind]
     expected = alone(str(tmp_path), **{key: value for key, value in kwargs.items() if key != "strategy"})
     for rank in ranks2(trained, str(tmp_path), [(2, kwargs)]):
         agree(rank[0], expected)
@@ -271,7 +274,9 @@ def resumed(folder, first, then):
     return state(module), trainer.global_step, trainer.strategy.steps
 
 
-@pytest.mark.parametrize(("first", "then"), [pytest.param(2, 2, marks=pytest.mark.slow), (2, 1)])
+@pytest.mark.parametrize(
+    ("first", "then"), [pytest.param(2, 2, marks=pytest.mark.slow), (2, 1), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
 def test_a_run_goes_on_as_if_it_had_not_stopped_also_with_another_layout(ranks2, tmp_path, first, then):
     """Acceptance 12: two epochs, a checkpoint, one epoch."""
     expected = alone(str(tmp_path))[0]

@@ -43,6 +43,8 @@ def test_pruned_weights_do_not_count_whatever_their_parameters_are():
         mu[1], log_sigma[3], log_sigma[5] = math.nan, -math.inf, 900.0
     found = gaussian_kl(mu, log_sigma, 0.0, 1.0, mask)
     expected = gaussian_kl(mu[mask], log_sigma[mask], 0.0, 1.0)
+    scaled = gaussian_kl(mu, log_sigma, 0.0, 0.3, mask), gaussian_kl(mu[mask], log_sigma[mask], 0.0, 0.3)
+    assert float(scaled[0] - scaled[1]) == pytest.approx(0, abs=1e-12 * float(scaled[1]))
     torch.testing.assert_close(found, expected)
     found.backward()
     assert mu.grad.isfinite().all() and log_sigma.grad.isfinite().all()
