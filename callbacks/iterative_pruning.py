@@ -70,6 +70,7 @@ class IterativePruning(pl.Callback):
     ``density/<layer>``. To the loggers at the end of every level: ``lottery/`` ``rank_correlation/<score>``
     (Spearman, over weights alive, between the score in use and the others), ``overlap/<score>`` (Jaccard index of
     the masks that both would leave), ``overlap/compared`` (with the ticket of the same level in ``compare``),
+    ``overlap/previous`` (with the level before: of nested masks, what is left of it),
     ``sign_agreement`` (with the initial weights), ``sigma/<layer>`` and ``snr/<layer>`` (means over weights alive),
     ``best``, ``seconds``, ``multiplications``, ``paper_accuracy`` (the highest of ``paper/accuracy``),
     ``energy_j``, ``cost_s`` (seconds of all levels up to this one, those that found a ticket included),
@@ -81,7 +82,8 @@ class IterativePruning(pl.Callback):
         rate: Part of the weights alive that a pruning removes, between 0 and 1.
         score: One of `networks.lottery.scores.SCORES`; ``auto``: ``snr`` for Bayesian networks, else ``magnitude``.
         rewind: ``init``: back to the weights at the start of the fit. ``epoch_k`` (``epoch_2``): to those after k
-            epochs of level 0. ``lr_only``: weights stay, only optimizer and schedule begin anew (learning-rate
+            epochs of level 0. ``step_k``: to those after k optimizer steps of it; later levels are shorter by the
+            whole epochs in k. ``lr_only``: weights stay, only optimizer and schedule begin anew (learning-rate
             rewinding).
         stop_at: Part of the weights: no level begins with less than this; null: all levels.
         compared_scores: Scores that are logged beside the one in use; those that the network lacks something for are
@@ -134,7 +136,7 @@ class IterativePruning(pl.Callback):
             raise ValueError(f"{key}.stop_at={stop_at}: must lie in (0, 1], a part of the weights, or be null")
         if mode not in ("min", "max"):
             raise ValueError(f"{key}.mode={mode!r} is unknown; choose min or max")
-        self.rewind_epoch = _rewind_epoch(rewind, epochs_per_level, key)
+        self.rewind_epoch, self.rewind_step = _rewind_point(rewind, epochs_per_level, key)
         self._warned = False  # that the metric is not there
         self.levels, self.epochs_per_level, self.rate, self.score = levels, epochs_per_level, rate, score
         self.rewind, self.stop_at, self.compared_scores = rewind, stop_at, tuple(compared_scores)
@@ -182,7 +184,7 @@ class IterativePruning(pl.Callback):
                     f"{trainer.max_epochs}: set one of them to the epochs of a level"
                 )
             self.epochs_per_level = trainer.max_epochs
-            _rewind_epoch(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
+            _rewind_point(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
         if not trainer.fast_dev_run:
             trainer.fit_loop.max_epochs = self.num_epochs
 
@@ -239,6 +241,7 @@ class IterativePruning(pl.Callback):
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
             "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
             "epoch": trainer.current_epoch,
+            "step": trainer.global_step,
         }
 
     def _check_schedules(self, trainer: pl.Trainer) -> None:
@@ -260,10 +263,24 @@ class IterativePruning(pl.Callback):
                         f"epochs): set trainer.max_epochs={self.epochs_per_level}, or give the schedule that length"
                     )
 
+    def _place_step(self, trainer: pl.Trainer) -> None:
+        """In which epoch the step lies that levels go back to."""
+        if not self.rewind_step or not math.isfinite(trainer.num_training_batches):
+            return
+        steps = max(1, math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches))
+        if self.rewind_step >= steps * self.epochs_per_level:
+            raise ValueError(
+                f"callbacks.iterative_pruning.rewind={self.rewind}: level 0 has {steps * self.epochs_per_level} steps "
+                f"({self.epochs_per_level} epochs of {steps})"
+            )
+        self.rewind_epoch = self.rewind_step // steps
+        trainer.fit_loop.max_epochs = self.num_epochs
+
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fast_dev_run:
             self._check_schedules(trainer)
+            self._place_step(trainer)
         self._since = time.perf_counter()
         if self._over:
             trainer.should_stop = True
@@ -272,7 +289,7 @@ class IterativePruning(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._ended and not self._over:
             self._next_level(trainer, pl_module)
-        elif self.level == 0 and self.rewind_epoch and trainer.current_epoch == self.rewind_epoch:
+        elif self.level == 0 and not self.rewind_step and 0 < self.rewind_epoch == trainer.current_epoch:
             self._take_point(trainer, pl_module)
 
     @override
@@ -286,6 +303,12 @@ class IterativePruning(pl.Callback):
             self._end_of_epoch(trainer, pl_module, epochs=trainer.current_epoch)
             if not self._over:
                 self._next_level(trainer, pl_module)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        reached = self.level == 0 and 0 < self.rewind_step == trainer.global_step
+        if reached and self._point.get("step") != self.rewind_step:
+            self._take_point(trainer, pl_module)
 
     # --------------------------------------------------------------------------------------------------- within a level
 
@@ -391,6 +414,8 @@ class IterativePruning(pl.Callback):
                 "epochs_per_level": self.epochs_per_level,
                 "bayesian": all(w.bayesian for w in weights),
                 "seconds_by_level": seconds_by_level,
+                "architecture": str(getattr(pl_module, "net", pl_module)),
+                "split_seed": getattr(getattr(trainer, "datamodule", None), "split_seed", None),
                 "config": next((c.config for c in trainer.callbacks if isinstance(c, RunRecord)), None),
                 "versions": {name: version(name) for name in ("torch", "lightning")},
             }
@@ -419,6 +444,8 @@ class IterativePruning(pl.Callback):
     ) -> dict[str, Any]:
         """Correlations, overlaps, signs, spreads."""
         found: dict[str, Any] = {}
+        if self.history:
+            found["overlap/previous"] = alive(masks) / self.history[-1]["alive"]
         own = self._score_name(weights)
         scores = {own: self._scores(trainer, weights, own)}
         mine = prune(masks, scores[own], self.rate)
@@ -614,19 +641,23 @@ def _nothing_yet() -> dict[str, Any]:
     return {"value": None, "state": None, "metrics": {}, "paper": None}
 
 
-def _rewind_epoch(rewind: str, epochs_per_level: int | None, key: str) -> int:
-    """K of ``epoch_k``, 0 for the others."""
+def _rewind_point(rewind: str, epochs_per_level: int | None, key: str) -> tuple[int, int]:
+    """K of ``epoch_k`` and of ``step_k``, 0 for the others."""
     if rewind in ("init", "lr_only"):
-        return 0
-    match = re.fullmatch(r"epoch_(\d+)", str(rewind))
-    if match is None or int(match[1]) < 1:
-        raise ValueError(f"{key}.rewind={rewind!r} is unknown; choose init, lr_only or epoch_k (epoch_1, epoch_2, ...)")
-    if epochs_per_level is not None and int(match[1]) >= epochs_per_level:
+        return 0, 0
+    match = re.fullmatch(r"(epoch|step)_(\d+)", str(rewind))
+    if match is None or int(match[2]) < 1:
+        raise ValueError(
+            f"{key}.rewind={rewind!r} is unknown; choose init, lr_only, epoch_k (epoch_1, epoch_2, ...) or step_k"
+        )
+    if match[1] == "step":
+        return 0, int(match[2])
+    if epochs_per_level is not None and int(match[2]) >= epochs_per_level:
         raise ValueError(
             f"{key}.rewind={rewind}: level 0 has {epochs_per_level} epochs (epochs_per_level), so the latest is "
             f"epoch_{epochs_per_level - 1}"
         )
-    return int(match[1])
+    return int(match[2]), 0
 
 
 def weights_of(pl_module: pl.LightningModule) -> dict[str, Tensor]:

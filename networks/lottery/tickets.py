@@ -10,7 +10,8 @@ masks       ``{name: {"shape", "bits"}}``, bit-packed; names are those of the or
 initial     weights that the level began with: theta_0, theta_k, or what learning-rate rewinding left
 trained     weights at the end of the level, with statistics of normalisation layers
 best        the same at the best validation of the level; None where there was none
-about       level, score, rate, rewind, bayesian, densities, metrics, seconds, configuration, versions
+about       level, score, rate, rewind, bayesian, densities, metrics, seconds, architecture, split seed,
+            configuration, versions
 =========== =============================================================================================
 """
 
@@ -43,7 +44,8 @@ class Ticket:
         trained: Weights at its end; None: unknown.
         best: Weights at its best validation; None: unknown.
         about: Plain data: ``level``, ``score``, ``rate``, ``rewind``, ``bayesian``, ``remaining``, ``densities``,
-            ``metrics``, ``seconds``, ``cumulative_epochs``, ``config``, ``versions``.
+            ``metrics``, ``seconds``, ``cumulative_epochs``, ``architecture`` (as text), ``split_seed`` of the data,
+            ``config`` (None outside of a run), ``versions``.
     """
 
     masks: State

@@ -132,6 +132,7 @@ def test_levels_masks_and_tickets(tmp_path):
             assert torch.equal(value, seen[0]["weights"][f"net.{name}"])
         assert ticket.trained["0.weight"].shape == (48, 64) and ticket.best is not None
         assert about["metrics"]["val/loss"] > 0 and about["config"] is None
+        assert "in_features=64, out_features=48" in about["architecture"] and about["split_seed"] is None
     assert torch.equal(load_ticket(tickets[3]).trained["4.weight"], module.net[4].weight.detach())
 
 
@@ -244,6 +245,27 @@ def test_the_best_epoch_is_by_accuracy_or_by_loss(tmp_path):
     assert load_ticket(tmp_path / "b" / "level_00.pt").best is None
 
 
+@pytest.mark.parametrize(("k", "later"), [(2, 3), (8, 2)])
+def test_late_rewinding_by_steps(k, later):
+    """Six steps an epoch: later levels begin with the state after k steps, and are shorter by the whole epochs in k."""
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == k:
+                self.weights = weights_of(pl_module)
+                self.rate = trainer.optimizers[0].param_groups[0]["lr"]
+
+    watch = Watch()
+    _, trainer, seen = fit(pruning(rewind=f"step_{k}"), watch)
+    assert trainer.current_epoch == 3 + 2 * later and [s["level"] for s in seen] == [0] * 3 + [1] * later + [2] * later
+    for start in (seen[3], seen[3 + later]):
+        assert all(torch.equal(start["weights"][name], value) for name, value in watch.weights.items())
+        assert all(float(state["step"]) == k for state in start["optimizer"]["state"].values())
+        assert start["optimizer"]["param_groups"][0]["lr"] == watch.rate
+    with pytest.raises(ValueError, match=r"rewind=step_18: level 0 has 18 steps \(3 epochs of 6\)"):
+        fit(pruning(rewind="step_18"))
+
+
 def test_pruned_weights_do_not_move_again():
     module, _, seen = fit(pruning(levels=1))
     last = weights_of(module)
@@ -338,6 +360,8 @@ def test_what_is_logged(tmp_path):
         assert row["lottery/rank_correlation/mu"] == pytest.approx(1) and row["lottery/overlap/mu"] == 1
         assert 0 < row["lottery/rank_correlation/mu_scaled"] < 1 and 0.5 < row["lottery/overlap/mu_scaled"] < 1
         assert 0.5 < row["lottery/sign_agreement"] <= 1 and row["lottery/seconds"] > 0
+    assert "lottery/overlap/previous" not in ends[0]
+    assert ends[1]["lottery/overlap/previous"] == pytest.approx(0.8, abs=1e-3)
     own, other = (load_ticket(tmp_path / name / "level_01.pt").masks for name in ("own", "det"))
     assert ends[1]["lottery/overlap/compared"] == jaccard(own, other) < 0.9 and ends[0]["lottery/overlap/compared"] == 1
 
