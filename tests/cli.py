@@ -144,8 +144,9 @@ class Run:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """SIGKILL."""
-        self.send_signal(signal.SIGKILL)
+        """SIGKILL to it and to all that it has started."""
+        if self.poll() is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 def run(
