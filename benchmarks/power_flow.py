@@ -143,12 +143,12 @@ def tables_of(grid: Grid) -> dict[str, Any]:
     # A load of nothing would be left out; this one is beyond all digits.
     bus[:, 2], bus[:, 3] = np.where(grid.p_load_mw == 0, 1e-30, grid.p_load_mw), grid.q_load_mvar
     bus[:, 4], bus[:, 5] = grid.g_shunt * grid.base_mva, grid.b_shunt * grid.base_mva
-    bus[:, 7], bus[:, 8] = grid.vm, np.rad2deg(grid.va)
+    bus[:, 7], bus[:, 8] = grid.vm, np.rad2deg(grid.va.numpy())
     bus[:, 9] = np.where(grid.vn_kv > 0, grid.vn_kv, 1.0)
     bus[:, 11], bus[:, 12] = grid.vm_max, grid.vm_min
     branch[:, 0], branch[:, 1] = grid.from_bus + 1, grid.to_bus + 1
     branch[:, 2], branch[:, 3], branch[:, 4] = grid.r, grid.x, grid.b
-    branch[:, 8], branch[:, 9], branch[:, 10] = grid.tap, np.rad2deg(grid.shift), grid.status
+    branch[:, 8], branch[:, 9], branch[:, 10] = grid.tap, np.rad2deg(grid.shift.numpy()), grid.status
     branch[:, 11], branch[:, 12] = -360, 360
     gen[:, 0], gen[:, 1], gen[:, 2], gen[:, 5] = grid.gen_bus + 1, grid.gen_p_mw, grid.gen_q_mvar, grid.gen_vm
     gen[:, 3], gen[:, 4], gen[:, 6], gen[:, 7] = 9999, -9999, grid.base_mva, grid.gen_status

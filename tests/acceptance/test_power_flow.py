@@ -182,7 +182,7 @@ def test_series_of_case118():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["case1354pegase", "case9241pegase"])
 def test_series_of_large_grids(name):
     """0.31 and 0.26 of the time of the KLU loop; 0.86 and 0.55 of that of TimeSeriesCPP, which is not asked for."""
@@ -197,7 +197,7 @@ def test_series_of_large_grids(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_series_against_a_loop_of_pandapower():
     pytest.importorskip("pandapower", reason="pandapower is not installed (it needs pandas < 3)")
     grid = embedded("case118")
@@ -266,7 +266,7 @@ def test_outages_against_the_peer():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_outages_against_a_loop_of_pandapower():
     net = pandapower_net("case118")
     import pandapower
@@ -332,7 +332,7 @@ def test_screening():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_gradcheck():
     grid, count = embedded("case14"), 2
     names = ("r", "x", "b", "tap", "shift", "g_shunt", "b_shunt")
@@ -345,7 +345,7 @@ def test_gradcheck():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_gradients_against_the_peer():
     """Loads 2e-9, set-points 2e-9."""
     pytest.importorskip("lightsim2grid")
@@ -376,13 +376,13 @@ def test_backward_costs_at_most_twice_forward(name):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 def test_a_grid_of_70_000_buses():
     """Eight copies of case9241pegase with ties, 73,928 buses: 2.5 s."""
     grid = copies(Grid.from_pandapower(reference("case9241pegase").net), 8, "total_random")
     assert grid.num_buses >= 70_000
     start = time.process_time()
-    solution = solve(grid, method="newton")
+    solution = solve(grid, method="newton", start="dc")
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(f"{grid.num_buses} buses: {seconds:.1f} s of CPU, {int(solution.iterations)} iterations, peak {peak:.0f} MiB")
