@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import resource
 import time
 
@@ -40,8 +41,11 @@ CASES = ("case14", "case118", "case300", "case1354pegase", "case9241pegase")
 
 
 def pandapower_net(name: str):
+    before = dict(os.environ)
     pandapower = pytest.importorskip("pandapower", reason="pandapower is not installed (it needs pandas < 3)")
     networks = pytest.importorskip("pandapower.networks")
+    for variable in set(os.environ) - set(before):  # its own imports set some
+        del os.environ[variable]
     net = getattr(networks, name)()
     pandapower.runpp(
         net, init="flat", calculate_voltage_angles=True, tolerance_mva=1e-9, max_iteration=30, lightsim2grid=False
