@@ -178,6 +178,24 @@ def refine(
     return result
 
 
+def recipes(found: Chosen, stacks: Tensor, data: Any) -> dict[str, Tensor]:
+    """Refined candidates, or the stacks ``(B, K, L)`` themselves where refinement did not help.
+
+    Returns:
+        ``material`` and ``thickness_nm`` (B, K, L - 1), ``spectrum`` (B, K, 3, W) and ``mae`` (B, K).
+    """
+    refined = found.refined
+    material, thickness = data.vocabulary.layers(stacks.clamp(min=0))
+    spectra = data.simulate(stacks.clamp(min=0))
+    better = refined.mae <= refined.start_mae
+    return {
+        "material": torch.where(better[..., None], refined.material, material[..., :-1]),
+        "thickness_nm": torch.where(better[..., None], refined.thickness_nm, thickness[..., :-1]),
+        "spectrum": torch.where(better[..., None, None], refined.spectrum, spectra),
+        "mae": found.mae,
+    }
+
+
 def _picked(found: Refined, where: Tensor) -> Refined:
     fields = ("material", "thickness_nm", "spectrum", "mae", "start_mae")
     return Refined(**{name: getattr(found, name)[where] for name in fields})

@@ -22,7 +22,8 @@ from datamodules.stack_set import fingerprints
 from lightning_modules.thin_film.candidates import diversity, errors
 from networks.bayes.noise import counter_uniform
 from networks.diffusion import Sampler, Schedule, sample
-from networks.optollama import MaskedDiffusionDenoiser, OptoGPT
+from networks.optogpt import OptoGPT
+from networks.optollama import MaskedDiffusionDenoiser
 from networks.token_choice import Constraints, SpecialTokens
 from runner import job
 from runner.load import load_run

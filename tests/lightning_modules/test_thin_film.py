@@ -17,9 +17,9 @@ from lightning_modules.thin_film.candidates import (
     sizes,
     take,
 )
-from lightning_modules.thin_film.design import SOURCES
+from lightning_modules.thin_film.proposals import SOURCES
 from networks.diffusion import Sampler
-from networks.optollama import DenseTokens
+from networks.spectrum_encoders import DenseTokens
 from tests.lightning_modules.thin_film_set import decoder, denoiser, films, module
 from tests.lightning_modules.tiny_series import quiet_trainer
 

@@ -10,7 +10,8 @@ import torch
 from datamodules.thin_films import ThinFilms
 from lightning_modules.thin_film import InverseDesign, Refinement
 from networks.diffusion import Sampler
-from networks.optollama import MaskedDiffusionDenoiser, OptoGPT
+from networks.optogpt import OptoGPT
+from networks.optollama import MaskedDiffusionDenoiser
 
 SIZES = {"num_tokens": 12, "length": 4, "num_wavelengths": 11, "width": 16, "depth": 1, "heads": 2, "hidden": 32}
 

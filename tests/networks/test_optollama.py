@@ -4,15 +4,10 @@ import pytest
 import torch
 
 from networks.diffusion import Sampler
-from networks.optollama import (
-    ChannelTokens,
-    DenseTokens,
-    MaskedDiffusionDenoiser,
-    OptoGPT,
-    PatchTokens,
-    Whitening,
-    rotated,
-)
+from networks.optogpt import OptoGPT
+from networks.optollama import MaskedDiffusionDenoiser
+from networks.spectrum_encoders import ChannelTokens, DenseTokens, PatchTokens, Whitening
+from networks.stack_generator import rotated
 from networks.token_choice import Constraints
 
 V, L, W = 17, 6, 11
