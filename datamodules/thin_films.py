@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -17,17 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from datamodules.design_targets import Variants, design_targets
 from datamodules.image_set import whole_batch
 from datamodules.loading import make_loader
-from datamodules.readers.target_spectra import on_grid, read_target_spectra
 from datamodules.stack_set import Batch, Numbers, StackSet, TargetSet, fingerprints, take_unlike
 from networks.bayes.noise import counter_normal
 from physics.thin_film.generator import StackGenerator
 from physics.thin_film.layout import Shard, read_layout, read_shard, write_layout, write_shard
 from physics.thin_film.materials import MaterialCatalog
-from physics.thin_film.robustness import restore_sum, variants
+from physics.thin_film.robustness import restore_sum
 from physics.thin_film.surroundings import Polarization, Surroundings
-from physics.thin_film.targets import Target, make_target
 from physics.thin_film.token_tables import TokenTables
 from physics.thin_film.tokens import Vocabulary
 
@@ -37,58 +35,6 @@ Source = Literal["generator", "published"]
 _SHARD = 100_000  # stacks of a file of the cache
 _CHUNK = 8192  # stacks simulated at once
 _NOISE = 7  # stream of random numbers
-
-
-@dataclass(frozen=True)
-class Variants:
-    """Which variants of a wanted spectrum a network is shown beside the spectrum itself (paper, section 2.5).
-
-    Args:
-        number: Spectra shown in all, the clean one first; draws are shared among them.
-        absolute: Deviation of the noise on channels with 1 in ``channels``.
-        relative: The same, as a part of the value.
-        channels: Factors of the noise on R, A, T.
-        window: Wavelengths of the smoothing window.
-        sigma: Of the Gaussian in it, in steps of the grid.
-        fill: Random values where nothing is asked for: ``flat_random``, ``tilted_random``, ``smooth_random`` or
-            ``prior_plus_noise``; None: as the target has it.
-        strength: Of the filling.
-        kernel: Wavelengths over which the filling is smooth.
-        priority: Channels in the order in which they take the residue of R + A + T = 1.
-    """
-
-    number: int = 1
-    absolute: float = 0.01
-    relative: float = 0.0
-    channels: Sequence[float] = (1.0, 0.0, 1.0)
-    window: int = 25
-    sigma: float = 1.5
-    fill: str | None = None
-    strength: float = 0.95
-    kernel: int = 50
-    priority: str = "R>T>A"
-
-    def __post_init__(self) -> None:
-        if self.number < 1:
-            raise ValueError(f"data.variants.number={self.number}: must be at least 1, the target itself")
-
-    def of(self, target: Target, seed: int) -> Tensor:
-        """``(number, 3, W)``."""
-        return variants(
-            target.spectrum,
-            target.weight,
-            self.number,
-            seed,
-            absolute=self.absolute,
-            relative=self.relative,
-            channels=tuple(self.channels),
-            window=self.window,
-            sigma=self.sigma,
-            mode=self.fill,
-            strength=self.strength,
-            kernel=self.kernel,
-            priority=self.priority,
-        )
 
 
 class ThinFilms(LightningDataModule):
@@ -438,33 +384,8 @@ class ThinFilms(LightningDataModule):
     # ------------------------------------------------------------------------------------------------------- targets
 
     def _target_set(self) -> TargetSet:
-        targets = [target for entry in self.targets for target in self._targets_of(entry)]
-        names = [target.name for target in targets]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"data.targets: the name {twice[0]!r} occurs more than once; rename one")
-        targets = [self._in_region(target) for target in targets]
+        targets = design_targets(self.targets, self.wavelength_nm, self.interpolate, self.repair, self.roi_nm)
         return TargetSet(targets, [self.variants.of(t, self.seed + i) for i, t in enumerate(targets)])
-
-    def _targets_of(self, entry: str | Mapping[str, Any]) -> list[Target]:
-        if isinstance(entry, Mapping):
-            options = dict(entry)
-            return [make_target(options.pop("name"), self.wavelength_nm, **options)]
-        path = Path(entry.removeprefix("file:")).expanduser()
-        if path.suffix.lower() not in (".csv", ".json"):
-            return [make_target(entry, self.wavelength_nm)]
-        if not path.is_file():
-            raise FileNotFoundError(f"data.targets: there is no file {path}")
-        tables = read_target_spectra(path)
-        return [on_grid(t, self.wavelength_nm.numpy(), self.interpolate, self.repair) for t in tables]
-
-    def _in_region(self, target: Target) -> Target:
-        if self.roi_nm is None:
-            return target
-        inside = (self.wavelength_nm >= self.roi_nm[0]) & (self.wavelength_nm <= self.roi_nm[1])
-        weight = target.weight * inside
-        if not weight.any():
-            raise ValueError(f"data.roi_nm={list(self.roi_nm)} leaves nothing of the target {target.name}")
-        return Target(target.name, target.spectrum, weight)
 
     @property
     def target_names(self) -> list[str]:

@@ -4,8 +4,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from datamodules.design_targets import Variants
 from datamodules.stack_set import Numbers, StackSet, fingerprints, take_unlike
-from datamodules.thin_films import ThinFilms, Variants
+from datamodules.thin_films import ThinFilms
 from physics.thin_film.layout import Shard, read_shard, write_shard
 from tests.lightning_modules.tiny_series import quiet_trainer
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from callbacks.design_writer import SOURCES as WRITTEN_SOURCES
-from datamodules.thin_films import Variants
+from datamodules.design_targets import Variants
 from lightning_modules.metrics.spectra import summary
 from lightning_modules.thin_film import InverseDesign, Limits, Refinement
 from lightning_modules.thin_film.candidates import (
