@@ -181,7 +181,11 @@ def test_the_end_of_a_sweep(tmp_path: Path):
         metrics = {"test/buses": buses, "test/peak_mib": 400.0}
         for name, value in job(buses, buses / 1e4)["newton"].items():
             metrics[f"test/newton_{name}"] = value
-        metrics |= {"test/adam_seconds": 1.0, "test/adam_max_mismatch_pu": 0.1, "test/adam_seconds_to_1e-3": float("inf")}
+        metrics |= {
+            "test/adam_seconds": 1.0,
+            "test/adam_max_mismatch_pu": 0.1,
+            "test/adam_seconds_to_1e-3": float("inf"),
+        }
         (folder / "results.json").write_text(json.dumps({"metrics": metrics}))
         rows.append(f"{number},{number},completed,0,{folder}")
     (tmp_path / "table.csv").write_text("\n".join(rows) + "\n")
