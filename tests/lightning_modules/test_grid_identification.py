@@ -62,7 +62,7 @@ def test_gradients_lead_to_the_same():
     data = small(noise=1e-4)
     exact, other = GridIdentification(), GridIdentification("gradient", optimizer=lbfgs)
     identified(exact, data)
-    values = identified(other, data, epochs=12)
+    values = identified(other, data, epochs=5)
     torch.testing.assert_close(exact.raw, other.raw, rtol=0, atol=2e-3)
     assert values["test/parameter_error_median"] < 0.02
 
@@ -85,7 +85,7 @@ def test_bounds_hold():
     with pytest.raises(ValueError, match=r"bounds \[0\.03, 0\.3\] of x leave out the start"):
         identified(module, data)
     module = GridIdentification(bounds={"x": [0.03, 0.7]})
-    identified(module, data)
+    identified(module, data, epochs=6)
     values = torch.tensor(list(module.parameters_by_name().values()))
     assert ((values > 0.03) & (values < 0.7)).all()
 
@@ -93,8 +93,8 @@ def test_bounds_hold():
 def test_a_strong_prior_keeps_the_start():
     data = small(noise=1e-3)
     free, held = GridIdentification(), GridIdentification(prior={"x": 1e-6})
-    assert identified(free, data)["test/parameter_error_median"] < 0.15
-    identified(held, data)
+    assert identified(free, data, epochs=6)["test/parameter_error_median"] < 0.15
+    identified(held, data, epochs=6)
     assert float(held.raw.abs().max()) < 1e-3 < float(free.raw.abs().max())
 
 
