@@ -298,8 +298,11 @@ class ABFactor:
 
     @torch.no_grad()
     def factorize(self, factors: Factors, side: Side) -> None:
-        """Replace the weight by copies of factors, of which ``side`` is trained."""
-        new = [f.detach().to(self.weight.dtype, copy=True).contiguous() for f in factors]
+        """Replace the weight by factors: a copy of the one that is trained, ``side``, and the other one as it is."""
+        new = [
+            f.detach().to(self.weight.dtype, copy=side == which).contiguous()
+            for f, which in zip(factors, "ab", strict=True)
+        ]
         a, b = (nn.Parameter(t, requires_grad=side == which) for t, which in zip(new, "ab", strict=True))
         self.attach(a, b)
 

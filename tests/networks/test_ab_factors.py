@@ -16,7 +16,6 @@ from networks.ab_factors import (
     combine,
     decompose,
     divergence,
-    num_factored,
     num_kept,
     project_state,
     saves,
@@ -379,26 +378,6 @@ def test_a_factored_step_takes_less_than_half_the_time():
     best = {kind: min(seconds) for kind, seconds in times.items()}
     assert best["factored"] <= 0.4 * best["dense"], best
     assert best["factored"] <= 0.35 * best["built"], best
-
-
-def test_parameters_and_optimizer_take_little_memory():
-    """At r = n / 8, without held moments: (A, B and Adam's two averages of one) / (W and its two) = 1/6."""
-    layer = nn.Linear(256, 256, bias=False)
-
-    def taken(optimizer: torch.optim.Optimizer) -> int:
-        layer(torch.ones(1, 256)).sum().backward()
-        optimizer.step()
-        tensors = [*layer.parameters(), *(v for state in optimizer.state.values() for v in state.values() if v.dim())]
-        return sum(t.untyped_storage().nbytes() for t in tensors)
-
-    whole = taken(torch.optim.AdamW(layer.parameters()))
-    ab = ABFactor(layer, "weight")
-    ab.factorize(split(decompose(layer.weight), 32), "a")
-    layer.zero_grad(set_to_none=True)
-    factored = taken(torch.optim.AdamW([ab.trained]))
-    assert ab.weight.untyped_storage().nbytes() == 0, "the weight's memory is free"
-    assert factored == 4 * (num_factored((256, 256), 32) + 2 * 256 * 32)
-    assert factored <= 0.6 * whole
 
 
 def test_training_does_not_change_the_factors_at_the_split():
