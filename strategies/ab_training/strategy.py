@@ -34,6 +34,7 @@ from parallel.groups import Group, destroy, make_group
 from parallel.layout import global_groups
 from parallel.ledger import Ledger
 from strategies.ab_training.ab_phase import ABPhase, Groups, Start
+from strategies.ab_training.cutoff import Cutoff
 from strategies.ab_training.optimizer_slots import OptimizerSlots, OptState
 from strategies.ab_training.phases import Phase, Rule, check_lengths, make_schedule
 from strategies.ab_training.rebound import Rebound
@@ -92,6 +93,9 @@ class ABTrainingStrategy(ClusterStrategy):
         schedule: ``relative``, or ``reference``: phases end at multiples of ``ab_steps + full_steps``, as in the
             published program.
         cutoff: Singular values below this fraction of the largest are dropped.
+        final_cutoff: What the cutoff rises to in the course of the training; None: it stays. See
+            `strategies.ab_training.cutoff.Cutoff`.
+        cutoff_rise: Where that rise begins and ends, as fractions of all optimizer steps.
         first_cut: Whether the first AB phase drops any. Without, its factors together are larger than the weights.
         max_drop: Largest fraction of its rank that a weight loses at once.
         sync: Rule of combination (`networks.ab_factors.combine`); ``only-b`` has one group of all ranks, trains B alone
@@ -129,6 +133,8 @@ class ABTrainingStrategy(ClusterStrategy):
         final_full_steps: int | None = None,
         schedule: Rule = "relative",
         cutoff: float = 0.15,
+        final_cutoff: float | None = None,
+        cutoff_rise: Sequence[float] = (0.5, 0.8),
         first_cut: bool = True,
         max_drop: float = 1.0,
         sync: Sync = "only-learned",
@@ -151,10 +157,7 @@ class ABTrainingStrategy(ClusterStrategy):
         for name, value in chosen.items():
             if value not in _CHOICES[name]:
                 raise ValueError(f"strategy.{name}={value!r}: choose one of {', '.join(_CHOICES[name])}")
-        if not 0 <= cutoff < 1:
-            raise ValueError(
-                f"strategy.cutoff={cutoff}: a fraction of the largest singular value, 0 or more and below 1"
-            )
+        self.cutoff = Cutoff(cutoff, final_cutoff, tuple(cutoff_rise))
         if not 0 <= max_drop <= 1:
             raise ValueError(f"strategy.max_drop={max_drop}: a fraction of the rank, between 0 and 1")
         if min_dim < 1:
@@ -163,7 +166,7 @@ class ABTrainingStrategy(ClusterStrategy):
         super().__init__(**cluster)
         self.warmup_steps, self.ab_steps, self.full_steps = warmup_steps, ab_steps, full_steps
         self.final_full_steps, self.rule = final_full_steps, schedule
-        self.cutoff, self.first_cut, self.max_drop = cutoff, first_cut, max_drop
+        self.first_cut, self.max_drop = first_cut, max_drop
         self.sync, self.sigma_split, self.opt_state, self.init = sync, sigma_split, opt_state, init
         self.keep_full = None if keep_full is None else list(keep_full)
         self.min_dim, self.factor_embeddings = min_dim, factor_embeddings
@@ -260,6 +263,7 @@ class ABTrainingStrategy(ClusterStrategy):
             self.rule,
             self.cut_short,
         )
+        _ = self.cutoff_now  # its length may be unknown
 
     def _from_all(self, value: Any) -> list[Any]:
         values = [value] * self.groups.world.size
@@ -319,8 +323,8 @@ class ABTrainingStrategy(ClusterStrategy):
         starts = [(s.layer, s.start, self._root(s.root)) for s in splits if s.start is not None]
         if not starts:
             rank_zero_warn(
-                f"no factors would be smaller than their weight at strategy.cutoff={self.cutoff}: the groups train "
-                "whole weights in this AB phase; raise the cutoff, or train longer before (strategy.warmup_steps)"
+                f"no factors would be smaller than their weight at a cutoff of {self.cutoff_now:.3g}: the groups train "
+                "whole weights in this AB phase; raise strategy.cutoff, or train longer before (strategy.warmup_steps)"
             )
         whole = {s.layer.path for s in splits if s.start is None}
         self.ranks = {s.layer.path: _full_rank(s.layer) if s.layer.path in whole else s.rank for s in splits}
@@ -329,7 +333,12 @@ class ABTrainingStrategy(ClusterStrategy):
         self._say(f"AB phase {self.cycles}: {self._ranks_in_words()}")
 
     def _cut_rank(self, layer: ABFactor, parts: Decomposition) -> int:
-        return num_kept(parts.sigma, self.cutoff, self.ranks.get(layer.path), self.max_drop)
+        return num_kept(parts.sigma, self.cutoff_now, self.ranks.get(layer.path), self.max_drop)
+
+    @property
+    def cutoff_now(self) -> float:
+        """Of a split at this moment."""
+        return self.cutoff.at(self.steps, self.schedule.total)
 
     def _whole_rank(self, layer: ABFactor, parts: Decomposition) -> int:
         return len(parts.sigma)
@@ -571,7 +580,7 @@ class ABTrainingStrategy(ClusterStrategy):
         if self.rebound.used:
             values["ab/lr"] = self.rebound.used[0][0]
         if self.ranks:
-            values["ab/compression"] = self.compression()
+            values["ab/compression"], values["ab/cutoff"] = self.compression(), self.cutoff_now
             values |= {f"ab/rank/{path}": float(rank) for path, rank in self.ranks.items()}
         if self._angle is not None:
             values["ab/cosine_of_halves"], values["ab/relative_change"] = self._angle

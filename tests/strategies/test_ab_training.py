@@ -7,6 +7,7 @@ import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import lightning.pytorch as pl
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from networks.ab_factors import ABFactor, Factors, decompose, num_factored, split
+from networks.ab_factors import ABFactor, Decomposition, Factors, decompose, num_factored, split
 from networks.bayes.convert import to_bayesian
 from parallel.ab_layout import ab_layout
 from strategies.ab_training import ABTrainingStrategy
 from strategies.ab_training.ab_phase import ABPhase, Groups
+from strategies.ab_training.cutoff import Cutoff
 from strategies.ab_training.optimizer_slots import OptimizerSlots
 from strategies.ab_training.phases import PhaseSchedule, make_schedule
 from strategies.ab_training.rebound import Rebound
@@ -103,6 +105,24 @@ def test_fractions_and_impossible_lengths():
     assert _spans(make_schedule(80, 60, 10, None, 5, "relative", short=True)) == [("warmup", 0, 5)]
 
 
+def test_the_cutoff_rises_between_two_moments_of_the_training():
+    rising = Cutoff(0.2, 0.6, (0.5, 0.75))
+    assert [rising.at(t, 400) for t in (0, 200, 250, 300, 400)] == pytest.approx([0.2, 0.2, 0.4, 0.6, 0.6])
+    assert [Cutoff(0.2, 0.6, (0.5, 0.5)).at(t, 400) for t in (199, 200)] == [0.2, 0.6]
+    assert Cutoff(0.2, None, (0.5, 0.75)).at(300, None) == 0.2
+    with pytest.raises(ValueError, match=r"strategy\.final_cutoff=0\.6 .* unknown: set trainer\.max_steps"):
+        rising.at(300, None)
+
+
+def test_splits_take_the_cutoff_of_their_moment():
+    strategy = ABTrainingStrategy(cutoff=0.2, final_cutoff=0.6, cutoff_rise=(0.5, 0.75))
+    strategy.schedule = PhaseSchedule(44, 60, 10, 10, 400)
+    sigma, kept = (torch.arange(100, 0, -1) + 0.5) / 100.5, []
+    for strategy.steps in (0, 200, 250, 300, 399):
+        kept.append(strategy._cut_rank(SimpleNamespace(path="net"), Decomposition(sigma, sigma, sigma)))
+    assert kept == [81, 81, 61, 41, 41]
+
+
 # ------------------------------------------------------------------------------------------------- groups, settings
 
 
@@ -138,6 +158,10 @@ def test_groups_that_do_not_come_out_even(sizes, text):
     [
         ({"cutoff": 1.0}, r"strategy\.cutoff=1\.0"),
         ({"cutoff": -0.1}, r"strategy\.cutoff=-0\.1"),
+        ({"final_cutoff": 1.0}, r"strategy\.final_cutoff=1\.0"),
+        ({"final_cutoff": 0.1}, r"strategy\.final_cutoff=0\.1 is below strategy\.cutoff=0\.15"),
+        ({"final_cutoff": 0.5, "cutoff_rise": (0.8, 0.5)}, r"strategy\.cutoff_rise=\[0\.8, 0\.5\]: give two fractions"),
+        ({"cutoff_rise": (0.5,)}, r"strategy\.cutoff_rise=\[0\.5\]"),
         ({"max_drop": 1.5}, r"strategy\.max_drop=1\.5"),
         ({"sync": "mean"}, r"strategy\.sync='mean': choose one of only-learned, with-stale, full, only-b"),
         ({"opt_state": "keep"}, r"strategy\.opt_state='keep'"),
@@ -604,7 +628,17 @@ def interrupted_and_not(folder, steps, settings):
     [
         ({"group_size": 2}, (3, 5, 8, 10, 17)),
         ({"group_size": 1, "opt_state": "project", "sync": "with-stale", "wire_dtype": "bf16"}, (8, 17)),
-        ({"group_size": 2, "opt_state": "reset", "sync": "full", "sigma_split": "trained"}, (8,)),
+        (
+            {
+                "group_size": 2,
+                "opt_state": "reset",
+                "sync": "full",
+                "sigma_split": "trained",
+                "final_cutoff": 0.9,
+                "cutoff_rise": (0.2, 0.7),
+            },
+            (8,),
+        ),
         ({"sync": "only-b"}, (8,)),
     ],
     ids=["hold", "project", "reset", "only-b"],
