@@ -924,6 +924,7 @@ def mistakes(folder):
         (r"cluster\.local_size=3 does not divide", {"local_size": 3}),
         (r"strategy\.ab_steps=24 is longer than the training of 24", {"ab_steps": 24}),
         (r"strategy\.warmup_steps=23 .* leave no room", {"warmup_steps": 23}),
+        (r"strategy\.final_cutoff=0\.9 .* number of steps is unknown", {"final_cutoff": 0.9, "epochs": -1}),
         (r"strategy\.keep_full names 'decoder'", {"keep_full": ["decoder"]}),
         (r"nothing is left to factorise", {"min_dim": 100}),
         (r"net\.7\.weight and net\.8\.weight are one weight", {"module": nets.Regression(tied), "keep_full": []}),
