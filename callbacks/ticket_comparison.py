@@ -38,9 +38,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
         pruning = config["callbacks"].get("iterative_pruning", {})
         for path in (config["model"].get("ticket"), pruning.get("compare")):
             if path:
-                source = Path(path)
-                source = source.parent if source.is_file() else source
-                sources[source.parent if source.name == "tickets" else source] = None
+                sources[_source(path)] = None
     for source in sources:
         if (source / "results.json").is_file():
             found += _levels(source, f"ticket ({_search(source)})")
@@ -48,7 +46,21 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 
 
 def _record(run: Path) -> dict[str, Any]:
-    return json.loads((run / "results.json").read_text())
+    path = run / "results.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _source(ticket: str) -> Path:
+    """The run that a ticket, or its folder, is of."""
+    path = Path(ticket)
+    path = path.parent if path.is_file() else path
+    return path.parent if path.name == "tickets" else path
+
+
+def _epochs(config: Mapping[str, Any]) -> int | None:
+    """Epochs of a level; None: not known."""
+    pruning = config.get("callbacks", {}).get("iterative_pruning", {})
+    return pruning.get("epochs_per_level") or config.get("trainer", {}).get("max_epochs")
 
 
 def _series(run: Path) -> str:
@@ -58,6 +70,8 @@ def _series(run: Path) -> str:
     if not model.get("ticket"):
         return _search(run)
     kind = "" if model["bayesian"] else " (ordinary network)"
+    if (epochs := _epochs(config)) and epochs != _epochs(_record(_source(model["ticket"])).get("config", {})):
+        kind = f", {epochs} epochs{kind}"
     if model["control"] != "none":
         return model["control"] + kind
     again = f", {pruning['score']}" if pruning.get("levels") else ""

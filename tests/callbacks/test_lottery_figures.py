@@ -107,6 +107,21 @@ def test_a_run_that_went_on_is_compared_by_its_last_test(tmp_path):
     assert [row["accuracy"] for row in read_jobs(tmp_path)] == [0.9, 0.8]
 
 
+def test_trainings_of_another_length_are_named(tmp_path):
+    """The dense network and a ticket, trained as long as a search: columns of their own beside the search's."""
+    source = finished(tmp_path / "search", {0: 0.95, 6: 0.94})
+    jobs = [finished(tmp_path / str(level), {level: 0.98}, ticket=str(source)) for level in (0, 6)]
+    for run, epochs in ((source, 15), (jobs[0], 105), (jobs[1], 105)):
+        record = json.loads((run / "results.json").read_text())
+        record["config"]["trainer"] = {"max_epochs": epochs}
+        (run / "results.json").write_text(json.dumps(record))
+    lines = [f"completed,{job}" for job in jobs]
+    (tmp_path / "table.csv").write_text("\n".join(["status,run_dir", *lines]))
+    found = table(read_jobs(tmp_path)).splitlines()
+    assert found[0] == "| level (left), test accuracy | weights: init, 105 epochs | ticket (snr) |"
+    assert found[2:] == ["| 0 (1.000) | 0.980 | 0.950 |", "| 6 (0.262) | 0.980 | 0.940 |"]
+
+
 def sweep(tmp_path: Path) -> Path:
     source = finished(tmp_path / "search", {0: 0.97, 3: 0.96}, cost=10.0)
     folder = tmp_path / "sweep"
