@@ -32,7 +32,8 @@ class Communication(pl.Callback):
     results.json holds the sums over the training as ``communication``, with ``between_groups_bytes`` under strategies
     whose ranks train in groups that need not be nodes (AB-training).
 
-    A run in one process, or under a strategy without a ledger, reports nothing unless ``trace``.
+    A run in one process, or under a strategy without a ledger, has nothing to count unless ``trace``; what the strategy
+    reports of itself reaches the loggers all the same (the phases of a step, under `strategies.sampling_parallel`).
 
     Args:
         trace: Count every collective of training steps instead, those of the module and of other callbacks too, with
@@ -97,18 +98,19 @@ class Communication(pl.Callback):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._ledger is None:
-            return
-        found = self._since(self._ledger.mark, trainer)
-        for name in SUMS:
-            # Equal on all ranks already.
-            pl_module.log(f"comm/{name}", found[name], batch_size=1, sync_dist=True, rank_zero_only=True)
-        shown = {f"comm/{name}": found[name] for name in TIMES}
+        shown = {}
+        if self._ledger is not None:
+            found = self._since(self._ledger.mark, trainer)
+            for name in SUMS:
+                # Equal on all ranks already.
+                pl_module.log(f"comm/{name}", found[name], batch_size=1, sync_dist=True, rank_zero_only=True)
+            shown |= {f"comm/{name}": found[name] for name in TIMES}
         report = getattr(trainer.strategy, "report", None)
         if report is not None:
             shown |= report()
-        for logger in trainer.loggers:
-            logger.log_metrics(shown, step=trainer.global_step)
+        if shown:
+            for logger in trainer.loggers:
+                logger.log_metrics(shown, step=trainer.global_step)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from callbacks.gathering import gather_to_rank_zero
@@ -18,13 +19,17 @@ from callbacks.run_record import RunRecord
 class Footprint(pl.Callback):
     """Notes time and memory of every process of a training, under ``processes`` in results.json.
 
-    A row per rank: ``wall_s`` and ``cpu_s``, a number per epoch of training without its evaluations; ``before_mib`` and
+    A row per rank: ``wall_s`` and ``cpu_s``, a number per epoch of training without its evaluations, and ``items``, how
+    many images or windows the process has seen in it; ``before_mib`` and
     ``peak_mib``, memory when training began and at the peak of its steps until the first evaluation: what evaluations,
     checkpoints and figures need, and only some processes make, is left out. CPU time is that of all threads of the
     process, which others on the same cores do not prolong. Memory is what torch has allocated on a CUDA device;
     otherwise what is resident of the process, libraries and data included (Linux; elsewhere it is left out).
 
     Epochs are those since the run was started or resumed. The first one pays for what is set up once.
+
+    To the loggers after every epoch: ``time/items_per_s`` of all processes together, by the clock of the first, and,
+    for modules with ``num_samples``, ``time/samples_per_s``: items times weight samples.
     """
 
     def __init__(self) -> None:
@@ -52,14 +57,14 @@ class Footprint(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._row = {"rank": trainer.global_rank, "wall_s": [], "cpu_s": []}
+        self._row = {"rank": trainer.global_rank, "wall_s": [], "cpu_s": [], "items": []}
         before = start_of_peak(trainer.strategy.root_device)
         self._row |= {} if before is None else {"before_mib": before}
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name in ("wall_s", "cpu_s"):
-            self._row[name].append(0.0)
+        for name, zero in (("wall_s", 0.0), ("cpu_s", 0.0), ("items", 0)):
+            self._row[name].append(zero)
         self._begin = self._now(trainer)
 
     @override
@@ -73,8 +78,25 @@ class Footprint(pl.Callback):
             self._begin = self._now(trainer)
 
     @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._row.get("items"):
+            # The least: random views may make several images of one.
+            sizes = [len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim]
+            self._row["items"][-1] += min(sizes, default=0)
+
+    @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop(trainer)
+        if not self._row["wall_s"] or not self._row["wall_s"][-1]:  # resumed at the end of an epoch
+            return
+        shares = (trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1)
+        found = {"time/items_per_s": shares * self._row["items"][-1] / self._row["wall_s"][-1]}
+        if isinstance(samples := getattr(pl_module, "num_samples", None), int):
+            found["time/samples_per_s"] = samples * found["time/items_per_s"]
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------------------- end
 

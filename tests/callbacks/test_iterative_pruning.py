@@ -13,7 +13,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from lightning.pytorch.loggers.logger import Logger
 from torch import nn
 
 from callbacks.energy.callback import EnergyCallback
@@ -25,6 +24,7 @@ from networks.lottery.tickets import find_tickets, load_ticket
 from networks.masks import MASK, density, install_masks, jaccard, masked_weights, masks_of
 from strategies.ddp import DDP
 from tests.callbacks.digits_mlp import DigitsData, DigitsMLP
+from tests.callbacks.recorder import Recorder
 from tests.lightning_modules.tiny_series import quiet_trainer
 
 # 192 images in batches of 32: an epoch has six steps. 64-48-32-10.
@@ -63,22 +63,6 @@ class Starts(pl.Callback):
                 "schedule": [copy.deepcopy(c.scheduler.state_dict()) for c in trainer.lr_scheduler_configs],
             }
         )
-
-
-class Recorder(Logger):
-    """Keeps what is logged."""
-
-    name, version = "recorder", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[dict[str, float]] = []
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.rows.append(dict(metrics))
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
 
 
 @pytest.fixture(autouse=True)

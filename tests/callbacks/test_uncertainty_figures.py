@@ -6,6 +6,7 @@ import csv
 import functools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from callbacks import layouts as comparison
+from callbacks.communication import Communication
 from callbacks.figures import layouts, posterior, uncertainty
 from callbacks.figures.callback import FiguresCallback
 from callbacks.figures.forecast import interval_fan
@@ -25,6 +27,7 @@ from lightning_modules.bayes import BayesClassifier
 from networks.bayes import Init, bayesian_layers
 from networks.mlp import MLP
 from strategies.sampling_parallel import SamplingParallel
+from tests.callbacks.recorder import Recorder
 from tests.lightning_modules.tiny_series import quiet_trainer
 from tests.strategies import sampled
 
@@ -191,11 +194,33 @@ class Slow(pl.Callback):
 
 
 def test_evaluations_do_not_count(tmp_path):
-    noted = Footprint()
-    quiet_trainer(max_epochs=2, callbacks=[noted, Slow()]).fit(classifier(), datamodule=Images(**FEW))
+    """Nor in the speed that loggers get, of items and of items times weight samples."""
+    noted, logger, module = Footprint(), Recorder(), classifier()
+    trainer = quiet_trainer(max_epochs=2, callbacks=[noted, Slow()], logger=logger)
+    trainer.fit(module, datamodule=Images(**FEW))
     (row,) = noted.processes
     assert len(row["wall_s"]) == 2 and max(row["wall_s"]) < 0.4
     assert row["peak_mib"] - row["before_mib"] < 200
+    assert row["items"] == [trainer.num_training_batches * FEW["batch_size"]] * 2
+    logged = [found for found in logger.rows if "time/items_per_s" in found]
+    assert [found["time/items_per_s"] for found in logged] == pytest.approx(
+        [items / wall for items, wall in zip(row["items"], row["wall_s"], strict=True)]
+    )
+    for found in logged:
+        assert found["time/samples_per_s"] == pytest.approx(module.num_samples * found["time/items_per_s"])
+
+
+def test_one_process_reports_the_phases_of_its_steps():
+    """There is nothing to count without others, but what the strategy measures reaches the loggers."""
+    logger = Recorder()
+    strategy = SimpleNamespace(report=lambda: {"time/forward_s": 0.5})
+    trainer = SimpleNamespace(world_size=1, strategy=strategy, loggers=[logger], global_step=7)
+    told = Communication()
+    told.on_train_start(trainer, None)
+    told.on_train_epoch_start(trainer, None)
+    told.on_train_epoch_end(trainer, None)
+    told.on_fit_end(trainer, None)
+    assert logger.rows == [{"time/forward_s": 0.5}] and told.summary == {}
 
 
 # ------------------------------------------------------------------------------------------------------------ sweeps
