@@ -15,6 +15,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from runner.record import read
+from runner.sweep_figures import log_figures
 
 # Columns of the Markdown table; the CSV file holds every metric.
 SHOWN_METRICS = 12
@@ -77,6 +78,9 @@ class SweepTable(Callback):
             if cls.epilogue is not None and any(row["status"] == "completed" for row in cls.rows):
                 module, _, name = cls.epilogue.rpartition(".")
                 print(f"\n{getattr(importlib.import_module(module), name)(cls.folder)}")
+                finished = [Path(row["run_dir"]) for row in cls.rows if row["status"] == "completed"]
+                if told := log_figures(cls.folder, finished):
+                    print(f"figures are in {', '.join(told)} too")
 
 
 def job_row(run_dir: Path, overrides: list[str], number: str) -> dict[str, Any]:
