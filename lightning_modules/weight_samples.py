@@ -24,6 +24,7 @@ from networks.bayes import (
     has_dropout,
     in_chunks,
     kl_divergence,
+    l2_divergence,
     to_bayesian,
     to_ensemble,
     to_mc_dropout,
@@ -32,6 +33,7 @@ from networks.bayes.objectives import Objective, Sync, check_objective
 from parallel.sample_layout import SampleShare, check_num_samples
 
 Posterior = Literal["gaussian", "dropout", "ensemble"]
+Divergence = Literal["auto", "l2"]
 
 
 class WeightSamples(Supervised):
@@ -48,9 +50,9 @@ class WeightSamples(Supervised):
             divergence from the prior is theirs. None: the module can only be evaluated.
         scheduler: Partial that takes the optimizer. None: constant learning rate.
         posterior: What is random: ``gaussian`` weights, or the masks of ``dropout`` (without a divergence: that is
-            what the weight decay of the optimizer stands for). ``ensemble``: nothing, sample s is network s of
-            ``num_samples`` networks with linear and convolutional layers of their own, each trained as if alone
-            (``objective=elbo``); the baseline that Bayesian networks are measured by.
+            what the weight decay of the optimizer stands for; or ``kl=l2``). ``ensemble``: nothing, sample s is
+            network s of ``num_samples`` networks with linear and convolutional layers of their own, each trained as if
+            alone (``objective=elbo``); the baseline that Bayesian networks are measured by.
         include: Patterns of layers with random weights; None: every linear and convolutional layer.
         exclude: Patterns of layers that stay deterministic.
         init: Initial means and deviations; None: `networks.bayes.Init`'s defaults.
@@ -63,6 +65,8 @@ class WeightSamples(Supervised):
             tighter, and what the published programs minimise.
         sync: Of ``predictive``: ``exact`` over the samples of all processes, ``local`` over those of each, which is
             another objective (as published).
+        kl: Divergence from the prior: ``auto``, that of Gaussian weights in closed form, none of dropout and ensembles;
+            ``l2``, for dropout: the negative logarithm of the prior, with an optimizer without weight decay.
         temperature: T, the factor of the divergence; below 1 a "cold" posterior.
         kl_anneal_epochs: Epochs over which that factor rises from 0; fractions are allowed.
         estimator: How samples reach the outputs of a layer in training: ``weight``, ``lrt`` or ``flipout``
@@ -101,6 +105,7 @@ class WeightSamples(Supervised):
         num_eval_samples: int = 64,
         objective: Objective = "predictive",
         sync: Sync = "exact",
+        kl: Divergence = "auto",
         temperature: float = 0.1,
         kl_anneal_epochs: float = 0.0,
         estimator: Estimator = "weight",
@@ -122,6 +127,10 @@ class WeightSamples(Supervised):
                 f"all: set model.objective=elbo (now {objective}) and model.num_eval_samples={num_samples} (now "
                 f"{num_eval_samples})"
             )
+        if kl not in get_args(Divergence) or (kl == "l2" and posterior != "dropout"):
+            raise ValueError(
+                f"model.kl={kl!r} with model.posterior={posterior}: choose auto, or l2 with model.posterior=dropout"
+            )
         check_objective(objective, sync, self.more_objectives)
         check_num_samples(num_samples, 1, "model.num_samples", antithetic)
         check_num_samples(num_eval_samples, 1, "model.num_eval_samples")
@@ -142,6 +151,7 @@ class WeightSamples(Supervised):
         SampleContext([0], 1, batch=1, estimator=estimator, noise=noise)
         self.posterior, self.dropout_per_item = posterior, dropout_per_item
         self.include, self.exclude, self.init, self.prior = include, exclude, init, prior
+        self.kl = kl
         self.num_samples, self.num_eval_samples = num_samples, num_eval_samples
         self.objective, self.sync = objective, sync
         self.temperature, self.kl_anneal_epochs = temperature, kl_anneal_epochs
@@ -267,7 +277,7 @@ class WeightSamples(Supervised):
 
     def _objective(self, data_term: Tensor, batch_idx: int, items: int, values_per_item: int = 1) -> Tensor:
         """Add T KL / N to a data term per value, log both, and refuse what is not finite."""
-        kl = kl_divergence(self.net)
+        kl = kl_divergence(self.net) if self.kl == "auto" else l2_divergence(self.net, self.prior or Prior())
         kl_per_value = kl / ((self._num_train or items) * values_per_item)
         loss = data_term + self.kl_factor(batch_idx) * kl_per_value.to(data_term.device)
         for name, value in (("loss", loss), ("data_term", data_term), ("kl", kl), ("kl_per_item", kl_per_value)):

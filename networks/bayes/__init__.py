@@ -22,6 +22,7 @@ from networks.bayes.objectives import (
     gaussian_log_density,
     in_chunks,
     kl_divergence,
+    l2_divergence,
     moment_term,
     predictive,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "has_dropout",
     "in_chunks",
     "kl_divergence",
+    "l2_divergence",
     "mix64",
     "moment_term",
     "predictive",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from networks.bayes.convert import bayesian_layers
-from networks.bayes.gaussian import sum_of_kl
+from networks.bayes.gaussian import Prior, sum_of_kl
 from parallel.sample_collectives import log_mean_exp, moments
 from parallel.sample_layout import SampleShare
 
@@ -108,6 +108,27 @@ def kl_divergence(net: nn.Module) -> Tensor:
     """KL(q || p) of all Bayesian layers of a network, 0 where there is none."""
     terms = [term for _, layer in bayesian_layers(net) for term in layer.kl_terms()]
     return sum_of_kl(terms) if terms else torch.zeros(())
+
+
+def l2_divergence(net: nn.Module, prior: Prior) -> Tensor:
+    """KL(q || p) of dropout, but for what no weight changes: the sum of (w - m0)^2 / (2 s0^2).
+
+    Over weights and biases of linear and convolutional layers. Gal and Ghahramani (2016) have a factor of the
+    probability that the input of a weight is kept; here it is one: this is the negative logarithm of the prior.
+
+    Args:
+        net: With ordinary layers; normalisations have no prior.
+        prior: Of weights and biases.
+    """
+    total = torch.zeros(())
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            mean, std = prior.of_layer(module.weight[0].numel())
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    kind = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+                    total = (tensor.to(kind) - mean).square().sum() / (2 * std**2) + total.to(tensor.device)
+    return total
 
 
 def in_chunks(count: int, size: int | None, evaluate: Callable[[slice], Tensor]) -> Tensor:

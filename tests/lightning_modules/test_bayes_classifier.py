@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
@@ -17,7 +18,7 @@ from callbacks.predictions import PredictionWriter
 from datamodules.images import Images
 from lightning_modules.bayes import BayesClassifier
 from lightning_modules.schedules import WarmupCosine
-from networks.bayes import BayesLinear, Init, MCDropout, Stream, bayesian_layers, kl_divergence
+from networks.bayes import BayesLinear, Init, MCDropout, Prior, Stream, bayesian_layers, kl_divergence
 from networks.mlp import MLP
 from networks.resnet import ResNet
 from networks.simple_vit import SimpleViT
@@ -224,6 +225,22 @@ def test_other_samples_learn_too(kwargs):
     found = run(make(net, init=Init(), **kwargs), Images(**FEW), "fit", max_epochs=15)
     assert found["train/accuracy"] > 0.8
     assert (found["train/kl"] == 0) == ("posterior" in kwargs)
+
+
+def test_the_prior_of_dropout_is_a_weight_decay():
+    """With plain gradient descent T / (N s0^2), float64."""
+    options = {"posterior": "dropout", "temperature": 0.5, "prior": Prior(std=0.3)}
+    net = MLP(hidden=[16], dropout=0.2)
+    found = trained(net=copy.deepcopy(net), optimizer=SGD, kl="l2", **options)
+    decay = 0.5 / (found._num_train * 0.3**2)
+    decayed = functools.partial(SGD, weight_decay=decay)
+    expected = trained(net=net, optimizer=decayed, **options)
+    torch.testing.assert_close(state(found), state(expected), rtol=0, atol=1e-12)
+    assert decay > 0.02
+    ensemble = {"posterior": "ensemble", "objective": "elbo", "num_eval_samples": 4}
+    for kwargs in ({"kl": "l2"}, {"kl": "l2"} | ensemble, {"kl": "none", "posterior": "dropout"}):
+        with pytest.raises(ValueError, match=r"model\.kl='\w+' with .*: choose auto, or l2 with .*dropout"):
+            make(**kwargs)
 
 
 @pytest.mark.parametrize("posterior", ["gaussian", "ensemble"])

@@ -12,12 +12,14 @@ from torch.distributions import Normal
 
 from networks.bayes import (
     Init,
+    Prior,
     SampleContext,
     data_term,
     elbo,
     gaussian_log_density,
     in_chunks,
     kl_divergence,
+    l2_divergence,
     moment_term,
     predictive,
     to_bayesian,
@@ -87,6 +89,19 @@ def test_divergence_of_a_network_is_that_of_its_layers():
     net = to_bayesian(MLP(hidden=[4, 4]))
     torch.testing.assert_close(kl_divergence(net), sum(layer.kl() for layer in net.layers))
     assert kl_divergence(MLP(hidden=[4])) == 0
+
+
+def test_divergence_of_dropout_is_the_prior_of_its_weights():
+    """The negative log-density of all weights and biases under the prior of their layer, but for its constant."""
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 4)).double()
+    for prior in (Prior(), Prior(0.1, 2.0), Prior(0.5, 0.7, rescale=True)):
+        expected = 0.0
+        for layer in (net[0], net[3]):
+            mean, std = prior.of_layer(layer.weight[0].numel())
+            for tensor in (layer.weight, layer.bias):
+                law = Normal(torch.tensor(mean, dtype=F64), torch.tensor(std, dtype=F64))
+                expected += (law.log_prob(torch.tensor(mean, dtype=F64)) - law.log_prob(tensor)).sum()
+        torch.testing.assert_close(l2_divergence(net, prior), expected, rtol=1e-12, atol=0)
 
 
 def test_unknown_objectives():
