@@ -22,7 +22,10 @@ def summary(result: dict[str, Any]) -> str:
     lines.append("")
     stored = read(run_dir)
     if best := stored.get("best_checkpoint"):
-        lines.append(f"best checkpoint  {_nearby(best)}")
+        # Without a metric to watch the callback keeps the latest.
+        kept = ((stored.get("config") or {}).get("callbacks") or {}).get("checkpoint") or {}
+        label = "last checkpoint" if kept and kept.get("monitor", "") is None else "best checkpoint"
+        lines.append(f"{label}  {_nearby(best)}")
     for label, pattern in (("figure", "figures/*.png"), ("predictions", "predictions/*.csv")):
         lines += [f"{label:<15}  {_nearby(path)}" for path in sorted(run_dir.glob(pattern))]
     lines += _energy(stored.get("energy"))

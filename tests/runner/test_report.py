@@ -50,3 +50,17 @@ def test_what_processes_sent_to_each_other(tmp_path, changed, processes, expecte
     (tmp_path / "results.json").write_text(json.dumps({"communication": SENT | changed, "world_size": processes}))
     lines = report.summary({"run_dir": str(tmp_path), "metrics": {}}).splitlines()
     assert f"communication    {expected}" in lines
+
+
+def test_a_checkpoint_without_a_metric_is_the_last(tmp_path):
+    """Its file is best.ckpt all the same: what a run is evaluated with."""
+    for monitor, word in ((None, "last"), ("val/loss", "best")):
+        config = {"callbacks": {"checkpoint": {"monitor": monitor}}}
+        record_ = {"best_checkpoint": str(tmp_path / "checkpoints/best.ckpt"), "config": config}
+        (tmp_path / "results.json").write_text(json.dumps(record_))
+        (line,) = [
+            line
+            for line in report.summary({"run_dir": str(tmp_path), "metrics": {}}).splitlines()
+            if line.endswith("best.ckpt")
+        ]
+        assert line.startswith(f"{word} checkpoint  ")
