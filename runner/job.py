@@ -143,7 +143,7 @@ def _run(config: dict[str, Any]) -> dict[str, Any]:
             error.computing = record.computing
             raise
         finally:
-            _finish(loggers, record.record["status"])
+            finish(loggers, record.record["status"])
 
 
 def _strategy(config: dict[str, Any]) -> Any:
@@ -259,7 +259,7 @@ def _announce(config: dict[str, Any], trainer: Any, module: Any, parameters: int
         log.info("continues from %s", ckpt_path)
 
 
-def _finish(loggers: list[Any], status: str) -> None:
+def finish(loggers: list[Any], status: str) -> None:
     """Close every logger, whatever happened; W&B would otherwise give the next job in this process the same run.
 
     The numbers are safe in ``results.json`` by now: a logger that fails here is reported and does not fail the run.

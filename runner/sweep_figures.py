@@ -51,18 +51,11 @@ def _of_the_sweep(node: dict[str, Any], config: dict[str, Any], folder: Path) ->
 
 
 def _tell(node: dict[str, Any], paths: list[Path]) -> None:
-    from runner.job import instantiate
+    from callbacks.figures.callback import hand_over_files
+    from runner import job
 
-    logger = instantiate("logger", node)
-    if hasattr(logger, "log_image"):
-        for path in paths:
-            logger.log_image(key=f"figures/{path.stem}", images=[str(path)])
-        import wandb
-
-        wandb.finish()
-        return
-    from matplotlib.image import imread
-
-    for path in paths:
-        logger.experiment.add_image(f"figures/{path.stem}", imread(path), dataformats="HWC")
-    logger.experiment.close()
+    logger = job.instantiate("logger", node)
+    try:
+        hand_over_files(logger, paths)
+    finally:
+        job.finish([logger], "completed")

@@ -161,6 +161,18 @@ def _name(plot: Plot) -> str:
     return (plot.func if isinstance(plot, partial) else plot).__name__
 
 
+def hand_over_files(logger: Any, paths: list[Path]) -> None:
+    """Give images that lie on disk to a logger that takes images (W&B, TensorBoard)."""
+    for path in paths:
+        key = f"figures/{path.stem}"
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=key, images=[str(path)])
+        elif hasattr(getattr(logger, "experiment", None), "add_image"):
+            from matplotlib.image import imread
+
+            logger.experiment.add_image(key, imread(path), dataformats="HWC")
+
+
 def hand_over(logger: Any, key: str, figure: Figure, paths: list[Path], step: int) -> None:
     """Give a figure to a logger that takes images (W&B) or figures (TensorBoard)."""
     images = [str(path) for path in paths if path.suffix == ".png"]
