@@ -62,7 +62,7 @@ class Comparison(StackTraining):
 
     def _library(self, count: int) -> TemplateLibrary:
         stored = self.data.library(count)
-        return TemplateLibrary(stored.spectra.to(self.device), stored.tokens.to(self.device))
+        return TemplateLibrary(stored.spectra, stored.tokens)  # where there is room; parts are moved as they are needed
 
     def _prepare_test(self) -> None:
         most = self.data.num["train"] or len(self.data.part("train"))

@@ -60,7 +60,8 @@ class InverseDesign(Comparison, Proposals):
         val_draws: Stacks per target in validation.
         val_sampler: How they are drawn; None: as in a test.
         limits: What stacks may be made of in prediction; None: anything.
-        predict_templates: Template hits beside the ``num_draws`` draws in prediction.
+        predict_templates: Template hits beside the ``num_draws`` draws in prediction; 0: none.
+        predict_library: Training stacks, at most, among which these are looked for.
         num_candidates: Candidates per target that prediction delivers.
         thickness_error: Relative standard deviation of thicknesses for the robustness of a candidate.
         max_sequences: Sequences that are sampled at once.
@@ -97,6 +98,7 @@ class InverseDesign(Comparison, Proposals):
         val_sampler: Sampler | None = None,
         limits: Limits | None = None,
         predict_templates: int = 50,
+        predict_library: int = 100_000,
         num_candidates: int = 5,
         thickness_error: float = 0.01,
         max_sequences: int = 1024,
@@ -107,6 +109,7 @@ class InverseDesign(Comparison, Proposals):
     ) -> None:
         counts = {"num_draws": num_draws, "refine_top": refine_top, "val_draws": val_draws}
         counts |= {"num_candidates": num_candidates, "max_sequences": max_sequences}
+        counts |= {"predict_library": predict_library}
         for key, value in counts.items():
             if value < 1:
                 raise ValueError(f"model.{key}={value}: must be at least 1")
@@ -127,7 +130,8 @@ class InverseDesign(Comparison, Proposals):
         self.num_draws, self.report_draws, self.refine_top = num_draws, sorted(set(report_draws)), refine_top
         self.refinement, self.templates, self.hybrid = refinement or Refinement(), list(templates), hybrid
         self.diversity_draws, self.val_draws, self.val_sampler = diversity_draws, val_draws, val_sampler
-        self.limits, self.predict_templates = limits or Limits(), predict_templates
+        self.limits = limits or Limits()
+        self.predict_templates, self.predict_library = predict_templates, predict_library
         self.num_candidates, self.thickness_error = num_candidates, thickness_error
         self.max_sequences, self.evaluation_seed, self.seed = max_sequences, evaluation_seed, seed
         self.val_tokens, self.test_tokens = RateBuckets(), RateBuckets()

@@ -25,6 +25,7 @@ class Proposals(StackTraining):
     num_draws: int
     refine_top: int
     predict_templates: int
+    predict_library: int
     num_candidates: int
     thickness_error: float
     proposers: list[TemplateLibrary]
@@ -51,11 +52,12 @@ class Proposals(StackTraining):
             )
         self.proposers = []
         if self.predict_templates:
-            stored = self.data.library(self.data.num["train"] or len(self.data.part("train")))
+            stored = self.data.library(
+                min(self.predict_library, self.data.num["train"] or len(self.data.part("train")))
+            )
             kept = self.limits.obeyed(stored.tokens.long(), self.data.vocabulary).nonzero()[:, 0]
             if len(kept):
-                spectra, tokens = stored.spectra[kept].to(self.device), stored.tokens[kept].to(self.device)
-                self.proposers.append(TemplateLibrary(spectra, tokens))
+                self.proposers.append(TemplateLibrary(stored.spectra[kept], stored.tokens[kept]))
             elif not self._trained:
                 raise ValueError("model.limits leave no stack of the template library, and there is no checkpoint")
 

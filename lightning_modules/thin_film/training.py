@@ -36,7 +36,6 @@ class StackTraining(Supervised):
     refinement: Refinement
     limits: Limits
     val_sampler: Sampler | None
-    refiner: Refiner
     val_tokens: RateBuckets
     test_tokens: RateBuckets
     val_table: SampleTable
@@ -44,6 +43,7 @@ class StackTraining(Supervised):
     max_sequences: int
     evaluation_seed: int
     seed: int
+    _refiner: tuple[torch.device, Refiner] | None = None
     _updated_at = -1
     _trained = False  # here, or before the checkpoint was written
 
@@ -65,6 +65,13 @@ class StackTraining(Supervised):
         """The DataModule of the run: `datamodules.thin_films.ThinFilms`, or one with its attributes."""
         return self.trainer.datamodule
 
+    @property
+    def refiner(self) -> Refiner:
+        """Refines on the device of the module, which is known after `setup`."""
+        if self._refiner is None or self._refiner[0] != self.device:
+            self._refiner = self.device, self.refinement.refiner(self.data, self.device)
+        return self._refiner[1]
+
     @override
     def setup(self, stage: str) -> None:
         """Compare networks and data, and take the special tokens from the vocabulary."""
@@ -84,8 +91,9 @@ class StackTraining(Supervised):
             net.special = special
             if stage == "fit" and hasattr(net.encoder, "fit"):  # what a checkpoint holds is read after this
                 net.encoder.fit(self.data.library(min(_FITTED, self.data.num["train"] or _FITTED)).spectra.float())
+        self._refiner = None
         if stage in ("test", "predict"):
-            self.refiner = self.refinement.refiner(self.data, self.device)
+            _ = self.refiner  # reports wrong settings before anything starts
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
