@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from parallel.network_model import NetworkModel, sleep_until
 
 # The name changed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Transfer:
@@ -136,6 +138,54 @@ class Interconnect:
         ready_at = self.book("all_to_all", group, num_bytes(parts), sharing)
         work = dist.all_to_all_single(as_bytes(out), as_bytes(parts), group=group.handle, async_op=True)
         return Transfer(work, ready_at, self.ledger, (out, parts))
+
+    def reduce_scatter(self, out: Tensor, parts: Tensor, group: Group, sharing: int = 1) -> Transfer:
+        """Sum ``parts``, ``(size * len(out),)``, over the ranks; the i-th rank gets the i-th part of the sum."""
+        if group.size < 2:
+            out.copy_(parts)
+            return Transfer(None, 0.0, self.ledger)
+        ready_at = self.book("reduce_scatter", group, num_bytes(parts), sharing)
+        work = _reduce_scatter(out, parts, group=group.handle, async_op=True)
+        return Transfer(work, ready_at, self.ledger, (out, parts))
+
+    def exchange(
+        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group
+    ) -> list[Transfer]:
+        """Send tensors to ranks and receive others, all under way together.
+
+        A message between two nodes takes the emulated link of its sender. What is received is delayed as if this rank
+        had sent as much, since it does not know the queue of the other: exact where all ranks do the same.
+
+        Args:
+            sends: (contiguous tensor, global rank that gets it).
+            receives: (contiguous tensor to fill, global rank that sends it).
+            group: That holds all of these ranks.
+
+        Returns:
+            One transfer for each of ``sends`` and then one for each of ``receives``.
+        """
+        rank, ready = dist.get_rank(), []
+        for tensor, to in sends:
+            ready.append(self.book("send", Group((rank, to), None), num_bytes(tensor)))
+        slowest = max(ready, default=0.0)
+        for tensor, source in receives:
+            if self.network.active and not sends:
+                pair = (source, rank)
+                slowest = self.network.book("send", pair, num_bytes(tensor), self.local_size)
+            ready.append(slowest)
+        ops = [
+            dist.P2POp(op, as_bytes(tensor), peer, group=group.handle)
+            for op, pairs in ((dist.isend, sends), (dist.irecv, receives))
+            for tensor, peer in pairs
+        ]
+        works = dist.batch_isend_irecv(ops) if ops else []
+        if len(works) < len(ops):  # NCCL has one for all of them
+            works = works * len(ops)
+        tensors = [tensor for tensor, _ in (*sends, *receives)]
+        return [
+            Transfer(work, moment, self.ledger, (tensor,))
+            for work, moment, tensor in zip(works, ready, tensors, strict=True)
+        ]
 
 
 def gather_objects(mine: Any, group: Group, device: torch.device, piece_bytes: int = 1 << 26) -> list[Any] | None:

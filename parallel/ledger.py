@@ -61,6 +61,8 @@ class Ledger:
         slow = crossings(ranks, self.local_size)
         fast = len(ranks) - slow
         per_edge = ring_bytes(operation, payload, len(ranks))
+        if operation == "send":  # from the first to the second rank, and nothing back
+            per_edge /= 2
         for link, edges in zip(LINKS, (fast, slow), strict=True):
             # The collective itself belongs to its slowest links.
             mine = (link == "inter_node") == (slow > 0)

@@ -1,0 +1,110 @@
+"""Blocks of whole tensors in distributed checkpoints: without padding, so that any grid can read what any other wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from parallel.sharding.grid import JigsawGrid
+from parallel.sharding.layout import Layout
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's block of a parameter, in autograd's sight."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def block_of(tensor: Tensor) -> Tensor:
+    """This rank's block of a parameter or of a tensor like it, out of autograd's sight; shares memory."""
+    tensor = tensor.detach()
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+class Block:
+    """The part of a logical tensor that this rank holds, for torch.distributed.checkpoint.
+
+    It implements the protocol by which that package asks for and fills parts of tensors. Ranks that hold the same part
+    offer the same, of which one is written.
+
+    Args:
+        tensor: Local block or DTensor; filled in place when read.
+        layout: Of the logical tensor.
+        grid: Ranks.
+    """
+
+    def __init__(self, tensor: Tensor, layout: Layout, grid: JigsawGrid) -> None:
+        self.layout = layout
+        self.offsets, self.valid = layout.offsets(grid.place), layout.valid(grid.place)
+        part = block_of(tensor)
+        for dim, length in enumerate(self.valid):
+            part = part.narrow(dim, 0, length)
+        self.part = part
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size(self.offsets), torch.Size(self.valid))
+
+    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
+        if not self.part.numel():
+            return []
+        data = TensorWriteData(
+            self._chunk(), TensorProperties.create_from_tensor(self.part), torch.Size(self.layout.sizes)
+        )
+        index = MetadataIndex(name, torch.Size(self.offsets))
+        return [WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()] if self.part.numel() else []
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self.part
+
+
+def blocks(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], grid: JigsawGrid) -> dict[str, Any]:
+    """Tensors by name as what checkpoints hold: blocks where a layout is known, else the tensor itself (all ranks')."""
+    return {
+        name: Block(tensor, layouts[name], grid) if name in layouts else tensor.detach()
+        for name, tensor in tensors.items()
+    }
+
+
+def whole(tensor: Tensor, layout: Layout, grid: JigsawGrid) -> Tensor:
+    """The logical tensor on every rank of the instance; called on all of them."""
+    part = block_of(tensor)
+    if not grid.communicates:
+        return part[tuple(slice(0, size) for size in layout.sizes)].clone()
+    out = part.new_zeros(layout.sizes)
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in grid.instance_group.ranks]
+    torch.distributed.all_gather(parts, part.contiguous(), group=grid.instance_group.handle)
+    for place, one in zip(_places(grid), parts, strict=True):
+        starts, valid = layout.offsets(place), layout.valid(place)
+        target = tuple(slice(start, start + length) for start, length in zip(starts, valid, strict=True))
+        out[target] = one[tuple(slice(0, length) for length in valid)]
+    return out
+
+
+def fill(tensor: Tensor, whole_tensor: Tensor, layout: Layout, grid: JigsawGrid) -> None:
+    """Take this rank's block from the logical tensor; padding becomes 0.
+
+    Raises:
+        ValueError: If the shapes differ.
+    """
+    if tuple(whole_tensor.shape) != layout.sizes:
+        raise ValueError(f"a tensor of shape {tuple(whole_tensor.shape)} where {layout.sizes} is needed")
+    part = block_of(tensor)
+    starts, valid = layout.offsets(grid.place), layout.valid(grid.place)
+    source = tuple(slice(start, start + length) for start, length in zip(starts, valid, strict=True))
+    part.zero_()
+    part[tuple(slice(0, length) for length in valid)] = whole_tensor[source].to(part)
+
+
+def _places(grid: JigsawGrid) -> Iterator[dict[str, int]]:
+    """Places of the ranks of an instance, in their order."""
+    for token in range(grid.token_size):
+        for channel in range(grid.channel_size):
+            yield {"token": token, "channel": channel}
