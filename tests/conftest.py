@@ -28,7 +28,16 @@ from tests.ranks import POOL_NAME, Ranks
 ROOT = Path(__file__).parents[1]
 
 # Threads that libraries start once and keep for the life of the process.
-_KEPT_THREADS = ("QueueFeederThread", "pydevd", "tqdm", "ThreadPoolExecutor", "wandb", "asyncio", "pytest_timeout")
+_KEPT_THREADS = (
+    "QueueFeederThread",
+    "pydevd",
+    "tqdm",
+    "ThreadPoolExecutor",
+    "wandb",
+    "asyncio",
+    "pytest_timeout",
+    "zarr_io",
+)
 # Variables that libraries set on import or first use, and that no later test reads. They keep their new value.
 _KEPT_VARIABLES = {
     "PYTEST_CURRENT_TEST",
