@@ -33,7 +33,8 @@ SMALL += ("++callbacks.figures.dpi=30", "callbacks.energy.figures=[]", "callback
 def missing_file(config: dict[str, Any]) -> str | None:
     """The data file that an experiment needs and that is not on this machine."""
     folder = config["data"].get("data_dir")
-    named = [value or [] for key, value in config["data"].items() if key == "file" or key.endswith("_file")]
+    keys = [key for key in config["data"] if key in ("file", "store") or key.endswith("_file")]
+    named = [config["data"][key] or [] for key in keys]
     files = [file for value in named for file in ([value] if isinstance(value, str) else value)]
     return next((file for file in files if folder and not (Path(folder) / file).exists()), None)
 
@@ -77,6 +78,9 @@ CUT = {
     "energy_measurement/xray": FEW_XRAYS,
     "energy_measurement/xray_inference": FEW_XRAYS,
 }
+# Generating trajectories too.
+FEW_DAYS = ("data.num_train=1", "data.records=24", "data.spin_up_days=0.5", "data.cache_dir=${run.dir}/cache")
+CUT |= {name: FEW_DAYS for name in ("weather", "weather/blend", "weather/latent", "weather/rollout")}
 CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = [pytest.param(name, marks=SLOW if name in LARGE else []) for name in experiments()]

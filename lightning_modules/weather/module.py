@@ -1,0 +1,542 @@
+"""WeatherMixerModule: training on steps or rollouts, rollouts scored at leads beside the baselines, forecasts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal, Self, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_modules.metrics.forecast import SumRatio
+from lightning_modules.metrics.weather import (
+    WeatherScores,
+    ZonalSpectrum,
+    anomaly_correlation,
+    products,
+    zonal_coefficients,
+    zonal_power,
+)
+from lightning_modules.supervised import Supervised
+from lightning_modules.weather.baselines import DampedPersistence, LinearInverseModel
+from lightning_modules.weather.loss import channel_weights, squared_error
+from parallel.sharding import clip_grad_norm_, grid_of
+
+Batch = dict[str, Tensor]
+Mode = Literal["fixed", "cycle", "random"]
+Rollout = Literal["autoregressive", "latent"]
+Stage = Literal["val", "test"]
+
+# Specific humidity is shown in g/kg.
+_SHOWN = {"q": 1000.0}
+
+
+class WeatherMixerModule(Supervised):
+    """A network that forecasts the next state of the atmosphere, trained on one step or on rollouts.
+
+    A longer forecast is made in one of two ways: ``autoregressive``, every step from the forecast before, or
+    ``latent``, the processor of the network applied once per step between one embedding and one recovery (the paper's).
+
+    Under a grid of ranks (``strategy=jigsaw``) a rank has its block of fields and weights; all sums are completed over
+    the ranks, and what is logged does not depend on their number.
+
+    Steps of validation and test return ``loss``, ``prediction`` and ``target`` (this rank's block at the leads,
+    normalised) and, on the first rank of an instance and with no items on the others: ``mse`` (B, F, L, V) in the units
+    of the fields and ``acc`` (B, F, L, V) of the network and the baselines of `forecasts`, ``power``
+    (B, 2, L, V, M), zonal power of forecast and truth, ``valid_h``; in the first step of a test ``map_forecast`` and
+    ``map_truth`` (1, L, H, W, V). Prediction returns ``prediction`` in the units of the fields, (B, L, H, W, V),
+    and ``valid_h``.
+
+    Logged: ``<stage>/loss`` (of the first lead), ``<stage>/rmse/<channel>@<lead>``, ``acc/...``,
+    ``persistence_ratio/...`` and ``climatology_ratio/...`` (RMSE over theirs), ``<stage>/small_scales/...`` (zonal
+    power of forecast over truth in waves of 3 to 8 grid lengths), in the test also ``damped_ratio/...`` and
+    ``linear_ratio/...``; in training ``flops/rank`` (of a step, in TFLOP), ``tflops/s`` and ``io_bytes/rank``.
+
+    Args:
+        net: Partial of a network like `networks.weather_mixer.WeatherMixer`; it is built where the ranks are known.
+        optimizer: Partial that takes the parameters.
+        scheduler: Partial that takes the optimizer. None: constant learning rate.
+        scheduler_monitor: Metric given to schedulers that watch one.
+        scheduler_interval: ``epoch`` or ``step``.
+        edge_lr_factor: Learning rate of embedding and recovery, relative to the others.
+        rollout_mode: How many steps a training step rolls out: always ``rollout_max`` (``fixed``), 1 to ``rollout_max``
+            in turns (``cycle``), or at ``random``, equal on all ranks.
+        rollout_max: Most steps in training; the data need ``data.train_steps`` of as many.
+        rollout: How training rolls out, ``autoregressive`` (the loss is the mean over the steps) or ``latent`` (that of
+            the last).
+        eval_rollout: How evaluation and prediction do.
+        channel_weights: Of the loss: null, ``era5`` (the paper's), or a mapping of names to weights.
+        weight_power: Exponent of the weights: 1, or 2 as in the published code.
+        latitude_weighted: Whether the loss weights latitudes by their area.
+        linear_patterns: Empirical orthogonal functions of the linear baseline; 0: leave it out.
+        linear_ridge: Its ridge.
+        baseline_samples: Most training samples that damped persistence and the linear baseline are fitted to.
+        seed: Of random rollouts.
+
+    Raises:
+        ValueError: Names the setting, its value and the remedy.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ("input", "target", "index", "valid_h", "step", "io_bytes")
+
+    def __init__(
+        self,
+        net: Callable[..., nn.Module],
+        optimizer: Callable[..., torch.optim.Optimizer] | None = None,
+        scheduler: Callable[..., Any] | None = None,
+        scheduler_monitor: str = "val/loss",
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        edge_lr_factor: float = 1.0,
+        rollout_mode: Mode = "fixed",
+        rollout_max: int = 1,
+        rollout: Rollout = "autoregressive",
+        eval_rollout: Rollout = "autoregressive",
+        channel_weights: str | Mapping[str, float] | None = None,
+        weight_power: int = 1,
+        latitude_weighted: bool = True,
+        linear_patterns: int = 100,
+        linear_ridge: float = 0.01,
+        baseline_samples: int = 1024,
+        seed: int = 0,
+    ) -> None:
+        chosen = {"rollout_mode": (rollout_mode, Mode), "rollout": (rollout, Rollout)}
+        for key, (value, choices) in {**chosen, "eval_rollout": (eval_rollout, Rollout)}.items():
+            if value not in get_args(choices):
+                raise ValueError(f"model.{key}={value!r} is unknown; choose {', '.join(get_args(choices))}")
+        if rollout_max < 1 or baseline_samples < 2 or linear_patterns < 0:
+            raise ValueError(
+                f"model.rollout_max={rollout_max}, model.baseline_samples={baseline_samples}, "
+                f"model.linear_patterns={linear_patterns}: must be at least 1, 2, 0"
+            )
+        if weight_power not in (1, 2):
+            raise ValueError(f"model.weight_power={weight_power}: choose 1, or 2 as in the published code")
+        if not edge_lr_factor > 0:
+            raise ValueError(f"model.edge_lr_factor={edge_lr_factor}: must be above 0")
+        with torch.device("meta"):  # counted before it is built; see `configure_model`
+            placeholder = net()
+        super().__init__(placeholder, optimizer, scheduler, scheduler_monitor, scheduler_interval)
+        self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
+        self.make_net = net
+        self.edge_lr_factor = edge_lr_factor
+        self.rollout_mode, self.rollout_max = rollout_mode, rollout_max
+        self.rollout, self.eval_rollout = rollout, eval_rollout
+        self.weights_kind, self.weight_power, self.latitude_weighted = channel_weights, weight_power, latitude_weighted
+        self.linear_patterns, self.linear_ridge, self.baseline_samples = linear_patterns, linear_ridge, baseline_samples
+        self.seed = seed
+        self.losses = nn.ModuleDict({stage: SumRatio() for stage in ("val_", "test_")})
+        self._scores: dict[str, dict[str, WeatherScores]] = {}
+        self._spectra: dict[str, ZonalSpectrum] = {}
+        self._fitted: tuple[DampedPersistence, LinearInverseModel | None] | None = None
+        self._constants: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------------------------------------------- network
+
+    @override
+    def configure_model(self) -> None:
+        if any(parameter.is_meta for parameter in self.net.parameters()):
+            self.net = self.make_net(grid=grid_of(self._trainer))
+
+    @override
+    def cpu(self) -> Self:
+        if any(parameter.is_meta for parameter in self.net.parameters()):
+            return self  # a run that has failed before there was a network ends too, with its own message
+        return super().cpu()
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        self.configure_model()
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    @override
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            clip_grad_norm_(self.net.parameters(), gradient_clip_val, self.net.grid)
+
+    @override
+    def parameter_groups(self) -> list[Any]:
+        if self.edge_lr_factor == 1:
+            return super().parameter_groups()
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, parameter in self.net.named_parameters():
+            groups[self.net.parameter_kind(name) in ("embedding", "recovery")].append(parameter)
+        lr = self.make_optimizer.keywords["lr"]
+        return [{"params": groups[False]}, {"params": groups[True], "lr": lr * self.edge_lr_factor}]
+
+    @override
+    def forward(self, x: Tensor, steps: int = 1) -> Tensor:
+        """Normalised channels after some steps, this rank's block, (B, H, W, V)."""
+        return self.net(x, steps)
+
+    def _advance(self, x: Tensor, output: Tensor, step: Tensor | None) -> Tensor:
+        """The input after a step: forecast channels of this rank, then what does not change.
+
+        Args:
+            x: (B, H, W, V_in), the input before.
+            output: (B, H, W, V), the forecast.
+            step: Length of the coming step as the network is told, (B,), or None.
+        """
+        out = torch.cat([output[..., : self.own_count], x[..., self.own_count :]], -1)
+        return out if step is None else self._told(out, step)
+
+    def _told(self, x: Tensor, step: Tensor) -> Tensor:
+        """The input with the length of the coming step in the last of its channels, if this rank has that."""
+        place = self.data.num_inputs - 1
+        own = self.net.grid.channels(self.data.num_inputs)
+        if not self.data.step_input or place not in range(self.data.num_inputs)[own]:
+            return x
+        at = place - own.start
+        filled = step.to(x)[:, None, None, None].expand(*x.shape[:-1], 1)
+        return torch.cat([x[..., :at], filled, x[..., at + 1 :]], -1)
+
+    def _roll(self, batch: Batch, steps: Sequence[int], kind: Rollout) -> list[Tensor]:
+        """Forecasts after some numbers of steps, in increasing order."""
+        x, lengths, found = self._told(batch["input"], batch["step"][:, 0]), batch["step"], []
+        if kind == "latent":
+            return [self(x, step) for step in steps]
+        for step in range(1, steps[-1] + 1):
+            output = self(x)
+            if step in steps:
+                found.append(output)
+            if step < steps[-1]:
+                x = self._advance(x, output, lengths[:, step])
+        return found
+
+    # ---------------------------------------------------------------------------------------------------------- data
+
+    @property
+    def data(self) -> Any:
+        """The DataModule."""
+        return self.trainer.datamodule
+
+    @property
+    def own(self) -> slice:
+        """Which channels are this rank's."""
+        return self.net.grid.channels(self.data.num_outputs, self.data.num_inputs)
+
+    @property
+    def own_count(self) -> int:
+        """How many these are."""
+        return len(range(self.data.num_outputs)[self.own])
+
+    @property
+    def first_of_instance(self) -> bool:
+        """Whether this rank counts the samples of its instance."""
+        return self.net.grid.token == 0 and self.net.grid.channel == 0
+
+    @property
+    def forecasts(self) -> list[str]:
+        """What is scored: the network, and the baselines that it is compared with in the running stage."""
+        names = ["model", "persistence", "climatology"]
+        if self.trainer.testing:
+            names.append("damped_persistence")
+            if self.linear_patterns:
+                names.append("linear")
+        return names
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.rollout_max > self.data.train_steps:
+            raise ValueError(
+                f"model.rollout_max={self.rollout_max}: the training samples have {self.data.train_steps} targets; set "
+                f"data.train_steps={self.rollout_max}"
+            )
+        grid = grid_of(self._trainer)
+        sizes = {name: getattr(self.net, name) for name in ("height", "width", "num_inputs", "num_outputs")}
+        for name, size in sizes.items():
+            if getattr(self.data, name) != size:
+                raise ValueError(f"model.net.{name}={size}: the data have {getattr(self.data, name)} (data.{name})")
+        own = grid.channels(self.data.num_outputs, self.data.num_inputs)
+        self._constants = {
+            "latitude": self.data.latitude_weight,
+            "channel": channel_weights(self.data.names, self.weights_kind)[own],
+        }
+        self._fitted = None
+
+    def _constant(self, name: str) -> Tensor:
+        """A constant of the data on the device of the module."""
+        value = self._constants[name]
+        if value.device != self.device:
+            value = self._constants[name] = value.to(self.device)
+        return value
+
+    @cached_property
+    def _scale(self) -> Tensor:
+        """Standard deviations of all channels in the units that are shown, (V,), float64."""
+        shown = [_SHOWN.get(channel.variable, 1.0) for channel in self.data.channels]
+        return self.data.scale[1] * torch.tensor(shown, dtype=torch.float64)
+
+    def _climatology(self, hours: Tensor) -> Tensor:
+        """Normalised climatology of this rank at times (B, L), (B, L, H, W, V); with one field for all (1, 1, ...)."""
+        if "climatology" not in self._constants:
+            self._constants["climatology"] = self.data.climatology
+        fields = self._constant("climatology")
+        if len(fields) == 1:
+            return fields[None]
+        basis = self.data.climatology_basis(hours).to(fields)
+        return torch.einsum("blk,khwv->blhwv", basis, fields)
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def _steps_now(self) -> int:
+        """Steps of the training step at hand, equal on all ranks."""
+        if self.rollout_mode == "fixed" or self.rollout_max == 1:
+            return self.rollout_max
+        if self.rollout_mode == "cycle":
+            return 1 + self.trainer.global_step % self.rollout_max
+        return 1 + int(np.random.default_rng([self.seed, self.trainer.global_step]).integers(self.rollout_max))
+
+    def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """This rank's share of the loss of a batch."""
+        latitude = self._constant("latitude")
+        if not self.latitude_weighted:
+            latitude = torch.ones_like(latitude)
+        count = len(target) * self.data.height * self.data.width * self.data.num_outputs
+        own = slice(0, self.own_count)
+        return squared_error(
+            prediction[..., own], target[..., own], latitude, self._constant("channel"), self.weight_power, count
+        )
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        steps = self._steps_now()
+        if self.rollout == "latent":
+            loss = self._loss(self._roll(batch, [steps], "latent")[0], batch["target"][:, steps - 1])
+        else:
+            outputs = self._roll(batch, list(range(1, steps + 1)), "autoregressive")
+            loss = sum(self._loss(output, batch["target"][:, i]) for i, output in enumerate(outputs)) / steps
+        size = len(batch["target"])
+        self._add_to_epoch("loss", loss.detach() * size, size if self.first_of_instance else 0)
+        self._worked[0] += (
+            3
+            * self.net.flops(size, steps if self.rollout == "latent" else 1)
+            * (1 if self.rollout == "latent" else steps)
+        )
+        self._worked[1] += float(batch["io_bytes"])
+        self._worked[2] += 1
+        return loss
+
+    @override
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self._begin_of_work()
+
+    @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        self._begin_of_work()
+
+    def _begin_of_work(self) -> None:
+        self._worked = [0.0, 0.0, 0]
+        self._since = time.perf_counter()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        flops, io_bytes, steps = self._worked
+        if steps:
+            seconds = time.perf_counter() - self._since - self._validation_s
+            share = flops / self.net.grid.size
+            values = {"flops/rank": share / steps / 1e12, "tflops/s": share / 1e12 / max(seconds, 1e-9)}
+            values["io_bytes/rank"] = io_bytes / steps
+            self._log_exact({name: torch.tensor(value) for name, value in values.items()})
+        self._validation_s = 0.0
+
+    _validation_s = 0.0
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def _start_stage(self, stage: Stage) -> None:
+        leads, channels = len(self.data.lead_steps), self.data.num_outputs
+        self._scores[stage] = {name: WeatherScores(leads, channels).to(self.device) for name in self.forecasts}
+        self._spectra[stage] = ZonalSpectrum(leads, channels, self.data.width // 2 + 1).to(self.device)
+        self.losses[f"{stage}_"].reset()
+        self._began = time.perf_counter()
+
+    @override
+    def on_validation_epoch_start(self) -> None:
+        self._start_stage("val")
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._start_stage("test")
+
+    @override
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val", batch_idx)
+
+    @override
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test", batch_idx)
+
+    def _evaluate(self, batch: Batch, stage: Stage, batch_idx: int) -> dict[str, Tensor]:
+        grid, count = self.net.grid, self.own_count
+        own, size = slice(0, count), len(batch["target"])
+        outputs = self._roll(batch, self.data.lead_steps, self.eval_rollout)
+        loss = self._loss(outputs[0], batch["target"][:, 0])
+        self.losses[f"{stage}_"].update(loss * size, size if self.first_of_instance else 0)
+        forecast, truth = torch.stack(outputs, 1)[..., own], batch["target"][..., own]
+        climatology = self._climatology(batch["valid_h"][:, 1:])
+        every = {"model": forecast} | self._baselines(batch, climatology, truth)
+        latitude, width = self._constant("latitude"), self.data.width
+        sums = torch.stack([products(every[name], truth, climatology, latitude, width) for name in self.forecasts])
+        whole = grid.sum_over_tokens(sums)  # (forecast, 4, B, L, V)
+        correlations = torch.stack([anomaly_correlation(part) for part in whole])
+        for name, part, correlation in zip(self.forecasts, sums, correlations, strict=True):
+            self._scores[stage][name].update(part[0], correlation, self.own, grid.token == 0, self.first_of_instance)
+        power = self._power(torch.stack([forecast, truth], 1))  # (B, 2, L, V, M)
+        if grid.token == 0:
+            self._spectra[stage].update(power[:, 0], power[:, 1], self.own)
+        out = {"loss": grid.sum_over_instance(loss), "prediction": forecast, "target": truth}
+        return out | self._for_figures(batch, whole[:, 0], correlations, power, out, batch_idx, stage)
+
+    def _baselines(self, batch: Batch, climatology: Tensor, truth: Tensor) -> dict[str, Tensor]:
+        """Forecasts of the baselines, (B, L, H, W, V) each."""
+        now = batch["input"][..., : self.own_count]
+        found = {
+            "persistence": now[:, None].expand_as(truth),
+            "climatology": climatology.expand_as(truth),
+        }
+        if not self.trainer.testing:
+            return found
+        damped, linear = self._fit_baselines()
+        anomaly = now - self._climatology(batch["valid_h"][:, :1])[:, 0]
+        found["damped_persistence"] = climatology + damped(anomaly)
+        if linear is not None:
+            found["linear"] = climatology + linear(anomaly, self.net.grid.sum_over_instance)
+        return found
+
+    def _fit_baselines(self) -> tuple[DampedPersistence, LinearInverseModel | None]:
+        """Fit what is fitted to the training part, once; all ranks together."""
+        if self._fitted is None:
+            grid = self.net.grid
+            columns, hours = self.data.training_pairs(self.data.lead_steps, self.baseline_samples)
+            anomalies: Iterable[Tensor] = (
+                self.data.block.fields(row).to(self.device) - self._climatology(torch.from_numpy(hour)[None])[0]
+                for row, hour in zip(columns, hours, strict=True)
+            )
+            latitude, linear = self._constant("latitude"), None
+            if self.linear_patterns:  # it needs all of them at once
+                anomalies = list(anomalies)
+            damped = DampedPersistence.fit(((a[0], a[1:]) for a in anomalies), latitude, grid.sum_over_tokens)
+            if self.linear_patterns:
+                whole = torch.stack(anomalies)
+                first, later = whole[:, 0], whole[:, 1:]
+                linear = LinearInverseModel.fit(
+                    first, later, latitude, self.linear_patterns, self.linear_ridge,
+                    grid.sum_over_instance, grid.sum_over_tokens,
+                )  # fmt: skip
+            self._fitted = damped, linear
+        return self._fitted
+
+    def _power(self, fields: Tensor) -> Tensor:
+        """Zonal power (..., V, M) of fields (..., H, W, V) of this rank."""
+        grid, width = self.net.grid, self.data.width
+        first = grid.longitudes(width).start or 0
+        coefficients = zonal_coefficients(fields, width, first)
+        if grid.token_size > 1:
+            coefficients = torch.view_as_complex(grid.sum_over_tokens(torch.view_as_real(coefficients).contiguous()))
+        return zonal_power(coefficients, self._constant("latitude"), width)
+
+    def _for_figures(
+        self,
+        batch: Batch,
+        squared: Tensor,
+        correlations: Tensor,
+        power: Tensor,
+        out: dict[str, Tensor],
+        batch_idx: int,
+        stage: Stage,
+    ) -> dict[str, Tensor]:
+        """What figures show of the samples, from all channels, on the first rank of an instance."""
+        if stage != "test":
+            return {}
+        scale = self._scale.to(self.device)
+        mse = self._all_channels(squared.movedim(0, 1)) * scale**2
+        found = {
+            "mse": mse,
+            "acc": self._all_channels(correlations.movedim(0, 1)),
+            "power": self._all_channels(power, -2) * scale[:, None] ** 2,
+            "valid_h": batch["valid_h"],
+        }
+        shown = slice(0, 1 if batch_idx == 0 else 0)
+        mean, std = (value.to(self.device) for value in self.data.scale)
+        for name, block in (("map_forecast", out["prediction"]), ("map_truth", out["target"])):
+            found[name] = (self._gather(block[shown]).double() * std + mean).float()
+        return found if self.first_of_instance else {name: value[:0] for name, value in found.items()}
+
+    def _all_channels(self, own: Tensor, dim: int = -1) -> Tensor:
+        """Values (..., V) of all channels, of which each rank has its own."""
+        grid = self.net.grid
+        if grid.channel_size == 1:
+            return own
+        shape = list(own.shape)
+        shape[dim] = self.data.num_outputs
+        whole = own.new_zeros(shape)
+        whole.movedim(dim, -1)[..., self.own] = own.movedim(dim, -1)
+        return grid.sum_over_channels(whole)
+
+    def _gather(self, block: Tensor) -> Tensor:
+        """Whole fields (..., H, W, V) of the blocks (..., H, W, own channels) of an instance."""
+        grid, data = self.net.grid, self.data
+        if grid.is_serial:
+            return block
+        if not len(block):
+            return block.new_zeros(0, *block.shape[1:-2], data.width, data.num_outputs)
+        padded = grid.pad_channels(block, data.num_outputs, data.num_inputs).contiguous()
+        return grid.gather(padded, data.num_outputs, data.num_inputs)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+        self._validation_s += time.perf_counter() - self._began
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, stage: Stage) -> None:
+        found = {name: scores.compute() for name, scores in self._scores[stage].items()}
+        scale = self._scale.to(self.device)
+        values: dict[str, Tensor] = {f"{stage}/loss": self.losses[f"{stage}_"].compute()}
+        small = self._spectra[stage].compute()
+        ratios = {"persistence": "persistence_ratio", "climatology": "climatology_ratio"}
+        ratios |= {"damped_persistence": "damped_ratio", "linear": "linear_ratio"}
+        for i, lead in enumerate(self.data.lead_names):
+            for j, channel in enumerate(self.data.names):
+                at = f"{channel}@{lead}"
+                values[f"{stage}/rmse/{at}"] = found["model"]["rmse"][i, j] * scale[j]
+                values[f"{stage}/acc/{at}"] = found["model"]["acc"][i, j]
+                values[f"{stage}/small_scales/{at}"] = small[i, j]
+                for name, ratio in ratios.items():
+                    if name in found:
+                        values[f"{stage}/{ratio}/{at}"] = found["model"]["rmse"][i, j] / found[name]["rmse"][i, j]
+        self._log_exact(values)
+        self.skill = [
+            {
+                "forecast": name, "channel": channel, "lead": lead,
+                "rmse": float(scores["rmse"][i, j] * scale[j]), "acc": float(scores["acc"][i, j]),
+            }
+            for name, scores in found.items()
+            for j, channel in enumerate(self.data.names)
+            for i, lead in enumerate(self.data.lead_names)
+        ]  # fmt: skip
+
+    # ---------------------------------------------------------------------------------------------------- prediction
+
+    @override
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        outputs = self._roll(batch, self.data.lead_steps, self.eval_rollout)
+        block = torch.stack(outputs, 1)[..., : self.own_count]
+        mean, std = (value[self.own].to(self.device) for value in self.data.scale)
+        prediction = (block.double() * std + mean).float()
+        return {"prediction": prediction, "index": batch["index"], "valid_h": batch["valid_h"]}
