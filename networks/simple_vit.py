@@ -65,15 +65,19 @@ class SimpleViT(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, num_classes)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Map ``(batch, channel, height, width)`` to logits ``(batch, class)``."""
+    def embedded(self, image: Tensor) -> Tensor:
+        """``(batch, channel, height, width)`` to tokens ``(batch, patch, width)`` with positions."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images of {image.shape[-2]} x {image.shape[-1]} pixels, but model.net.image_size={self.image_size}"
             )
         size = self.patch_size
         patches = image.unfold(2, size, size).unfold(3, size, size).permute(0, 2, 3, 4, 5, 1)
-        x = self.patch_embed(patches.flatten(3).flatten(1, 2)) + self.positions
+        return self.patch_embed(patches.flatten(3).flatten(1, 2)) + self.positions
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Map ``(batch, channel, height, width)`` to logits ``(batch, class)``."""
+        x = self.embedded(image)
         for block in self.blocks:
             x = block(x)
         return self.head(self.norm(x).mean(1))

@@ -162,20 +162,27 @@ class ViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def features(self, image: Tensor) -> Tensor:
-        """``(batch, channel, height, width)`` to normalised tokens ``(batch, 1 + patch, width)``, the class first."""
+    def embedded(self, image: Tensor) -> Tensor:
+        """``(batch, channel, height, width)`` to tokens with positions ``(batch, 1 + patch, width)``, class first."""
         if image.shape[-2:] != (self.image_size, self.image_size):
             raise ValueError(
                 f"images of {image.shape[-2]} x {image.shape[-1]} pixels, but model.net.image_size={self.image_size}"
             )
         patches = self.patch_embed(image)  # of every weight sample, where there are several
         tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
-        x = self.dropout(tokens + self.pos_embed)
+        return self.dropout(tokens + self.pos_embed)
+
+    def features(self, image: Tensor) -> Tensor:
+        """``(batch, channel, height, width)`` to normalised tokens ``(batch, 1 + patch, width)``, the class first."""
+        x = self.embedded(image)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
 
+    def classified(self, tokens: Tensor) -> Tensor:
+        """Normalised tokens ``(batch, 1 + patch, width)`` to logits ``(batch, class)``."""
+        return self.head(tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1))
+
     def forward(self, image: Tensor) -> Tensor:
         """Map ``(batch, channel, height, width)`` to logits ``(batch, class)``."""
-        tokens = self.features(image)
-        return self.head(tokens[:, 0] if self.pool == "class" else tokens[:, 1:].mean(1))
+        return self.classified(self.features(image))
