@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pruning.groups import DimGroup, Slice, columns, rows
+
 
 def head_width(d_model: int, heads: int) -> int:
     """Width E of one head, d_model / heads."""
@@ -80,6 +82,37 @@ class AttentionLayer(nn.Module):
         values = self.value_projection(memory).unflatten(-1, (self.heads, -1))
         return self.out_projection(self.mechanism(queries, keys, values).flatten(-2))
 
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Channels of queries and keys, and channels of the values.
+
+        Raises:
+            ValueError: The mechanism mixes steps and heads, so that no channel can be removed.
+        """
+        refuse_reference_layout(self.mechanism)
+        q, k, v, out = self.query_projection, self.key_projection, self.value_projection, self.out_projection
+        width = q.out_features // self.heads
+        return [
+            DimGroup(f"{name}.qk", "qk", width, rows(q) + rows(k), self.heads, [self]),
+            DimGroup(f"{name}.v", "v", v.out_features // self.heads, rows(v) + columns(out), self.heads, [self]),
+        ]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream that the queries come from and the output goes to."""
+        return columns(self.query_projection) + rows(self.out_projection)
+
+    def remembers(self) -> list[Slice]:
+        """Channels of the stream that is attended to."""
+        return columns(self.key_projection) + columns(self.value_projection)
+
+
+def refuse_reference_layout(module: nn.Module) -> None:
+    """Raise ValueError where a mechanism mixes steps and heads, as some reference implementations do."""
+    if getattr(module, "reference_layout", False):
+        raise ValueError(
+            f"reference_layout=true: {type(module).__name__} mixes time steps and heads, so none of its channels can "
+            "be removed; set reference_layout=false, or prune single weights (callbacks.pruning.method=l1)"
+        )
+
 
 class FeedForward(nn.Module):
     """Two-layer perceptron with GELU, the same at every time step.
@@ -100,3 +133,11 @@ class FeedForward(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform (..., d_model)."""
         return self.dropout(self.contract(self.dropout(F.gelu(self.expand(tokens)))))
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """The hidden channels."""
+        return [DimGroup(f"{name}.ff", "ff", self.expand.out_features, rows(self.expand) + columns(self.contract))]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream that it reads and writes."""
+        return columns(self.expand) + rows(self.contract)

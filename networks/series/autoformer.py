@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pruning.groups import DimGroup, Slice, columns, norm
 from networks.series.attention import AttentionLayer, FeedForward, head_width
 from networks.series.decomposition import SeasonalNorm, SeriesDecomposition
 from networks.series.embedding import TokenEmbedding, decoder_marks, last_steps, resolve_label_length
@@ -108,6 +109,10 @@ class DecompositionEncoderLayer(nn.Module):
         tokens, _ = self.feed_forward_decomposition(tokens + self.feed_forward(tokens))
         return tokens
 
+    def reads(self) -> list[Slice]:
+        """Channels of the encoder's stream."""
+        return self.attention.reads() + self.attention.remembers() + self.feed_forward.reads()
+
 
 class DecompositionDecoderLayer(nn.Module):
     """Self-attention, cross-attention and feed-forward; the three trends that they shed are projected to the channels.
@@ -153,6 +158,11 @@ class DecompositionDecoderLayer(nn.Module):
         trend = trend + shed
         tokens, shed = self.feed_forward_decomposition(tokens + self.feed_forward(tokens))
         return tokens, self.trend_projection((trend + shed).transpose(1, 2)).transpose(1, 2)
+
+    def reads(self) -> list[Slice]:
+        """Channels of the decoder's stream."""
+        attention = self.self_attention.reads() + self.self_attention.remembers() + self.cross_attention.reads()
+        return attention + self.feed_forward.reads() + columns(self.trend_projection)
 
 
 class DecompositionDecoder(nn.Module):
@@ -265,6 +275,33 @@ class DecompositionForecaster(nn.Module):
         marks = decoder_marks(history_marks, forecast_marks, self.label_length)
         tokens, trend = self.decoder(self.decoder_embedding(start, marks), memory, trend)
         return last_steps(trend, self.horizon) + self.projection(last_steps(tokens, self.horizon))
+
+    def dim_groups(self) -> list[DimGroup]:
+        """Groups of channels that go together; encoder and decoder meet in the cross-attention only."""
+        memory = self.encoder_embedding.writes() + norm(self.encoder.norm.norm)
+        tokens = self.decoder_embedding.writes() + norm(self.decoder.norm.norm) + columns(self.projection)
+        groups = []
+        for i, layer in enumerate(self.encoder.layers):
+            groups += layer.feed_forward.dim_groups(f"encoder.{i}")
+            memory += layer.reads()
+        for i, layer in enumerate(self.decoder.layers):
+            groups += layer.feed_forward.dim_groups(f"decoder.{i}")
+            tokens += layer.reads()
+            memory += layer.cross_attention.remembers()
+        groups += self.attention_groups()
+        encoder_width, width = self.encoder_embedding.value.out_channels, self.projection.in_features
+        streams = [DimGroup("encoder.stream", "stream", encoder_width, memory)]
+        return groups + streams + [DimGroup("decoder.stream", "stream", width, tokens)]
+
+    def attention_groups(self) -> list[DimGroup]:
+        """Groups of the channels of queries, keys and values."""
+        groups = []
+        for i, layer in enumerate(self.encoder.layers):
+            groups += layer.attention.dim_groups(f"encoder.{i}.attention")
+        for i, layer in enumerate(self.decoder.layers):
+            groups += layer.self_attention.dim_groups(f"decoder.{i}.self_attention")
+            groups += layer.cross_attention.dim_groups(f"decoder.{i}.cross_attention")
+        return groups
 
 
 class Autoformer(DecompositionForecaster):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pruning.groups import DimGroup, Slice, columns, norm, rows
 from networks.series.attention import AttentionLayer, FullAttention, head_width
 
 
@@ -27,6 +28,14 @@ class GeluMLP(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform (..., d_model)."""
         return self.contract(F.gelu(self.expand(tokens)))
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """The hidden channels."""
+        return [DimGroup(f"{name}.ff", "ff", self.expand.out_features, rows(self.expand) + columns(self.contract))]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream that it reads and writes."""
+        return columns(self.expand) + rows(self.contract)
 
 
 def _attention(d_model: int, heads: int, dropout: float) -> AttentionLayer:
@@ -74,6 +83,26 @@ class TwoStageAttention(nn.Module):
         tokens = self.channel_mlp_norm(tokens + self.dropout(self.channel_mlp(tokens)))
         return tokens.transpose(1, 2)
 
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Groups that end within the layer; messages of the routers are a stream of their own."""
+        messages = rows(self.sender.out_projection) + self.receiver.remembers()
+        return [
+            *self.time_attention.dim_groups(f"{name}.time_attention"),
+            *self.sender.dim_groups(f"{name}.sender"),
+            *self.receiver.dim_groups(f"{name}.receiver"),
+            *self.time_mlp.dim_groups(f"{name}.time"),
+            *self.channel_mlp.dim_groups(f"{name}.channel"),
+            DimGroup(f"{name}.messages", "stream", self.sender.out_projection.out_features, messages),
+        ]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream; routers are tokens of it."""
+        attention = self.time_attention.reads() + self.time_attention.remembers() + self.receiver.reads()
+        routers = [Slice(self, "routers", 2), *columns(self.sender.query_projection), *self.sender.remembers()]
+        norms = [self.time_norm, self.time_mlp_norm, self.channel_norm, self.channel_mlp_norm]
+        mlps = self.time_mlp.reads() + self.channel_mlp.reads()
+        return attention + routers + mlps + [part for layer in norms for part in norm(layer)]
+
 
 class SegmentMerging(nn.Module):
     """Merges neighbouring segments into one of the next coarser scale.
@@ -97,6 +126,12 @@ class SegmentMerging(nn.Module):
             again = torch.arange(segments - missing, segments, device=tokens.device).clamp(min=0)
             tokens = torch.cat([tokens, tokens[:, :, again]], dim=2)
         return self.merge(self.norm(tokens.unflatten(2, (-1, self.window)).flatten(3)))
+
+    def reads(self) -> list[Slice]:
+        """Channels of the finer scale, once for every segment that is merged."""
+        width = self.merge.in_features // self.window
+        starts = [i * width for i in range(self.window)]
+        return [part for start in starts for part in norm(self.norm, start) + columns(self.merge, start)]
 
 
 class CrossformerDecoderLayer(nn.Module):
@@ -137,6 +172,20 @@ class CrossformerDecoderLayer(nn.Module):
         tokens = self.cross_attention_norm(tokens + self.dropout(self.cross_attention(tokens, memory)))
         tokens = self.mlp_norm(tokens + self.mlp(tokens))
         return tokens, self.prediction(tokens)
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Groups that end within the layer."""
+        return [
+            *self.self_attention.dim_groups(f"{name}.self"),
+            *self.cross_attention.dim_groups(f"{name}.cross_attention"),
+            *self.mlp.dim_groups(name),
+        ]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the decoder's stream."""
+        cross = self.cross_attention.reads() + norm(self.cross_attention_norm)
+        mlp = self.mlp.reads() + norm(self.mlp_norm)
+        return self.self_attention.reads() + cross + mlp + columns(self.prediction)
 
 
 class Crossformer(nn.Module):
@@ -247,3 +296,27 @@ class Crossformer(nn.Module):
             tokens, prediction = layer(tokens, memory)
             forecast = prediction if forecast is None else forecast + prediction
         return forecast.flatten(2).transpose(1, 2)[:, : self.horizon]
+
+    def dim_groups(self) -> list[DimGroup]:
+        """Groups of channels that go together: every scale has a stream of its own, and so has the decoder.
+
+        The embedding and the finest scale share theirs; the decoder's layers attend to both.
+        """
+        scales = [[] for _ in self.encoder]
+        scales[0] += [*rows(self.embedding), Slice(self, "encoder_position", 3), *norm(self.embedding_norm)]
+        tokens = [Slice(self, "decoder_position", 3)]
+        groups = []
+        for level, layer in enumerate(self.encoder):
+            groups += layer.dim_groups(f"encoder.{level}")
+            scales[level] += layer.reads()
+            if level < len(self.merging):
+                scales[level] += self.merging[level].reads()
+                scales[level + 1] += rows(self.merging[level].merge)
+        for number, layer in enumerate(self.decoder):
+            groups += layer.dim_groups(f"decoder.{number}")
+            scales[max(number - 1, 0)] += layer.cross_attention.remembers()
+            tokens += layer.reads()
+        for level, (layer, stream) in enumerate(zip(self.encoder, scales, strict=True)):
+            width = len(layer.time_norm.weight)
+            groups.append(DimGroup(f"encoder.{level}.stream", "stream", width, stream))
+        return [*groups, DimGroup("decoder.stream", "stream", self.decoder_position.shape[3], tokens)]

@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from networks.pruning.groups import Slice, rows
+
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
     """Sine (even columns) and cosine (odd columns) of the step index at geometric frequencies, (length, d_model)."""
@@ -68,6 +70,15 @@ class TokenEmbedding(nn.Module):
         if self.position is not None:
             tokens = tokens + self.position
         return self.dropout(tokens)
+
+    def writes(self) -> list[Slice]:
+        """Channels of the stream that it begins."""
+        slices = rows(self.value)
+        if self.calendar is not None:
+            slices += rows(self.calendar)
+        if self.position is not None:
+            slices.append(Slice(self, "position", 1))
+        return slices
 
 
 def resolve_label_length(label_length: int | None, history_length: int) -> int:

@@ -7,8 +7,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
-from networks.series.attention import head_width
+from networks.pruning.groups import DimGroup, Slice, columns, rows
+from networks.series.attention import head_width, refuse_reference_layout
 from networks.series.autoformer import DecompositionForecaster
 from networks.series.decomposition import SeriesDecomposition
 from networks.series.embedding import resolve_label_length
@@ -149,6 +151,15 @@ class FourierLayer(nn.Module):
             mixed = mixed.permute(0, 2, 3, 1).reshape(mixed.shape)
         return self.out_projection(mixed.flatten(-2))
 
+    def reads(self) -> list[Slice]:
+        """Channels of the stream that the queries come from and the output goes to."""
+        return columns(self.query_projection) + rows(self.out_projection)
+
+    def remembers(self) -> list[Slice]:
+        """Channels of the stream that keys and values come from, which in self-attention nobody reads."""
+        projections = (self.key_projection, self.value_projection)
+        return [part for projection in projections if projection is not None for part in columns(projection)]
+
 
 class FEDformer(DecompositionForecaster):
     """Autoformer's frame with attention in the frequency domain.
@@ -242,3 +253,38 @@ class FEDformer(DecompositionForecaster):
             dropout=dropout,
             moving_average=moving_average,
         )
+
+    @override
+    def attention_groups(self) -> list[DimGroup]:
+        """Groups of every Fourier block with all layers that share it.
+
+        The kernel's inputs follow the queries (and keys), its outputs the columns of the output projection; channels of
+        the projections that nothing reads go along.
+        """
+        encoder = [layer.attention for layer in self.encoder.layers]
+        decoder = [layer.self_attention for layer in self.decoder.layers]
+        cross = [layer.cross_attention for layer in self.decoder.layers]
+        groups = []
+        for name, layers in (("encoder", encoder), ("decoder.self", decoder), ("decoder.cross", cross)):
+            if layers:
+                groups += _fourier_groups(f"{name}_attention", layers)
+        return groups
+
+
+def _fourier_groups(name: str, layers: Sequence[FourierLayer]) -> list[DimGroup]:
+    first = layers[0]
+    refuse_reference_layout(first)
+    heads, _, width, out_width, _ = first.block.kernel.shape
+    inputs = [Slice(first.block, "kernel", 2, heads_axis=0)]
+    outputs = [Slice(first.block, "kernel", 3, heads_axis=0)]
+    for layer in layers:
+        inputs += rows(layer.query_projection)
+        outputs += columns(layer.out_projection)
+        if layer.key_projection is not None:
+            inputs += rows(layer.key_projection)
+        if layer.value_projection is not None:
+            outputs += rows(layer.value_projection)
+    return [
+        DimGroup(f"{name}.qk", "qk", width, inputs, heads, list(layers)),
+        DimGroup(f"{name}.v", "v", out_width, outputs, heads, list(layers)),
+    ]

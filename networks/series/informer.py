@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pruning.groups import Slice, columns, norm, rows
 from networks.series.attention import AttentionLayer, head_width
 from networks.series.transformer import Decoder, DecoderLayer, Encoder, EncoderDecoder, EncoderLayer
 
@@ -120,6 +121,10 @@ class Distillation(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(batch, time, d_model) -> (batch, (time + 1) // 2 + 1, d_model)."""
         return self.pool(F.elu(self.norm(self.convolution(tokens.transpose(1, 2))))).transpose(1, 2)
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream that it reads and writes."""
+        return columns(self.convolution) + rows(self.convolution) + norm(self.norm)
 
 
 class Informer(EncoderDecoder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from networks.pruning.groups import DimGroup, columns, norm, rows
 from networks.series.normalization import InstanceNormalization, NoNormalization
 from networks.series.patchtst import EncoderLayer
 
@@ -73,3 +74,12 @@ class ITransformer(nn.Module):
             variates = torch.cat([variates, history_marks], dim=2)
         tokens = self.encoder(self.embedding(variates.mT))
         return self.normalization.denormalize(self.head(tokens[:, :channels]).mT, statistics)
+
+    def dim_groups(self) -> list[DimGroup]:
+        """Groups of channels that go together."""
+        stream = rows(self.embedding[0]) + norm(self.encoder[-1]) + columns(self.head)
+        groups = []
+        for i, layer in enumerate(self.encoder[:-1]):
+            groups += layer.dim_groups(f"encoder.{i}")
+            stream += layer.reads()
+        return [*groups, DimGroup("stream", "stream", self.head.in_features, stream)]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from networks.pruning.groups import DimGroup, Slice, columns, norm, rows
 from networks.series.normalization import InstanceNormalization, NoNormalization
 
 
@@ -46,6 +47,7 @@ class EncoderLayer(nn.Module):
             raise ValueError(f"heads={heads} does not divide d_model={d_model}: choose a divisor")
         make_norm = {"layer": nn.LayerNorm, "batch": FeatureBatchNorm}[norm]
         self.heads = heads
+        self.scale = (d_model // heads) ** -0.5  # that of the training, also where heads were made narrower
         self.attention_dropout = attention_dropout
         self.query_key_value = nn.Linear(d_model, 3 * d_model)
         self.output = nn.Linear(d_model, d_model)
@@ -58,16 +60,40 @@ class EncoderLayer(nn.Module):
 
     def attend(self, tokens: Tensor) -> Tensor:
         """Multi-head self-attention without a mask, `(batch, token, d_model)`."""
-        # (batch, token, 3 * d_model) -> three times (batch, head, token, d_model / heads)
-        query, key, value = self.query_key_value(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        # three times (batch, head, token, d_model / heads)
+        joint = self.query_key_value(tokens)
+        inner = self.output.in_features  # of the values; queries and keys may have been made narrower by pruning
+        outer = (joint.shape[-1] - inner) // 2
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in joint.split((outer, outer, inner), dim=-1)
+        )
         dropout = self.attention_dropout if self.training else 0.0
-        attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        attended = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=self.scale)
         return self.output(attended.transpose(1, 2).flatten(2))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map `(batch, token, d_model)` to the same shape."""
         tokens = self.attention_norm(tokens + self.dropout(self.attend(tokens)))
         return self.feed_forward_norm(tokens + self.dropout(self.feed_forward(tokens)))
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Groups that end within the layer."""
+        joint, inner, heads = self.query_key_value, self.output.in_features, self.heads
+        outer = (joint.out_features - inner) // 2
+        queries_and_keys = rows(joint) + rows(joint, outer)
+        values = rows(joint, 2 * outer) + columns(self.output)
+        expand, contract = self.feed_forward[0], self.feed_forward[-1]
+        return [
+            DimGroup(f"{name}.attention.qk", "qk", outer // heads, queries_and_keys, heads, [self]),
+            DimGroup(f"{name}.attention.v", "v", inner // heads, values, heads, [self]),
+            DimGroup(f"{name}.ff", "ff", expand.out_features, rows(expand) + columns(contract)),
+        ]
+
+    def reads(self) -> list[Slice]:
+        """Channels of the stream."""
+        attention = columns(self.query_key_value) + rows(self.output) + norm(self.attention_norm)
+        hidden = columns(self.feed_forward[0]) + rows(self.feed_forward[-1])
+        return attention + hidden + norm(self.feed_forward_norm)
 
 
 class PatchTST(nn.Module):
@@ -140,3 +166,14 @@ class PatchTST(nn.Module):
         tokens = self.encoder(self.dropout(self.embedding(patches) + self.position))
         forecast = self.head(tokens).unflatten(0, (history.shape[0], history.shape[2])).mT
         return self.normalization.denormalize(forecast, statistics)
+
+    def dim_groups(self) -> list[DimGroup]:
+        """Groups of channels that go together; the head reads those of the stream once per patch."""
+        width = self.embedding.out_features
+        stream = [*rows(self.embedding), Slice(self, "position", 1)]
+        groups = []
+        for i, layer in enumerate(self.encoder):
+            groups += layer.dim_groups(f"encoder.{i}")
+            stream += layer.reads()
+        stream += [part for i in range(len(self.position)) for part in columns(self.head[-1], i * width)]
+        return [*groups, DimGroup("stream", "stream", width, stream)]

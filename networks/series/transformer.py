@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from networks.pruning.groups import DimGroup, Slice, columns, norm
 from networks.series.attention import AttentionLayer, FeedForward, FullAttention, head_width
 from networks.series.embedding import TokenEmbedding, decoder_marks, last_steps, resolve_label_length
 
@@ -31,6 +32,15 @@ class EncoderLayer(nn.Module):
         """Transform (batch, time, d_model)."""
         tokens = self.attention_norm(tokens + self.dropout(self.attention(tokens)))
         return self.feed_forward_norm(tokens + self.feed_forward(tokens))
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Groups that end within the layer."""
+        return self.attention.dim_groups(f"{name}.attention") + self.feed_forward.dim_groups(name)
+
+    def reads(self) -> list[Slice]:
+        """Channels of the encoder's stream."""
+        attention = self.attention.reads() + self.attention.remembers() + norm(self.attention_norm)
+        return attention + self.feed_forward.reads() + norm(self.feed_forward_norm)
 
 
 class Encoder(nn.Module):
@@ -85,6 +95,18 @@ class DecoderLayer(nn.Module):
         tokens = self.self_attention_norm(tokens + self.dropout(self.self_attention(tokens)))
         tokens = self.cross_attention_norm(tokens + self.dropout(self.cross_attention(tokens, memory)))
         return self.feed_forward_norm(tokens + self.feed_forward(tokens))
+
+    def dim_groups(self, name: str) -> list[DimGroup]:
+        """Groups that end within the layer."""
+        attention = self.self_attention.dim_groups(f"{name}.self_attention")
+        cross = self.cross_attention.dim_groups(f"{name}.cross_attention")
+        return attention + cross + self.feed_forward.dim_groups(name)
+
+    def reads(self) -> list[Slice]:
+        """Channels of the decoder's stream."""
+        attention = self.self_attention.reads() + self.self_attention.remembers() + norm(self.self_attention_norm)
+        cross = self.cross_attention.reads() + norm(self.cross_attention_norm)
+        return attention + cross + self.feed_forward.reads() + norm(self.feed_forward_norm)
 
 
 class Decoder(nn.Module):
@@ -171,6 +193,26 @@ class EncoderDecoder(nn.Module):
         marks = decoder_marks(history_marks, forecast_marks, self.label_length)
         tokens = self.decoder(self.decoder_embedding(start, marks), memory)
         return self.projection(last_steps(tokens, self.horizon))
+
+    def dim_groups(self) -> list[DimGroup]:
+        """Groups of channels that go together; encoder and decoder meet in the cross-attention only."""
+        encoder, decoder = self.encoder, self.decoder
+        memory = self.encoder_embedding.writes() + norm(encoder.norm)
+        tokens = self.decoder_embedding.writes() + norm(decoder.norm) + columns(self.projection)
+        groups = []
+        for i, layer in enumerate(encoder.layers):
+            groups += layer.dim_groups(f"encoder.{i}")
+            memory += layer.reads()
+        for reduction in encoder.reductions:
+            memory += reduction.reads()
+        for i, layer in enumerate(decoder.layers):
+            groups += layer.dim_groups(f"decoder.{i}")
+            tokens += layer.reads()
+            memory += layer.cross_attention.remembers()
+        width = self.projection.in_features
+        encoder_width = self.encoder_embedding.value.out_channels
+        streams = [DimGroup("encoder.stream", "stream", encoder_width, memory)]
+        return groups + streams + [DimGroup("decoder.stream", "stream", width, tokens)]
 
 
 class Transformer(EncoderDecoder):
