@@ -55,21 +55,24 @@ def _table(outputs: Outputs, kind: str, names: tuple[str, ...], columns: tuple[s
 def outage_table(grid: Grid, outputs: Outputs, namer: Namer) -> pd.DataFrame:
     """A row per outage, in the order of the batch.
 
-    Columns: ``outage``; ``state`` (``solved``, ``islanded``, ``not converged``); ``severity``, the sum over branches of
-    the squared share by which they are overloaded; ``overloads``; ``worst_branch`` and ``worst_loading_percent``;
-    ``low_voltages`` and ``high_voltages``; ``lowest_bus`` and ``lowest_vm_pu``; ``iterations`` and ``max_mismatch_pu``.
+    Columns: ``outage``; ``state`` (``solved``, ``estimated``, ``islanded``, ``not converged``); ``severity``, the sum
+    over branches of the squared share by which they are overloaded; ``overloads``; ``worst_branch`` and
+    ``worst_loading_percent``; ``low_voltages`` and ``high_voltages``; ``lowest_bus`` and ``lowest_vm_pu``;
+    ``iterations`` and ``max_mismatch_pu``.
 
     Args:
         grid: The grid.
         outputs: Of a predict step: ``scenario``, ``islanding``, ``converged``, ``iterations``, ``max_mismatch``,
-            ``overloads``, ``low_voltages``, ``high_voltages``, ``severity`` (B,), ``loading_percent`` (B, branch) and
-            ``vm_pu`` (B, bus).
+            ``overloads``, ``low_voltages``, ``high_voltages``, ``severity`` (B,), ``loading_percent`` (B, branch),
+            ``vm_pu`` (B, bus), and where outages may be only estimated ``estimated`` (B,).
         namer: Name of an outage by its number.
     """
     import pandas as pd
 
     islanding, converged = outputs["islanding"].numpy(), outputs["converged"].numpy()
     loading, vm = outputs["loading_percent"].numpy(), outputs["vm_pu"].numpy()
+    estimated = outputs["estimated"].numpy() if "estimated" in outputs else np.zeros_like(converged)
+    states = [islanding, converged, estimated]
     known = np.isfinite(vm).all(1)
     worst = np.where(np.isfinite(loading), loading, -1).argmax(1)
     lowest = np.where(np.isfinite(vm), vm, np.inf).argmin(1)
@@ -81,7 +84,7 @@ def outage_table(grid: Grid, outputs: Outputs, namer: Namer) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "outage": [namer(s) for s in outputs["scenario"].tolist()],
-            "state": np.where(islanding, "islanded", np.where(converged, "solved", "not converged")),
+            "state": np.select(states, ["islanded", "solved", "estimated"], "not converged"),
             "severity": outputs["severity"].numpy(),
             "overloads": outputs["overloads"].numpy(),
             "worst_branch": named(grid.branch_names, worst),

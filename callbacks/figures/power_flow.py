@@ -197,7 +197,8 @@ def outage_ranking(outputs: Outputs, datamodule: Any, *, num_outages: int = 25) 
     """The worst outages by severity, with the loading of the worst branch; islanding ones are named below.
 
     Args:
-        outputs: With ``scenario``, ``severity``, ``overloads``, ``loading_percent``, ``islanding``, ``converged``.
+        outputs: With ``scenario``, ``severity``, ``overloads``, ``loading_percent``, ``islanding``, ``converged``, and
+            where outages may be only estimated ``estimated``: those count as no failures.
         datamodule: Names outages and branches.
         num_outages: Bars.
     """
@@ -221,8 +222,10 @@ def outage_ranking(outputs: Outputs, datamodule: Any, *, num_outages: int = 25) 
     axes.set_xlim(0, 1.75 * max(float(peak.max(initial=0)), 100.0))
     axes.grid(axis="y", visible=False)
     axes.set_xlabel("loading of the worst branch after the outage [%]")
-    failed = int((~converged & ~islanding).sum())
-    axes.set_title(f"{grid.name}: {len(solved)} outages solved, {failed} without a solution", fontsize="medium")
+    estimated = outputs["estimated"].numpy() if "estimated" in outputs else np.zeros_like(converged)
+    title = f"{grid.name}: {len(solved)} outages solved, "
+    title += f"{int(estimated.sum())} below the flag by estimate, " if estimated.any() else ""
+    axes.set_title(f"{title}{int((~converged & ~islanding & ~estimated).sum())} without a solution", fontsize="medium")
     if cut := [datamodule.scenario_name(int(i)) for i in numbers[islanding]]:
         named = ", ".join(cut[:12]) + (", ..." if len(cut) > 12 else "")
         figure.supxlabel(fill(f"{len(cut)} island buses: {named}", 120), fontsize="x-small", x=0.01, ha="left")

@@ -26,16 +26,19 @@ class OutageAnalysis(GridModule):
     that island buses are reported as such, by name, never as failures.
 
     Steps return what those of `PowerFlowSolver` do, and ``overloads``, ``low_voltages``, ``high_voltages`` and
-    ``severity``, the sum over branches of the squared overload (B,). Logged besides: ``seconds_per_flow``, and for
-    every estimate ``e`` of ``screen`` ``test/e_recall``, ``test/e_precision`` (of pairs of outage and overloaded
-    branch), ``test/e_outage_recall`` (of outages with any overload) and ``test/e_seconds_per_flow``.
+    ``severity``, the sum over branches of the squared overload, and ``estimated``, whether only the estimate is known
+    (B,): magnitudes, loadings and what follows from them are then its, and everything else is nan. Logged besides:
+    ``seconds_per_flow``, and for every estimate ``e`` of ``screen`` ``test/e_recall``, ``test/e_precision`` (of pairs
+    of outage and overloaded branch, of outages that were solved), ``test/e_outage_recall`` (of outages with any
+    overload) and ``test/e_seconds_per_flow``.
 
     Args:
         tol: Largest mismatch of a solved outage, per unit.
         max_iter: Chord iterations before Newton's method takes over.
         screen: Quick estimates to compare: ``woodbury_1`` is one step of the iteration, ``woodbury_2`` two, ``dc`` the
             linear approximation.
-        exact: ``all`` outages are solved, or those that the first estimate ``flagged``, the others keep the estimate.
+        exact: ``all`` outages are solved, or those that the first estimate ``flagged``; the others keep the estimate
+            and count in no error.
         flag_percent: An outage is flagged if its estimated largest loading is at least this.
         reference: Whether voltages are compared with those of Newton's method at 1e-10.
         optimizer: Unused; accepted so that one optimizer group serves all models of a sweep.
@@ -124,8 +127,7 @@ class OutageAnalysis(GridModule):
         found["prediction"] = solution.v.mT
         found |= {key: getattr(solution, key) for key in ("converged", "iterations", "max_mismatch")}
         loading = found["loading_percent"].mT / 100
-        violations = self.violations(loading, solution.vm)
-        found |= violations | {"severity": (loading - 1).clamp(min=0).square().nansum(0)}
+        found |= (violations := self._judged(loading, solution.vm))
         if stage is not None:
             mismatch, target = self.mismatch(solution.vm, solution.va, chosen)
             distance = {}
@@ -142,7 +144,34 @@ class OutageAnalysis(GridModule):
             out["loss"] = mismatch.square().mean() if mismatch.numel() else mismatch.new_zeros(())
         if stage == "test":
             self._judge(estimates, solved, solution.converged, loading)
-        return out | self.spread(found, columns[solved], size)
+        return out | self._with_estimates(
+            self.spread(found, columns[solved], size), columns[~wanted], ~wanted, estimates
+        )
+
+    def _judged(self, loading: Tensor, vm: Tensor) -> dict[str, Tensor]:
+        """Violations of limits and ``severity``, (S,), of loadings (branch, S) and magnitudes (bus, S)."""
+        return self.violations(loading, vm) | {"severity": (loading - 1).clamp(min=0).square().nansum(0)}
+
+    def _with_estimates(
+        self, out: dict[str, Tensor], columns: Tensor, left: Tensor, estimates: dict[str, Screening]
+    ) -> dict[str, Tensor]:
+        """Outputs with the first estimate where nothing was solved.
+
+        Args:
+            out: (B, ...) each.
+            columns: Places in the batch that keep the estimate.
+            left: Which of the estimated outages these are, bool.
+            estimates: In the order of the module.
+        """
+        out["estimated"] = torch.zeros_like(out["converged"])
+        if len(columns):
+            first = next(iter(estimates.values()))
+            loading, vm = first.loading[:, left], first.vm[:, left]
+            known = {"vm_pu": vm.mT, "loading_percent": 100 * loading.mT, "max_mismatch": first.max_mismatch[left]}
+            for name, value in (known | self._judged(loading, vm)).items():
+                out[name][columns] = value
+            out["estimated"][columns] = True
+        return out
 
     def _estimate(self, name: str, outages: Contingencies, stage: Stage | None) -> Screening:
         match = _ESTIMATE.fullmatch(name)

@@ -170,7 +170,9 @@ class Solver:
             part = slice(first, first + len(columns))
             state, given = begin(part, buffers), batch.narrow(part)
             if factors is None or not solved:
-                outcome.write(columns, state, eq.mismatch(state, given), 0)
+                mismatch = eq.mismatch(state, given)
+                recorder(0, columns, mismatch)
+                outcome.write(columns, state, mismatch, 0)
                 continue
             chord(eq, given, state, factors, tol, max_iter, outcome, columns, recorder, buffers)
         if count == 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -137,6 +138,12 @@ def test_what_has_no_solution_is_named_and_not_silent(caplog):
     assert "case14: not converged: case: max|F| = " in caplog.text and " at Bus " in caplog.text
     out = trainer().predict(PowerFlowSolver("newton"), data)[0]
     assert out["converged"].tolist() == [False] and out["vm_pu"].isfinite().all()
+
+
+def test_methods_are_compared_where_none_finds_a_solution():
+    data = PowerGrids("case14", load_scale=20.0, num_scenarios=3)
+    values = evaluated(PowerFlowSolver(compare=["newton", "chord"], compare_scenarios=3), data)
+    assert values["test/chord_seconds_to_1e-3"] == math.inf and values["test/chord_max_mismatch_pu"] > 1e-3
 
 
 def test_methods_are_compared_on_the_first_scenarios():
@@ -383,6 +390,21 @@ def test_only_what_is_flagged_is_solved():
     out = trainer().predict(module, outages(limit_factor=1.2))[0]
     solved = out["converged"].sum()
     assert int(solved) == round(values["test/flagged_share"] * 19)
+    # What is not solved keeps its estimate, and is no failure.
+    data = outages(limit_factor=1.2)
+    everything = trainer().predict(OutageAnalysis(), data)[0]
+    left = out["estimated"]
+    assert int(left.sum()) == 19 - int(solved) and not bool((left & (out["converged"] | out["islanding"])).any())
+    assert bool((out["loading_percent"][left].nan_to_num().amax(1) < 150).all())
+    torch.testing.assert_close(out["vm_pu"][left], everything["vm_pu"][left], atol=0.02, rtol=0)
+    assert bool((out["severity"][left] > 0).any()) and bool((out["max_mismatch"][left] > 1e-8).all())
+    table = data.outage_table(out)
+    assert table["state"].value_counts().to_dict() == {
+        "solved": int(solved),
+        "estimated": 19 - int(solved),
+        "islanded": 1,
+    }
+    assert bool(table["worst_loading_percent"][table["state"] == "estimated"].notna().all())
 
 
 def test_two_branches_at_once():

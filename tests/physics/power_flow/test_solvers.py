@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from physics.power_flow import Equations, Grid, NotConverged, Scenarios, Solver, branch_flows, solve
+from physics.power_flow import METHODS, Equations, Grid, NotConverged, Scenarios, Solver, branch_flows, solve
 from physics.power_flow.flows import shunt_power
 from physics.power_flow.linear import decoupled_matrices
 from tests.physics.power_flow.grids import F64, embedded, noisy, tiny_case, two_buses
@@ -237,6 +237,17 @@ def test_history():
             if method != "adam":
                 assert points[-1].max_mismatch == pytest.approx(float(solution.max_mismatch.max()))
     assert solve(grid).history == ()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_has_no_solution_has_a_history(method, count):
+    """Not even the scenario in the middle, around which chord iterations go."""
+    grid = embedded("case14")
+    far = Scenarios(20 * noisy(grid, count).s)
+    solution = solve(grid, far, method, record=True, max_iter=5, fallback=False)
+    assert not bool(solution.converged.any())
+    assert solution.history and min(point.max_mismatch for point in solution.history) > 1e-3
 
 
 def test_what_history_holds():
