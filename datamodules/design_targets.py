@@ -76,7 +76,8 @@ def design_targets(
     """Targets of ``data.targets``.
 
     Args:
-        entries: Names of `physics.thin_film.targets`, mappings of a name and options, CSV or JSON files.
+        entries: Names of `physics.thin_film.targets`, mappings of a name, options and optionally a ``label`` for
+            tables and figures, CSV or JSON files.
         wavelength_nm: ``(W,)``.
         interpolate: Whether spectra of files are interpolated to these.
         repair: Whether impossible values of files are corrected.
@@ -89,20 +90,33 @@ def design_targets(
     targets = [target for entry in entries for target in _targets_of(entry, wavelength_nm, interpolate, repair)]
     names = [target.name for target in targets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"data.targets: the name {twice[0]!r} occurs more than once; rename one")
+        raise ValueError(
+            f"data.targets: the name {twice[0]!r} occurs more than once; give one a label, {{name: {twice[0]}, label: "
+            "...}, or rename the file"
+        )
     return targets if roi_nm is None else [_within(target, wavelength_nm, roi_nm) for target in targets]
 
 
 def _targets_of(entry: str | Mapping[str, Any], wavelength_nm: Tensor, interpolate: bool, repair: bool) -> list[Target]:
     if isinstance(entry, Mapping):
-        options = dict(entry)
-        return [make_target(options.pop("name"), wavelength_nm, **options)]
+        if "name" not in entry:
+            raise ValueError(f"data.targets: {dict(entry)} has no name; write {{name: dbr, centre_nm: 700}}")
+        options = {key: value for key, value in entry.items() if key not in ("name", "label")}
+        found = _named(entry["name"], wavelength_nm, **options)
+        return [Target(str(entry.get("label", found.name)), found.spectrum, found.weight)]
     path = Path(entry.removeprefix("file:")).expanduser()
     if path.suffix.lower() not in (".csv", ".json"):
-        return [make_target(entry, wavelength_nm)]
+        return [_named(entry, wavelength_nm)]
     if not path.is_file():
         raise FileNotFoundError(f"data.targets: there is no file {path}")
     return [on_grid(table, wavelength_nm.numpy(), interpolate, repair) for table in read_target_spectra(path)]
+
+
+def _named(name: str, wavelength_nm: Tensor, **options: Any) -> Target:
+    try:
+        return make_target(name, wavelength_nm, **options)
+    except ValueError as error:
+        raise ValueError(f"data.targets: {error}") from None
 
 
 def _within(target: Target, wavelength_nm: Tensor, roi_nm: Sequence[float]) -> Target:

@@ -176,9 +176,9 @@ def _check_range(table: SpectrumTable, grid: np.ndarray, values: np.ndarray, rep
     wrong = (values < -TOLERANCE) | (values > 1 + TOLERANCE)
     if wrong.any() and not repair:
         c, w = np.argwhere(wrong)[0]
-        percent = "; are these percent?" if np.nanmax(values) > 2 else ""
+        percent = " (are these percent?)" if np.nanmax(values) > 2 else ""
         raise ValueError(
-            f"{table.where}: {CHANNELS[c]}={values[c, w]:g} at {grid[w]:g} nm is outside of [0, 1]{percent} "
+            f"{table.where}: {CHANNELS[c]}={values[c, w]:g} at {grid[w]:g} nm is outside of [0, 1]{percent}; "
             "data.repair=true cuts such values"
         )
 

@@ -98,9 +98,9 @@ def test_json(tmp_path):
     [
         ("nm,R,A,T\n500,0.5,0.3,0.3\n", r"R \+ A \+ T = 1.1000 at 500 nm.*data.repair=true"),
         ("nm,R,T\n500,0.7,0.4\n", r"R \+ T = 1.1000 at 500 nm"),
-        ("nm,R\n500,1.2\n", r"R=1.2 at 500 nm is outside of \[0, 1\].*data.repair=true"),
+        ("nm,R\n500,1.2\n", r"R=1.2 at 500 nm is outside of \[0, 1\]; data.repair=true"),
         ("nm,R\n500,-0.2\n", r"R=-0.2 at 500 nm"),
-        ("nm,R\n500,98\n", "are these percent"),
+        ("nm,R\n500,98\n", r"\[0, 1\] \(are these percent\?\); data"),
         ("nm,R\n500,inf\n", "column R is infinite in row 1"),
         ("nm,R\n500,red\n", "column R holds something that is no number"),
         ("nm,R\n500,0.1\n500,0.2\n", "500 nm occurs more than once"),

@@ -240,10 +240,17 @@ def test_targets_by_name_mapping_and_file(tmp_path):
     torch.testing.assert_close(batch["variants"][:, 0], batch["spectrum"])
     assert batch["weight"][2].sum() == 2
     assert films(targets="ar_coating").targets == ["ar_coating"]
-    with pytest.raises(ValueError, match="'ar_coating' occurs more than once"):
+    with pytest.raises(ValueError, match="'ar_coating' occurs more than once; give one a label"):
         films(targets=["ar_coating", "ar_coating"]).setup("predict")
-    with pytest.raises(ValueError, match="'rainbow' is unknown"):
+    twice = films(targets=["dbr", options | {"label": "red mirror"}])
+    twice.setup("predict")
+    assert twice.target_names == ["dbr", "red mirror"]
+    with pytest.raises(ValueError, match=r"data\.targets: target='rainbow' is unknown"):
         films(targets=["rainbow"]).setup("predict")
+    with pytest.raises(ValueError, match=r"data\.targets: .*middle_nm"):
+        films(targets=[{"name": "dbr", "middle_nm": 3}]).setup("predict")
+    with pytest.raises(ValueError, match=r"data\.targets: {'centre_nm': 700} has no name"):
+        films(targets=[{"centre_nm": 700}]).setup("predict")
     with pytest.raises(FileNotFoundError, match="there is no file"):
         films(targets=["no.csv"]).setup("predict")
 
