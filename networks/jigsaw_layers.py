@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from parallel.sharding import JigsawGrid, NormPlan, Plan, make_parameter, sharded_layer_norm, sharded_linear
 from parallel.sharding.blocks import local
 from parallel.sharding.cost import Shapes, can_move_activations, cheaper, received
-from parallel.sharding.counter import key_of, keep_mask
+from parallel.sharding.counter import keep_mask, key_of
 from parallel.sharding.layout import Axis, Layout
 from parallel.sharding.linear import rows_of
 
@@ -77,7 +77,7 @@ class ShardedLinear(ShardedLayer):
         name: Full name within the network; keys the initial weights.
         grid: Ranks.
         axis: What it maps: ``channel`` features or ``token``s.
-        inputs: Widths of the parts of the input; every part has a matrix of its own (``weight``, or ``weight_<label>``),
+        inputs: Widths of the parts of the input; every part has a matrix of its own (``weight`` or ``weight_<label>``),
             since a concatenation of blocks is no block of a concatenation.
         outputs: Width of the output.
         seed: Of the initial weights: uniform in +-1/sqrt(inputs), a function of the name and the place in the matrix.

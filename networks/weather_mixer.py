@@ -1,8 +1,8 @@
 """WeatherMixer: an MLP-Mixer over patches of the globe, whole on one device or cut over a grid of ranks.
 
-Source: Kieckhefen et al. (SC25, arXiv 2507.05753). Work grows linearly with the grid points for a fixed number of hidden
-tokens, and one block sees the whole globe. The layers hold this rank's block of everything; on a grid of one rank the
-network is the serial model.
+Source: Kieckhefen et al. (SC25, arXiv 2507.05753). Work grows linearly with the grid points for a fixed number of
+hidden tokens, and one block sees the whole globe. The layers hold this rank's block of everything; on a grid of one
+rank the network is the serial model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CHANGE = 0.1  # of the network's output in the first forecast of blend=linear
 
 
 class MixerBlock(nn.Module):
-    """Two perceptrons with one hidden layer, the first over tokens, the second over channels, each beside a shortcut."""
+    """Two perceptrons of one hidden layer, the first over tokens, the second over channels, each beside a shortcut."""
 
     def __init__(
         self,
@@ -81,9 +81,9 @@ class MixerBlock(nn.Module):
 class Blend(nn.Module):
     """Makes the forecast of what the recovery gives and of the state before.
 
-    ``linear``: A y + B x + b at every grid point, which begins as x + 0.1 y. ``residual``: x + y. ``reference``: a linear
-    map of the layer-normalised pair, as published; it divides the state by its own spread and cannot represent the
-    identity, which many channels hide and few do not.
+    ``linear``: A y + B x + b at every grid point, which begins as x + 0.1 y. ``residual``: x + y. ``reference``: a
+    linear map of the layer-normalised pair, as published; it divides the state by its own spread and cannot represent
+    the identity, which many channels hide and few do not.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class WeatherMixer(nn.Module):
     """Forecasts the state of the atmosphere a step ahead.
 
     Tokens are patches of ``patch`` points of one circle of latitude, numbered longitude by longitude (token = patch
-    column * height + latitude); features of a patch are numbered channel by channel. So bands of longitudes and groups of
-    channels are contiguous blocks of every tensor, whatever the grid of ranks.
+    column * height + latitude); features of a patch are numbered channel by channel. So bands of longitudes and groups
+    of channels are contiguous blocks of every tensor, whatever the grid of ranks.
 
     Args:
         height: Latitudes.
@@ -133,8 +133,8 @@ class WeatherMixer(nn.Module):
         patch: Points of a patch, along longitude; must divide ``width``.
         dim: D, channels of a token.
         blocks: L.
-        token_hidden: M_t, hidden units of token mixing; None: ``token_hidden_fraction`` times the number of tokens, which
-            makes work quadratic in the number of grid points.
+        token_hidden: M_t, hidden units of token mixing; None: ``token_hidden_fraction`` times the number of tokens,
+            which makes work quadratic in the number of grid points.
         token_hidden_fraction: See ``token_hidden``.
         channel_hidden_fraction: Hidden units of channel mixing over ``dim``.
         dropout: After GELU and after the second linear map of each perceptron, in training.
@@ -147,8 +147,8 @@ class WeatherMixer(nn.Module):
         positional: ``sinusoidal`` adds sines of latitude and longitude to the embedding; token mixing knows where its
             tokens are without.
         seed: Of initial weights and dropout.
-        variant: What travels between ranks in linear layers, ``weights`` or ``activations``; ``auto``: what costs less, by
-            layer.
+        variant: What travels between ranks in linear layers, ``weights`` or ``activations``; ``auto``: what costs less,
+            by layer.
         batch_hint: Samples of a step on a model instance, for which ``auto`` decides.
         pipelined: Overlap transfers and products.
         round_dims: Round ``dim`` and hidden widths up to what the grid divides, instead of refusing them.
@@ -274,8 +274,8 @@ class WeatherMixer(nn.Module):
         near = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
             f"model.net.{name} gives a width of {value}, which a grid of {self.grid.token_size} x "
-            f"{self.grid.channel_size} ranks (strategy.token x strategy.channel) needs as a multiple of {unit}: use {near}, "
-            "or model.net.round_dims=true"
+            f"{self.grid.channel_size} ranks (strategy.token x strategy.channel) needs as a multiple of {unit}: "
+            f"use {near}, or model.net.round_dims=true"
         )
 
     # ------------------------------------------------------------------------------------------------------ forward
@@ -397,7 +397,7 @@ class WeatherMixer(nn.Module):
             yield name, layer, over, steps if name.startswith("blocks.") else 1
 
     def flops(self, batch: int = 1, steps: int = 1) -> int:
-        """Of the products of a forward pass over all ranks of an instance, two for a multiply-add; backward: twice that.
+        """Of the products of a forward pass over all ranks of an instance, two per multiply-add; backward: twice that.
 
         Padding channels count: they are computed.
         """

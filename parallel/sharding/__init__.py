@@ -1,7 +1,7 @@
 """Jigsaw: models whose weights, activations and inputs are cut into blocks over a grid of ranks.
 
-Source: Kieckhefen et al. (SC25, arXiv 2507.05753), in the balanced and exact form of its specification, section 2.5. Networks made of these
-layers are `networks.weather_mixer`; `strategies.jigsaw` places the ranks.
+Source: Kieckhefen et al. (SC25, arXiv 2507.05753), in a balanced and exact form. Networks made of these layers are
+`networks.weather_mixer`; `strategies.jigsaw` places the ranks.
 """
 
 from parallel.sharding.grid import JigsawGrid, grid_of, make_grid

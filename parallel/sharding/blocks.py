@@ -1,13 +1,14 @@
-"""Blocks of whole tensors in distributed checkpoints: without padding, so that any grid can read what any other wrote."""
+"""Blocks of whole tensors in distributed checkpoints: without padding, so that any grid reads what any other wrote."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
@@ -65,12 +66,32 @@ class Block:
         return self.part
 
 
-def blocks(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], grid: JigsawGrid) -> dict[str, Any]:
-    """Tensors by name as what checkpoints hold: blocks where a layout is known, else the tensor itself (all ranks')."""
-    return {
-        name: Block(tensor, layouts[name], grid) if name in layouts else tensor.detach()
-        for name, tensor in tensors.items()
-    }
+class BlockSavePlanner(DefaultSavePlanner):
+    """Writes `Block` objects beside tensors."""
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """What is written under an index."""
+        found = self.state_dict.get(index.fqn)
+        return found.part if isinstance(found, Block) else super().lookup_object(index)
+
+
+class BlockLoadPlanner(DefaultLoadPlanner):
+    """Reads into `Block` objects beside tensors; the names are flat."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the objects as they are: the default would replace what it does not know."""
+        self.original_state_dict = self.state_dict = state_dict
+        self.metadata, self.is_coordinator = metadata, is_coordinator
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Where what has this index is read to."""
+        found = self.state_dict.get(index.fqn)
+        return found.part if isinstance(found, Block) else super().lookup_tensor(index)
 
 
 def whole(tensor: Tensor, layout: Layout, grid: JigsawGrid) -> Tensor:

@@ -1,7 +1,7 @@
 """Random numbers as functions of a key and the *global* index of an element: every cut of a tensor sees the same ones.
 
-The bits are those of SplitMix64 (Steele et al., OOPSLA 2014) for initial weights, and of a 32-bit mixer of the same kind
-for the masks of dropout, of which one is needed per activation.
+The bits are those of SplitMix64 (Steele et al., OOPSLA 2014) for initial weights, and of a 32-bit mixer of the same
+kind for the masks of dropout, of which one is needed per activation.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from parallel.collectives import Interconnect
-from parallel.groups import Group, make_group
+from parallel.groups import Group, destroy
 from parallel.ledger import Ledger
 from parallel.network_model import NetworkModel
 from parallel.sharding.layout import ceil_div, clip
@@ -44,6 +44,7 @@ class JigsawGrid:
         instance_group: All ranks of this instance.
         data_group: Ranks with the same block in other instances.
         mesh: Device mesh (token, channel) of the parameters; None: they are plain tensors.
+        world_mesh: The mesh of all ranks, (data_parallel, token, channel).
         interconnect: Counts and delays what is sent.
         traffic: What each layer has received.
     """
@@ -59,6 +60,7 @@ class JigsawGrid:
     instance_group: Group = _ALONE
     data_group: Group = _ALONE
     mesh: DeviceMesh | None = None
+    world_mesh: DeviceMesh | None = None
     interconnect: Interconnect | None = None
     traffic: Traffic = field(default_factory=Traffic)
 
@@ -178,6 +180,11 @@ class JigsawGrid:
         """Sum over the instances, without gradient."""
         return self._sum(tensor, self.data_group)
 
+    def close(self) -> None:
+        """Destroy the groups; called on all ranks together, after which nothing can be sent."""
+        if self.world_mesh is not None and dist.is_initialized():
+            destroy(self.token_group, self.channel_group, self.instance_group, self.data_group)
+
 
 def check_sizes(token: int, channel: int, data: int | str, world_size: int) -> int:
     """Instances of the model.
@@ -244,18 +251,15 @@ def make_grid(
     if interconnect is None:
         interconnect = Interconnect(world, NetworkModel(), Ledger(rank, world))
     size = token * channel
-    mesh = init_device_mesh(device_type, (data, token, channel), mesh_dim_names=AXES)
-    instances = [list(range(d * size, (d + 1) * size)) for d in range(data)]
     place_data, (place_token, place_channel) = rank // size, divmod(rank % size, channel)
-
-    def group(axis: str) -> Group:
-        ranks = {
-            "data_parallel": [d * size + rank % size for d in range(data)],
-            "token": [place_data * size + t * channel + place_channel for t in range(token)],
-            "channel": [place_data * size + place_token * channel + c for c in range(channel)],
-        }[axis]
-        return Group(tuple(ranks), mesh.get_group(axis) if len(ranks) > 1 else None)
-
+    numbers = torch.arange(world).view(data, token, channel)
+    # Of one rank too: the mesh wants them. Never the default group, whose timeout is somebody else's.
+    groups = [
+        _own_group(numbers.movedim(dim, -1).reshape(-1, length).tolist(), timeout)
+        for dim, length in enumerate((data, token, channel))
+    ]
+    instance = _own_group(numbers.reshape(data, -1).tolist(), timeout)
+    mesh = DeviceMesh.from_group([group.handle for group in groups], device_type, numbers, mesh_dim_names=AXES)
     return JigsawGrid(
         token,
         channel,
@@ -263,13 +267,25 @@ def make_grid(
         place_channel,
         data,
         place_data,
-        group("token"),
-        group("channel"),
-        make_group(instances, timeout),
-        group("data_parallel"),
-        mesh["token", "channel"] if size > 1 else None,
-        interconnect,
+        token_group=groups[1],
+        channel_group=groups[2],
+        instance_group=instance,
+        data_group=groups[0],
+        mesh=mesh["token", "channel"] if size > 1 else None,
+        world_mesh=mesh,
+        interconnect=interconnect,
     )
+
+
+def _own_group(families: list[list[int]], timeout: timedelta | None) -> Group:
+    """New groups for all families; the one that holds this rank."""
+    rank, mine = dist.get_rank(), None
+    for ranks in families:  # all ranks take part in the creation of every group
+        handle = dist.new_group(ranks, timeout=timeout)
+        if rank in ranks:
+            mine = Group(tuple(ranks), handle)
+    assert mine is not None, f"rank {rank} is in none of {families}"
+    return mine
 
 
 def grid_of(trainer: Any) -> JigsawGrid:

@@ -1,10 +1,10 @@
-"""Linear layers whose weight, input and output are cut into blocks over a grid of ranks (specification, section 2.5).
+"""Linear layers whose weight, input and output are cut into blocks over a grid of ranks.
 
-With g ranks in the *gather* group and r in the *reduce* group, a rank stores ``out/g x in/r`` of the weight, has ``in/r``
-features of the input at ``1/g`` of the positions, and gets ``out/r`` features of the output at the same positions. For a
-layer on channels positions are tokens, the gather group the ranks of equal channels (T of them) and the reduce group
-the ranks of a band (C); for a layer on tokens positions are channels and the groups change places. So nothing is ever
-transposed between ranks.
+With g ranks in the *gather* group and r in the *reduce* group, a rank stores ``out/g x in/r`` of the weight, has
+``in/r`` features of the input at ``1/g`` of the positions, and gets ``out/r`` features of the output at the same
+positions. For a layer on channels positions are tokens, the gather group the ranks of equal channels (T of them) and
+the reduce group the ranks of a band (C); for a layer on tokens positions are channels and the groups change places. So
+nothing is ever transposed between ranks.
 
 Two ways through such a layer cost different traffic (`parallel.sharding.cost`):
 
@@ -69,12 +69,12 @@ class Plan:
 
     @property
     def gather_size(self) -> int:
-        """g."""
+        """G."""
         return self.grid.parts[self.gather]
 
     @property
     def reduce_size(self) -> int:
-        """r."""
+        """R."""
         return self.grid.parts[self.reduce]
 
     @property

@@ -129,10 +129,7 @@ class _LayerNorm(torch.autograd.Function):
             mean, squares = _merged(mean, squares, plan)
         totals = torch.tensor(plan.totals, dtype=x.dtype, device=x.device)
         rstd = (squares / totals + plan.eps).rsqrt_()
-        if plan.is_plain:
-            normal = (x - mean).mul_(rstd)
-        else:
-            normal = (x - plan.spread(mean)).mul_(plan.spread(rstd))
+        normal = (x - plan.spread(mean)).mul_(plan.spread(rstd))
         ctx.save_for_backward(normal, rstd, gamma)
         return torch.addcmul(beta.to(x.dtype), normal, gamma.to(x.dtype)).to(ctx.dtype)
 

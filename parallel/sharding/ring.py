@@ -17,7 +17,7 @@ from parallel.collectives import Transfer, num_bytes
 from parallel.sharding import products
 from parallel.sharding.layout import Piece
 from parallel.sharding.linear import Plan
-from parallel.sharding.traffic import Direction, Kind
+from parallel.sharding.traffic import Direction
 
 
 def _neighbours(ranks: tuple[int, ...], index: int) -> tuple[int, int]:
@@ -47,8 +47,9 @@ def _walk(weight: Tensor, plan: Plan, direction: Direction) -> Iterator[tuple[in
 def forward(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
     """The output block, see `parallel.sharding.linear.sharded_linear`.
 
-    A partial result of features that rank ``o`` of the reduce group owns begins at rank ``o + 1``, goes around the ring,
-    every rank adding its own, and ends at ``o``. Ranks begin with those of their predecessor, so that all are at work.
+    A partial result of features that rank ``o`` of the reduce group owns begins at rank ``o + 1``, goes around the
+    ring, every rank adding its own, and ends at ``o``. Ranks begin with those of their predecessor, so that all are at
+    work.
     """
     size, index, group = plan.reduce_size, plan.reduce_index, plan.reduce_group
     following, previous = _neighbours(group.ranks, index) if size > 1 else (0, 0)
