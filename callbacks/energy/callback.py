@@ -19,7 +19,7 @@ from typing_extensions import override
 from callbacks.energy import identity
 from callbacks.energy.accounting import Tally
 from callbacks.energy.meters import registry
-from callbacks.energy.meters.base import Meter
+from callbacks.energy.meters.base import Meter, Progress
 from callbacks.energy.node import NodeProfile
 from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_file, read_folder, start_record
 from callbacks.energy.recorder import Recorder
@@ -204,6 +204,8 @@ class EnergyCallback(pl.Callback):
         except OSError as error:
             log.warning("energy: %s cannot be written: %s; energy is measured, but not recorded", self.dirpath, error)
         selection = Selection()
+        for meter in self.extra_meters.values():
+            meter.follow(self._progress)
         try:
             selection = select(self.meters, self.extra_meters, self._meter_options())
             self._recorder = Recorder(selection.meters, self.period_s, file.write, self.overhead_w)
@@ -413,6 +415,12 @@ class EnergyCallback(pl.Callback):
 
     def _count_updates(self) -> None:
         self.counts.updates = {TRAIN: self._updates_before + self._global_step()} if self._trained else {}
+
+    def _progress(self) -> Progress:
+        """What the processes of this node have done: they do equal shares of the work."""
+        processes = self._world_size // self._num_nodes
+        updates = self._updates_before + self._global_step() if self._trained else 0
+        return Progress(self.counts.samples.get(TRAIN, 0) * processes, updates * processes)
 
     def _write_counts(self, sync: bool = False) -> None:
         self._count_updates()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,6 +57,19 @@ class Channel:
     update_s: float = 0.2
 
 
+@dataclass(frozen=True)
+class Progress:
+    """What the processes of a node have done in training.
+
+    Attributes:
+        samples: That went through.
+        device_updates: Optimizer steps, counted on every device.
+    """
+
+    samples: int = 0
+    device_updates: int = 0
+
+
 class Meter(ABC):
     """Reads the channels of one kind of hardware.
 
@@ -79,6 +93,10 @@ class Meter(ABC):
     @abstractmethod
     def read(self) -> list[float]:
         """One value per channel, in the order of `open`; NaN where there is none at this moment."""
+
+    def follow(self, progress: Callable[[], Progress]) -> None:
+        """Take note of where the progress of the run can be asked for, before `open`; instruments do not care."""
+        return
 
     def refresh(self) -> None:
         """Have the next `read` return values of this moment; a slow source may take its time. For the last reading."""
