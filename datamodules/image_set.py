@@ -95,6 +95,32 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return chosen
 
 
+def stratified_subset(labels: np.ndarray, number: int, seed: int) -> np.ndarray:
+    """Choose images with every class in proportion (Huber et al., arXiv 2508.07706, section on weak scaling).
+
+    A class of N_c has N_c number / N, rounded down; what is left goes to the classes with the largest remainders.
+
+    Args:
+        labels: ``(image,)``.
+        number: At most all.
+        seed: Of the choice; a larger subset contains the smaller ones but for a rounded class.
+
+    Returns:
+        Places of the chosen ones, ascending.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    shares = counts * (number / len(labels))
+    sizes = np.floor(shares).astype(int)
+    left = number - int(sizes.sum())
+    sizes[np.argsort(sizes - shares, kind="stable")[:left]] += 1
+    generator = torch.Generator().manual_seed(seed)
+    chosen = []
+    for label, size in zip(classes, sizes, strict=True):
+        rows = np.flatnonzero(labels == label)
+        chosen.append(rows[torch.randperm(len(rows), generator=generator).numpy()[:size]])
+    return np.sort(np.concatenate(chosen))
+
+
 def moments(images: ImageSet) -> tuple[np.ndarray, np.ndarray]:
     """Mean and mean square of the stored values of every image and channel, from exact sums.
 

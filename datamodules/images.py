@@ -17,7 +17,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.image_set import ImageBatches, ImageSet, block_means, moments, stratified, whole_batch
+from datamodules.image_set import (
+    ImageBatches,
+    ImageSet,
+    block_means,
+    moments,
+    stratified,
+    stratified_subset,
+    whole_batch,
+)
 from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS, gaussian_noise, num_draws, shift_images
 from datamodules.loading import make_loader
 from datamodules.random_views import (
@@ -121,6 +129,9 @@ class Images(LightningDataModule):
             mean nothing here. Null: none.
         predict_part: Part that prediction goes through: ``train``, ``val`` or ``test``.
         batch_size: Images per training step over all devices.
+        local_batch_size: Images per training step on each device, in place of ``batch_size``; null: that one.
+        samples_per_device: Training images for each device that there is, chosen by class (validation not included):
+            the set grows with the number of devices; null: all.
         eval_batch_size: Images per evaluation step over all devices.
         drop_last: Drop the incomplete last batch of a training epoch.
         num_workers: Loader processes.
@@ -173,6 +184,8 @@ class Images(LightningDataModule):
         ood: Images | None = None,
         predict_part: Part = "test",
         batch_size: int = 64,
+        local_batch_size: int | None = None,
+        samples_per_device: int | None = None,
         eval_batch_size: int = 256,
         drop_last: bool = True,
         num_workers: int = 0,
@@ -199,6 +212,7 @@ class Images(LightningDataModule):
         self.shift, self.severity, self.ood = shift, severity, ood
         self.predict_part = predict_part
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.local_batch_size, self.samples_per_device = local_batch_size, samples_per_device
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self._check_arguments()
         self._sets: dict[str, ImageSet] | None = None
@@ -218,6 +232,7 @@ class Images(LightningDataModule):
         values = {"max_train": self.max_images["train"], "max_test": self.max_images["test"]}
         values |= {"num_channels": self._wanted_channels, "num_classes": self._wanted_classes}
         values |= {key: getattr(self, key) for key in ("stored_size", "test_size", "image_size")}
+        values |= {key: getattr(self, key) for key in ("local_batch_size", "samples_per_device")}
         for key, value in {**values, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key}={value}: must be at least 1")
@@ -498,7 +513,25 @@ class Images(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        return self._loader("train", self.batch_size, shuffle=True, drop_last=self.drop_last)
+        layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        devices = layout["num_replicas"] if layout else 1
+        size = self.batch_size if self.local_batch_size is None else self.local_batch_size * devices
+        return self._loader(self._grown(devices), size, shuffle=True, drop_last=self.drop_last)
+
+    def _grown(self, devices: int) -> ImageSet:
+        """The training images of that many devices (``samples_per_device``)."""
+        images = self._set("train")
+        if self.samples_per_device is None:
+            return images
+        wanted = self.samples_per_device * devices
+        if wanted > len(images.rows):
+            raise ValueError(
+                f"data.samples_per_device={self.samples_per_device} on {devices} devices: {self.name} has "
+                f"{len(images.rows)} training images; use at most {len(images.rows) // devices}"
+            )
+        places = stratified_subset(images.labels, wanted, self.split_seed)
+        names = [images.names[i] for i in places]
+        return ImageSet(images.pixels, images.rows[places], images.labels[places], names)
 
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:

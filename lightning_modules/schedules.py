@@ -6,12 +6,13 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, SupportsFloat
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
 Unit = Literal["epochs", "steps"]
@@ -145,3 +146,45 @@ def _steps_per_epoch(trainer: pl.Trainer) -> int:
     batches, limit = len(source.train_dataloader()), trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
     return max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+
+
+class WarmupPlateau(ReduceLROnPlateau):
+    """Linear warm-up by epochs, then `ReduceLROnPlateau` (Huber et al., arXiv 2508.07706).
+
+    Epoch e of the first ``warmup`` ones has ``warmup_lr + e / warmup (lr - warmup_lr)``, the one after them ``lr``. For
+    small batches, whose rate lies below ``warmup_lr``, the warm-up goes down.
+
+    Args:
+        optimizer: Its rates are those after the warm-up.
+        warmup: Epochs.
+        warmup_lr: Rate of the first epoch.
+        **plateau: Of `ReduceLROnPlateau`, which sees the metric from the end of the warm-up on.
+
+    Raises:
+        ValueError: If ``warmup`` is negative.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: int = 5, warmup_lr: float = 0.1, **plateau: Any) -> None:
+        if warmup < 0:
+            raise ValueError(f"model.scheduler.warmup={warmup}: give 0 or more epochs")
+        self.warmup, self.warmup_lr = warmup, warmup_lr
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        super().__init__(optimizer, **plateau)
+        self._warm_up(0)
+
+    def _warm_up(self, epoch: int) -> None:
+        if epoch > self.warmup:
+            return
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            share = epoch / self.warmup if self.warmup else 1.0
+            group["lr"] = self.warmup_lr + share * (peak - self.warmup_lr)
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    @override
+    def step(self, metrics: SupportsFloat, epoch: int | None = None) -> None:
+        """At the end of an epoch, with the watched metric."""
+        if self.last_epoch < self.warmup:
+            self.last_epoch += 1
+            self._warm_up(self.last_epoch)
+        else:
+            super().step(metrics, epoch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -86,13 +87,14 @@ def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it again changes nothing.
 
     Resolvers: ``${stamp:}`` (`runner.stamp`), ``${count:${list}}`` (length of a list), ``${wandb_offline:}``,
-    ``${days:steps,steps_per_day}`` (rounded up), ``${part:0.5,number}`` (rounded down), ``${job_type:...}`` (``train``
-    or ``evaluate``).
+    ``${days:steps,steps_per_day}`` (rounded up), ``${part:0.5,number}`` (rounded down), ``${product:a,b,...}``,
+    ``${job_type:...}`` (``train`` or ``evaluate``).
     """
     ConfigStore.instance().store(name="run_schema", node=Config)
     OmegaConf.register_new_resolver("stamp", run_stamp, replace=True)
     OmegaConf.register_new_resolver("count", len, replace=True)
     OmegaConf.register_new_resolver("days", lambda steps, day: -(-steps // day), replace=True)
     OmegaConf.register_new_resolver("part", lambda part, number: int(part * number), replace=True)
+    OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("job_type", lambda train: "train" if train else "evaluate", replace=True)
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)
