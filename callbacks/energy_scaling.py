@@ -1,0 +1,301 @@
+"""Report of the scaling study: tables, fits, forecasts and figures, from records or at the end of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from typing_extensions import override
+
+from callbacks.energy.findings import number
+from callbacks.energy.report import Section, markdown, page, png
+from callbacks.figures import energy_scaling as plots
+from physics.energy_cost import Forecast
+from physics.energy_cost.analysis import analyse, check_sources
+from physics.energy_cost.fitting import TERMS
+from physics.energy_cost.planning import TIME_TERMS
+from physics.energy_cost.records import read_runs
+
+log = logging.getLogger(__name__)
+
+TITLE = "Energy of parallel training"
+COLUMNS: dict[str, str] = {
+    "series": "series",
+    "devices": "n",
+    "nodes": "nodes",
+    "local_batch_size": "LBS",
+    "global_batch_size": "GBS",
+    "num_samples": "samples",
+    "energy_kwh": "E [kWh]",
+    "energy_rms_kwh": "+-",
+    "device_hours": "H [h]",
+    "device_hours_rms": "+- ",
+    "kappa_kw": "kappa [kW]",
+    "energy_ratio": "E / E_r",
+    "device_hours_ratio": "H / H_r",
+    "hours_ratio": "T / T_r",
+    "proportional_error": "kappa H - E [%]",
+    "cost_error": "costs - E [%]",
+    "left_out_error": "left out [%]",
+    "metric": "metric",
+}
+_PERCENT = ("proportional_error", "cost_error", "left_out_error")
+_MERGED = {"node+device": "P_device + P_node / n_node [kW]", "samples+updates": "e_s + e_u / LBS [J per sample]"}
+
+
+class ScalingReport(pl.Callback):
+    """Writes what `lightning_modules.energy_cost.EnergyCostModel` has found, and its forecasts.
+
+    Files: ``scaling.{csv,md,tex,json}``, ``scaling.html`` (one file with all figures, no network), the figures as PNG;
+    ``plans.csv`` and ``plans.md`` after a prediction.
+
+    Args:
+        dirpath: Folder of the files.
+        figures_dir: Folder of the figures.
+    """
+
+    def __init__(self, dirpath: str, figures_dir: str) -> None:
+        self.dirpath, self.figures_dir = Path(dirpath), Path(figures_dir)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_report(pl_module.analysis, self.dirpath, self.figures_dir, trainer.datamodule.skipped)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            rows = [plan_row(found) for found in pl_module.forecasts]
+            self.dirpath.mkdir(parents=True, exist_ok=True)
+            (self.dirpath / "plans.csv").write_text(_csv(rows))
+            text = markdown("Planned trainings", [plans_section(pl_module.forecasts)])
+            (self.dirpath / "plans.md").write_text(text)
+            print(text)
+
+
+def sweep_report(folder: Path, metric: str | None = None) -> str:
+    """The analysis of a sweep, as its end (``hydra.callbacks.sweep_table.epilogue``); what to print below the table."""
+    folder = Path(folder)
+    records, skipped = read_runs(folder, metric or _metric(folder))
+    if not records:
+        return "no run of the sweep can be analysed: " + "; ".join(f"{k}: {v}" for k, v in skipped.items())
+    out = []
+    for kind in sorted({record.hardware for record in records}):
+        chosen = [record for record in records if record.hardware == kind]
+        try:
+            check_sources(chosen)
+        except ValueError as error:
+            out.append(str(error))
+            continue
+        name = "energy_scaling" if len({r.hardware for r in records}) == 1 else f"energy_scaling_{_slug(kind)}"
+        analysis = analyse(chosen)
+        paths = write_report(analysis, folder / name, folder / "figures", skipped)
+        out.append(f"{summary(analysis)}\n\n{paths[-1]}")
+    return "\n\n".join(out)
+
+
+def write_report(
+    analysis: Mapping[str, Any], folder: Path, figures_dir: Path, skipped: Mapping[str, str]
+) -> list[Path]:
+    """Write all files; returns their paths, the page last."""
+    images = {}
+    for name in plots.FIGURES:
+        try:
+            images[name] = png(getattr(plots, name)(analysis))
+        except ValueError as error:
+            log.info("no figure %s: %s", name, error)
+    captions = [(name.replace("_", " "), image) for name, image in images.items()]
+    sections = report_sections(analysis, skipped)
+    rows = [{key: row[key] for key in row if key != "parts_kwh"} for row in analysis["rows"]]
+    files = {
+        folder / "scaling.csv": _csv(rows).encode(),
+        folder / "scaling.md": markdown(TITLE, sections).encode(),
+        folder / "scaling.tex": _latex(analysis["rows"]).encode(),
+        folder / "scaling.json": (json.dumps(analysis, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
+        **{figures_dir / f"{name}.png": image for name, image in images.items()},
+        folder / "scaling.html": page(TITLE, [*sections, Section("Figures", images=captions)]).encode(),
+    }
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return list(files)
+
+
+def summary(analysis: Mapping[str, Any]) -> str:
+    """A few lines for the console."""
+    lines = [
+        f"{name}: E = {fit['kappa_kw']:.4g} kW x device hours ({fit['low']:.4g} to {fit['high']:.4g}), errors up to "
+        f"{100 * max(abs(e) for e in fit['errors']):.2g} %"
+        for name, fit in analysis["series"].items()
+    ]
+    if cost := analysis["cost"]:
+        terms = [f"{_symbol(term)} {number(cost['coefficients'][term])}" for term in cost["terms"]]
+        left_out = f", left out {100 * cost['left_out_mean']:.2g} %" if cost["left_out_mean"] is not None else ""
+        lines.append(f"costs: {', '.join(terms)}; mean error {100 * cost['mean_error']:.2g} %{left_out}")
+        lines += cost["warnings"]
+    if quality := analysis["quality"]:
+        lines.append(f"largest global batch within {100 * quality['tolerance']:g} % of the best: {quality['knee']}")
+    return "\n".join([*lines, *(f"{what}: {why}" for what, why in analysis["refused"].items())])
+
+
+def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> list[Section]:
+    """Parts of the page."""
+    sections = [
+        Section(
+            "Runs",
+            ["Ratios are to the fewest devices of the series; errors are (predicted - measured) / measured."],
+            list(COLUMNS.values()),
+            [[_cell(key, row[key]) for key in COLUMNS] for row in analysis["rows"]],
+        )
+    ]
+    if analysis["series"]:
+        sections.append(
+            Section(
+                "Energy in proportion to device hours",
+                ["E = kappa H through the origin. A high R^2 hides relative errors of small runs: they are listed."],
+                ("series", "kappa [kW]", "95 %", "R^2", "largest error"),
+                [
+                    [
+                        name,
+                        f"{fit['kappa_kw']:.5f}",
+                        f"{fit['low']:.5f} to {fit['high']:.5f}",
+                        "" if fit["r_squared"] is None else f"{fit['r_squared']:.5f}",
+                        f"{100 * max(abs(e) for e in fit['errors']):.1f} %",
+                    ]
+                    for name, fit in analysis["series"].items()
+                ],
+            )
+        )
+    if cost := analysis["cost"]:
+        sections.append(
+            Section(
+                "Energy as a sum of costs",
+                [
+                    "E = P_node M + P_device H + e_s S + e_u n U; non-negative least squares of relative errors.",
+                    f"Errors: mean {100 * cost['mean_error']:.2f} %, largest {100 * cost['max_error']:.2f} %"
+                    + (
+                        f"; each run predicted by the others: mean {100 * cost['left_out_mean']:.2f} %, largest "
+                        f"{100 * cost['left_out_max']:.2f} %."
+                        if cost["left_out_mean"] is not None
+                        else "; too few runs to leave any out."
+                    ),
+                    *cost["warnings"],
+                ],
+                ("cost", "value", "95 %"),
+                [
+                    [
+                        _symbol(term),
+                        number(cost["coefficients"][term], 4),
+                        " to ".join(number(v, 4) for v in cost["intervals"][term]),
+                    ]
+                    for term in cost["terms"]
+                ],
+            )
+        )
+    if models := analysis["models"]:
+        sections.append(
+            Section(
+                "Models",
+                [
+                    f"{len(models)} nested models were fitted to the same runs: even errors of left-out runs flatter "
+                    "the one that is chosen after looking."
+                ],
+                ("terms", "mean", "largest", "left out, mean", "left out, largest"),
+                [
+                    [
+                        " + ".join(model["terms"]),
+                        *(
+                            f"{100 * model[key]:.2f} %"
+                            for key in ("mean_error", "max_error", "left_out_mean", "left_out_max")
+                        ),
+                    ]
+                    for model in models
+                ],
+            )
+        )
+    if time := analysis["time"]:
+        text = f"Device hours; each configuration predicted by the others: mean {100 * time['left_out_mean']:.2f} %."
+        rows = [[TIME_TERMS[term], number(value, 4)] for term, value in time["coefficients"].items()]
+        sections.append(Section("Time", [text], ("part", "value"), rows))
+    if analysis["refused"] or skipped:
+        rows = [[what, why] for what, why in [*analysis["refused"].items(), *skipped.items()]]
+        sections.append(Section("Left out", [], ("what", "why"), rows))
+    return sections
+
+
+def plan_row(found: Forecast) -> dict[str, Any]:
+    """A forecast as a flat row."""
+    plan = asdict(found.plan) | {"global_batch_size": found.plan.global_batch_size, "nodes": found.plan.nodes}
+    values = {key: value for key, value in asdict(found).items() if key not in ("plan", "parts_kwh", "extrapolates")}
+    parts = {f"{term}_kwh": value for term, value in found.parts_kwh.items()}
+    return plan | values | parts | {"extrapolates": "; ".join(found.extrapolates)}
+
+
+def plans_section(forecasts: Sequence[Forecast]) -> Section:
+    """Forecasts as a table."""
+    rows = [
+        [
+            str(f.plan.devices),
+            str(f.plan.local_batch_size),
+            f"{f.plan.num_samples:,}",
+            f"{f.plan.epochs:g}",
+            f"{number(f.hours)} ({number(f.hours_low)} to {number(f.hours_high)})",
+            f"{number(f.energy_kwh)} ({number(f.energy_low)} to {number(f.energy_high)})",
+            "" if f.co2_kg is None else number(f.co2_kg),
+            "; ".join(f.extrapolates),
+        ]
+        for f in forecasts
+    ]
+    columns = ("devices", "LBS", "samples", "epochs", "hours (95 %)", "kWh (95 %)", "CO2 [kg]", "beyond the runs")
+    return Section("Forecasts", ["Intervals from the errors of left-out runs."], columns, rows)
+
+
+def _metric(folder: Path) -> str | None:
+    """``optimized_metric`` of the sweep's jobs, if they have one."""
+    for path in sorted(folder.rglob("results.json"))[:1]:
+        found = (json.loads(path.read_text()).get("config") or {}).get("optimized_metric")
+        return None if found is None else str(found)
+    return None
+
+
+def _symbol(term: str) -> str:
+    return _MERGED.get(term) or TERMS[term]
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key in _PERCENT:
+        return f"{100 * value:+.2f}"
+    if isinstance(value, float):
+        return number(value, 4)
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _latex(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A ``tabular`` with the measured columns."""
+    keys = list(COLUMNS)[: list(COLUMNS).index("energy_ratio")]
+    heads = [COLUMNS[key].strip().replace("+-", r"$\pm$").replace("kappa", r"$\kappa$") for key in keys]
+    lines = [r"\begin{tabular}{l" + "r" * (len(keys) - 1) + "}", " & ".join(heads) + r" \\ \hline"]
+    lines += [" & ".join(_cell(key, row[key]) for key in keys) + r" \\" for row in rows]
+    return "\n".join([*lines, r"\end{tabular}", ""])

@@ -1,0 +1,288 @@
+"""Figures of the scaling study: functions ``analysis -> Figure`` of what `physics.energy_cost.analysis` returns.
+
+A series has the same colour and marker in every figure, a cost the same colour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from callbacks.figures.axes import make_figure, plain_log_ticks
+from physics.energy_cost import pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C")
+MARKERS = "osD^vPX"
+PARTS = {
+    "node": ("nodes", "#4D4D4D"),
+    "device": ("devices, idle", "#56B4E9"),
+    "node+device": ("nodes and idle devices", "#56B4E9"),
+    "samples": ("samples", "#E69F00"),
+    "samples+updates": ("samples and updates", "#E69F00"),
+    "updates": ("updates", "#D55E00"),
+}
+Analysis = Mapping[str, Any]
+FIGURES = (
+    "energy_and_hours",
+    "energy_against_hours",
+    "mean_power",
+    "shares",
+    "errors",
+    "forecast_errors",
+    "time_and_energy",
+    "metric_against_batch",
+)
+"""In the order of a report."""
+
+
+def energy_and_hours(analysis: Analysis) -> Figure:
+    """Energy (left axis, filled) and device hours (right axis, hollow) over devices, a panel per series."""
+    series = _series(analysis)
+    figure, panels = make_figure(1.2 + 3.3 * len(series), 3.6, columns=len(series))
+    for axes, (i, name, rows) in zip(panels, series, strict=True):
+        devices = [row["devices"] for row in rows]
+        axes.errorbar(
+            devices,
+            [row["energy_kwh"] for row in rows],
+            [row["energy_rms_kwh"] for row in rows],
+            color=_color(i),
+            marker="o",
+            capsize=2,
+            linewidth=1.2,
+            label="energy",
+        )
+        twin = axes.twinx()
+        twin.errorbar(
+            devices,
+            [row["device_hours"] for row in rows],
+            [row["device_hours_rms"] for row in rows],
+            color="#555555",
+            marker="o",
+            markerfacecolor="white",
+            capsize=2,
+            linewidth=1.0,
+            linestyle="--",
+            label="device hours",
+        )
+        for axis, label in ((axes, "energy [kWh]"), (twin, "device hours [h]")):
+            axis.set_yscale("log")
+            if (axis is axes and axes is panels[0]) or (axis is twin and axes is panels[-1]):
+                axis.set_ylabel(label)
+        twin.spines["top"].set_visible(False)
+        _device_axis(axes, devices)
+        axes.set_title(name, fontsize="medium")
+    handles = [panels[0].get_legend_handles_labels()[0][0], twin.get_legend_handles_labels()[0][0]]
+    figure.legend(handles, ["energy", "device hours"], loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def energy_against_hours(analysis: Analysis) -> Figure:
+    """Energy over device hours, logarithmic, with the proportional fit of each series: the paper's claim."""
+    figure, (axes,) = make_figure(6.4, 4.6)
+    for i, name, rows in _series(analysis):
+        hours = np.array([row["device_hours"] for row in rows])
+        axes.errorbar(
+            hours,
+            [row["energy_kwh"] for row in rows],
+            [row["energy_rms_kwh"] for row in rows],
+            [row["device_hours_rms"] for row in rows],
+            color=_color(i),
+            marker=MARKERS[i % len(MARKERS)],
+            linestyle="",
+            markersize=5,
+            capsize=2,
+        )
+        fit = analysis["series"].get(name)
+        label = name if fit is None else f"{name}: {fit['kappa_kw']:.4f} kW per device"
+        ends = np.array([hours.min() / 1.3, hours.max() * 1.3])
+        kappa = fit["kappa_kw"] if fit else np.nan
+        axes.plot(
+            ends,
+            kappa * ends,
+            color=_color(i),
+            linewidth=1.0,
+            marker=MARKERS[i % len(MARKERS)],
+            markevery=[],
+            label=label,
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("device hours [h]")
+    axes.set_ylabel("energy [kWh]")
+    axes.legend(frameon=False, fontsize="small", loc="upper left")
+    return figure
+
+
+def mean_power(analysis: Analysis) -> Figure:
+    """Mean power per device over samples and over updates per device hour; numbers are devices."""
+    figure, panels = make_figure(9.2, 4.2, columns=2)
+    keys = ("samples_per_device_hour", "updates_per_device_hour")
+    labels = ("thousand samples per device hour", "thousand device updates per device hour")
+    for axes, key, label in zip(panels, keys, labels, strict=True):
+        for i, name, rows in _series(analysis):
+            x, y = [row[key] / 1000 for row in rows], [row["kappa_kw"] for row in rows]
+            axes.plot(x, y, color=_color(i), marker=MARKERS[i % len(MARKERS)], linewidth=0.7, markersize=5, label=name)
+            for row in (rows[0], rows[-1]):
+                place = (row[key] / 1000, row["kappa_kw"])
+                axes.annotate(str(row["devices"]), place, (4, 4), textcoords="offset points", fontsize="x-small")
+        axes.set_xlabel(label)
+        axes.set_xscale("log")
+        plain_log_ticks(axes.xaxis)
+    panels[0].set_ylabel("energy per device hour [kW]")
+    panels[0].legend(frameon=False, fontsize="small")
+    return figure
+
+
+def shares(analysis: Analysis) -> Figure:
+    """What of each configuration's energy the fitted costs are, in percent."""
+    rows = [row for row in analysis["rows"] if row["parts_kwh"]]
+    if not rows:
+        raise ValueError(_why(analysis))
+    figure, (axes,) = make_figure(7.4, 1.4 + 0.26 * len(rows))
+    left = np.zeros(len(rows))
+    for term in rows[0]["parts_kwh"]:
+        width = np.array([100 * row["parts_kwh"][term] / sum(row["parts_kwh"].values()) for row in rows])
+        name, color = PARTS[term]
+        axes.barh(range(len(rows)), width, left=left, color=color, label=name, height=0.78)
+        left += width
+    names = [f"{row['series']}, {row['devices']} x {row['local_batch_size']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("share of the energy [%]")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return figure
+
+
+def errors(analysis: Analysis) -> Figure:
+    """Relative errors of the models: in the fit, and when a run is predicted by the others."""
+    models = analysis["models"]
+    if not models:
+        raise ValueError(_why(analysis))
+    figure, (axes,) = make_figure(7.4, 1.3 + 0.52 * len(models))
+    places = np.arange(len(models))
+    for offset, key, color, label in (
+        (-0.27, "mean_error", "#9ECAE1", "fit, mean"),
+        (-0.09, "max_error", "#0072B2", "fit, largest"),
+        (0.09, "left_out_mean", "#F4B183", "left out, mean"),
+        (0.27, "left_out_max", "#D55E00", "left out, largest"),
+    ):
+        values = [100 * (model[key] or np.nan) for model in models]
+        axes.barh(places + offset, values, height=0.17, color=color, label=label)
+    axes.set_yticks(places, [" + ".join(model["terms"]) for model in models], fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    plain_log_ticks(axes.xaxis)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("relative error of the energy [%]")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    return figure
+
+
+def forecast_errors(analysis: Analysis) -> Figure:
+    """Each configuration as the others predict it: energy of given hours (filled), device hours (hollow)."""
+    cost, time = analysis["cost"], analysis["time"]
+    if not cost or not cost["left_out"]:
+        raise ValueError(_why(analysis))
+    rows = [row for row in analysis["rows"] if row["left_out_error"] is not None]
+    unique = list({tuple(key): None for key in cost["configurations"]})
+    names = []
+    for key in unique:
+        row = next(
+            r for r in rows if (r["devices"], r["local_batch_size"], r["num_samples"]) == (key[0], key[2], key[3])
+        )
+        names.append(f"{row['series']}, {row['devices']} x {row['local_batch_size']}")
+    figure, (axes,) = make_figure(7.4, 1.4 + 0.26 * len(unique))
+    places = np.arange(len(unique))
+    axes.axvline(0, color="#555555", linewidth=0.8)
+    axes.plot(100 * np.array(cost["left_out"]), places, "o", color="#0072B2", label="energy, hours given")
+    if time:
+        axes.plot(
+            100 * np.array(time["left_out"]),
+            places,
+            "s",
+            color="#D55E00",
+            markerfacecolor="white",
+            label="device hours",
+        )
+    axes.set_yticks(places, names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("predicted by the others - measured [%]")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
+    return figure
+
+
+def time_and_energy(analysis: Analysis) -> Figure:
+    """Energy per epoch and sample over wall time per epoch and sample; the line is what nothing else beats in both."""
+    rows = analysis["rows"]
+    figure, (axes,) = make_figure(6.4, 4.6)
+    points = []
+    for row in rows:
+        seen = row["num_samples"] * row["epochs"]
+        points.append((3600e6 * row["hours"] / seen, 3.6e6 * row["energy_kwh"] / seen))
+    for i, name, members in _series(analysis):
+        chosen = [point for point, row in zip(points, rows, strict=True) if row["series"] == name]
+        axes.plot(
+            *zip(*chosen, strict=True), color=_color(i), marker=MARKERS[i % len(MARKERS)], linestyle="", label=name
+        )
+        for point, row in zip(chosen, members, strict=True):
+            axes.annotate(str(row["devices"]), point, (4, 4), textcoords="offset points", fontsize="x-small")
+    front = sorted(points[i] for i in pareto_front(points))
+    axes.plot(*zip(*front, strict=True), color="#555555", linewidth=1.0, linestyle=":", label="not beaten in both")
+    axes.set_xscale("log")
+    plain_log_ticks(axes.xaxis)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("wall time per sample [µs]")
+    axes.set_ylabel("energy per sample [J]")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def metric_against_batch(analysis: Analysis) -> Figure:
+    """Quality over the global batch size; the dashed line is the largest batch within the tolerance of the best."""
+    quality = analysis["quality"]
+    if not quality:
+        raise ValueError("no metric over batch sizes: set data.metric and run at two global batch sizes at least")
+    figure, (axes,) = make_figure(6.0, 4.0)
+    for i, name, rows in _series(analysis):
+        known = sorted((row["global_batch_size"], row["metric"]) for row in rows if row["metric"] is not None)
+        if known:
+            axes.plot(*zip(*known, strict=True), color=_color(i), marker=MARKERS[i % len(MARKERS)], label=name)
+    axes.axvline(quality["knee"], color="#555555", linestyle="--", linewidth=1.0, label=f"knee: {quality['knee']}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("global batch size")
+    axes.set_ylabel("metric")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _series(analysis: Analysis) -> list[tuple[int, str, Sequence[Mapping[str, Any]]]]:
+    """(number, name, rows by devices) of each series."""
+    names = dict.fromkeys(row["series"] for row in analysis["rows"])
+    return [
+        (i, name, sorted((row for row in analysis["rows"] if row["series"] == name), key=lambda row: row["devices"]))
+        for i, name in enumerate(names)
+    ]
+
+
+def _color(i: int) -> str:
+    return COLORS[i % len(COLORS)]
+
+
+def _device_axis(axes: Axes, devices: Sequence[int]) -> None:
+    axes.set_xscale("log", base=2)
+    shown = devices if len(devices) < 7 else devices[:: -(-len(devices) // 6)]
+    axes.set_xticks(shown, [str(n) for n in shown])
+    axes.minorticks_off()
+    axes.set_xlabel("devices")
+
+
+def _why(analysis: Analysis) -> str:
+    return "; ".join(analysis["refused"].values()) or "too few configurations for a fit"

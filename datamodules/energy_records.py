@@ -1,0 +1,166 @@
+"""What trainings have cost, from the runs of a sweep or from a table, and trainings that are planned."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from physics.energy_cost.analysis import check_sources
+from physics.energy_cost.configuration import Configuration, Record, mean_over_seeds
+from physics.energy_cost.planning import as_record
+from physics.energy_cost.records import read_runs, read_table
+
+log = logging.getLogger(__name__)
+
+PUBLISHED = Path(__file__).parent / "embedded" / "energy_scaling" / "published.csv"
+PLAN_KEYS = ("devices", "local_batch_size", "global_batch_size", "num_samples", "epochs")
+_FIELDS = ("devices", "nodes", "local_batch_size", "num_samples", "epochs", "samples", "updates")
+
+
+class EnergyRecords(LightningDataModule):
+    """Energy and time of trainings, a configuration a row; plans in prediction.
+
+    A batch is a dictionary of float64 tensors:
+
+    ============= ====== =============================================================================================
+    key           shape  meaning
+    ============= ====== =============================================================================================
+    configuration (B, 7) devices n, nodes m, samples of a step on one device, samples of the set, epochs, samples that
+                         went through training, optimizer steps
+    device_hours  (B,)   H = n T; NaN: planned
+    energy_kwh    (B,)   E of all nodes; NaN: planned
+    index         (B,)   row
+    ============= ====== =============================================================================================
+
+    ``records`` are all runs, ``means`` their means over repetitions, ``plans`` what is to be predicted, ``skipped`` the
+    runs that were left out, with reasons.
+
+    Args:
+        source: ``published`` (ResNet-50 on up to 256 A100, embedded), a CSV file (columns as in the embedded one), or
+            the folder of a sweep.
+        metric: Quality of a run, by its name in results.json; None: not looked at.
+        devices_per_node: Of the machine, for tables and plans.
+        allow_mixed: Fit measured and estimated energies together.
+        hardware: Keep the runs on this one (a part of its name), where there are several.
+        plans: Trainings to predict: mappings with ``devices``, ``num_samples``, ``epochs``, and one of
+            ``local_batch_size`` and ``global_batch_size``.
+
+    Raises:
+        ValueError: If a plan is incomplete; in `setup`, if the source has nothing that can be fitted.
+    """
+
+    batch_keys: ClassVar[tuple[str, ...]] = ("configuration", "device_hours", "energy_kwh", "index")
+
+    def __init__(
+        self,
+        source: str = "published",
+        metric: str | None = None,
+        devices_per_node: int = 4,
+        allow_mixed: bool = False,
+        hardware: str | None = None,
+        plans: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__()
+        if devices_per_node < 1:
+            raise ValueError(f"data.devices_per_node={devices_per_node}: give a number of at least 1")
+        self.source, self.metric, self.devices_per_node = source, metric, devices_per_node
+        self.allow_mixed, self.hardware = allow_mixed, hardware
+        self.plans = [_plan(i, plan, devices_per_node) for i, plan in enumerate(plans)]
+        self.records: list[Record] = []
+        self.means: list[Record] = []
+        self.skipped: dict[str, str] = {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.records:
+            return
+        records = self._read()
+        kinds = sorted({record.hardware for record in records})
+        if self.hardware is not None:
+            records = [record for record in records if self.hardware.lower() in record.hardware.lower()]
+            if not records:
+                raise ValueError(f"data.hardware={self.hardware}: no run has it; there are {'; '.join(kinds)}")
+        elif len(kinds) > 1:
+            raise ValueError(
+                f"data.source={self.source} has runs on {len(kinds)} kinds of hardware ({'; '.join(kinds)}); "
+                "choose one with data.hardware"
+            )
+        check_sources(records, self.allow_mixed)
+        self.records, self.means = records, mean_over_seeds(records)
+        for name, reason in self.skipped.items():
+            log.warning("data.source: %s is left out: %s", name, reason)
+
+    def _read(self) -> list[Record]:
+        if self.source == "published":
+            return read_table(PUBLISHED, devices_per_node=4, repetitions=5)
+        path = Path(self.source)
+        if path.is_file():
+            return read_table(path, self.devices_per_node)
+        if not path.is_dir():
+            raise ValueError(f"data.source={self.source}: no such file; choose published, a CSV file or a sweep")
+        records, self.skipped = read_runs(path, self.metric)
+        if not records:
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
+            raise ValueError(f"data.source={self.source}: none of {len(self.skipped)} runs can be used:{reasons}")
+        return records
+
+    @override
+    def val_dataloader(self) -> DataLoader:
+        return _loader(self.means, planned=False)
+
+    @override
+    def test_dataloader(self) -> DataLoader:
+        return _loader(self.means, planned=False)
+
+    @override
+    def predict_dataloader(self) -> DataLoader:
+        """Raises ``ValueError`` where nothing is planned."""
+        if not self.plans:
+            raise ValueError(
+                "data.plans is empty: name trainings to predict, "
+                "'data.plans=[{devices: 64, local_batch_size: 128, num_samples: 1281167, epochs: 90}]'"
+            )
+        return _loader([as_record(plan, 1.0) for plan in self.plans], planned=True)
+
+
+def _plan(number: int, plan: Mapping[str, Any], devices_per_node: int) -> Configuration:
+    where = f"data.plans[{number}]"
+    if unknown := [key for key in plan if key not in PLAN_KEYS]:
+        raise ValueError(f"{where}: unknown {', '.join(unknown)}; a plan has {', '.join(PLAN_KEYS)}")
+    sizes = [key for key in ("local_batch_size", "global_batch_size") if plan.get(key) is not None]
+    if len(sizes) != 1:
+        raise ValueError(f"{where}: give one of local_batch_size and global_batch_size")
+    if missing := [key for key in ("devices", "num_samples", "epochs") if plan.get(key) is None]:
+        raise ValueError(f"{where}: {', '.join(missing)} missing")
+    devices, size = int(plan["devices"]), int(plan[sizes[0]])
+    if sizes[0] == "global_batch_size":
+        if size % devices:
+            lower = size // devices * devices
+            near = f"{lower} or {lower + devices}" if lower else str(devices)
+            raise ValueError(f"{where}: global_batch_size={size} does not divide by {devices} devices; take {near}")
+        size //= devices
+    try:
+        return Configuration(devices, size, int(plan["num_samples"]), float(plan["epochs"]), devices_per_node)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _loader(records: Sequence[Record], planned: bool) -> DataLoader:
+    rows = torch.tensor([[float(getattr(r, key)) for key in _FIELDS] for r in records], dtype=torch.float64)
+    nothing = math.nan if planned else None
+    batch: dict[str, Tensor] = {
+        "configuration": rows,
+        "device_hours": torch.tensor([nothing or r.device_hours for r in records], dtype=torch.float64),
+        "energy_kwh": torch.tensor([nothing or r.energy_kwh for r in records], dtype=torch.float64),
+        "index": torch.arange(len(records)),
+    }
+    return DataLoader([batch], batch_size=None)

@@ -1,0 +1,232 @@
+"""Everything that records say, as one plain dictionary: the table, the fits, what can be predicted and what not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from physics.energy_cost.configuration import Record, distinct, mean_over_seeds
+from physics.energy_cost.fitting import (
+    TERMS,
+    CostFit,
+    bootstrap,
+    fit_cost,
+    fit_proportional,
+    leave_one_out,
+    nested_models,
+)
+from physics.energy_cost.planning import TIME_TERMS, TimeFit, fit_time, knee
+
+MIXED = 0.01
+"""Shares of estimated energy that differ by more than this are not fitted together."""
+
+
+def check_sources(records: Sequence[Record], allow_mixed: bool = False) -> None:
+    """Refuse to fit measured and estimated energies together.
+
+    Raises:
+        ValueError: Names the runs of the smaller part.
+    """
+    estimated = [record for record in records if record.estimated > 0.5]
+    measured = [record for record in records if record.estimated <= 0.5]
+    if allow_mixed or not (estimated and measured):
+        return
+    fewer = min(estimated, measured, key=len)
+    kind = "estimated" if fewer is estimated else "measured"
+    names = ", ".join(record.name or record.series for record in fewer[:5])
+    raise ValueError(
+        f"{len(estimated)} runs have estimated and {len(measured)} measured energies ({kind}: {names}): leave one kind "
+        "out, or set data.allow_mixed=true"
+    )
+
+
+def analyse(
+    records: Sequence[Record], draws: int = 200, seed: int = 0, metric_mode: str = "max", tolerance: float = 0.01
+) -> dict[str, Any]:
+    """Analyse the records of one kind of hardware.
+
+    Args:
+        records: Single runs or published means.
+        draws: Of the bootstrap.
+        seed: Of the draws.
+        metric_mode: Whether more (``max``) or less (``min``) of the metric is better.
+        tolerance: Of the metric, for the knee.
+
+    Returns:
+        ``rows`` (a configuration each: what was measured, efficiencies, residuals), ``series`` (proportional fits),
+        ``cost`` and ``models`` (sums of costs), ``time``, ``quality``, ``refused`` (what could not be fitted -> why).
+        Plain numbers and strings; not finite ones are None.
+    """
+    means = mean_over_seeds(records)
+    unique = distinct(means)
+    draws_of = _Draws(records, draws, seed)
+    found: dict[str, Any] = {"refused": {}, "series": {}, "cost": None, "models": [], "time": None, "quality": {}}
+    if len({record.devices for record in means}) < 2:
+        found["refused"]["scaling"] = (
+            f"all runs have {means[0].devices} device(s): energy over device hours needs two numbers of devices"
+        )
+    else:
+        groups = {name: [r for r in means if r.series == name] for name in dict.fromkeys(r.series for r in means)}
+        if len(groups) > 1:
+            groups["all"] = list(means)
+        for name, members in groups.items():
+            if len(members) > 1:
+                found["series"][name] = asdict(fit_proportional(members, draws_of(members)))
+        _fit_costs(found, unique, draws_of)
+    try:
+        found["time"] = _time(fit_time(unique))
+    except ValueError as error:
+        found["refused"]["time"] = str(error)
+    found["quality"] = _quality(means, metric_mode, tolerance)
+    found["rows"] = _rows(means, found)
+    return _plain(found)
+
+
+class _Draws:
+    """Resampled means of the same repetitions, for any subset of the configurations."""
+
+    def __init__(self, records: Sequence[Record], count: int, seed: int) -> None:
+        groups: dict[tuple[Any, ...], list[Record]] = {}
+        for record in records:
+            groups.setdefault((record.series, *record.key), []).append(record)
+        self.keys = list(groups)
+        repeated = any(len(members) > 1 or members[0].repetitions > 1 for members in groups.values())
+        self.draws = bootstrap(list(groups.values()), count, seed) if repeated else []
+
+    def __call__(self, records: Sequence[Record]) -> list[list[Record]]:
+        places = [self.keys.index((record.series, *record.key)) for record in records]
+        return [[draw[i] for i in places] for draw in self.draws]
+
+
+def _fit_costs(found: dict[str, Any], unique: Sequence[Record], draws_of: _Draws) -> None:
+    models = []
+    for fit, left_out in nested_models(unique):
+        models.append(
+            {
+                "terms": list(fit.terms),
+                "mean_error": fit.mean_error,
+                "max_error": fit.max_error,
+                "left_out_mean": _mean(left_out),
+                "left_out_max": _largest(left_out),
+            }
+        )
+    found["models"] = models
+    for terms in (tuple(TERMS), ("node", "device", "samples"), ("node", "device"), ("device",)):
+        try:
+            fit = fit_cost(unique, terms, draws_of(unique))
+        except ValueError as error:
+            found["refused"].setdefault("cost", str(error))
+            continue
+        left_out = leave_one_out(unique, terms) if len(unique) > len(fit.terms) else []
+        found["cost"] = _cost(fit, unique, left_out)
+        return
+
+
+def _cost(fit: CostFit, records: Sequence[Record], left_out: Sequence[float]) -> dict[str, Any]:
+    return {
+        "terms": list(fit.terms),
+        "coefficients": dict(zip(fit.terms, fit.coefficients, strict=True)),
+        "intervals": dict(zip(fit.terms, (list(i) for i in fit.intervals), strict=True)),
+        "condition": fit.condition,
+        "warnings": list(fit.warnings),
+        "errors": list(fit.errors),
+        "left_out": list(left_out),
+        "mean_error": fit.mean_error,
+        "max_error": fit.max_error,
+        "left_out_mean": _mean(left_out),
+        "left_out_max": _largest(left_out),
+        "parts_kwh": [dict(fit.parts(record)) for record in records],
+        "configurations": [list(record.key) for record in records],
+    }
+
+
+def _time(fit: TimeFit) -> dict[str, Any]:
+    return {
+        "coefficients": dict(zip(TIME_TERMS, fit.coefficients, strict=True)),
+        "errors": list(fit.errors),
+        "left_out": list(fit.left_out),
+        "left_out_mean": _mean(fit.left_out),
+        "left_out_max": _largest(fit.left_out),
+    }
+
+
+def _quality(means: Sequence[Record], mode: str, tolerance: float) -> dict[str, Any]:
+    known = [record for record in means if record.metric is not None]
+    sizes: dict[int, list[float]] = {}
+    for record in known:
+        sizes.setdefault(record.global_batch_size, []).append(record.metric)  # type: ignore[arg-type]
+    if len(sizes) < 2:
+        return {}
+    pairs = sorted((size, math.fsum(values) / len(values)) for size, values in sizes.items())
+    found = knee([size for size, _ in pairs], [value for _, value in pairs], mode, tolerance)
+    return {
+        "points": [list(pair) for pair in pairs],
+        "knee": found,
+        "inside": pairs[0][0] < found < pairs[-1][0],
+        "mode": mode,
+        "tolerance": tolerance,
+    }
+
+
+def _rows(means: Sequence[Record], found: dict[str, Any]) -> list[dict[str, Any]]:
+    cost = found["cost"]
+    places = {tuple(key): i for i, key in enumerate(cost["configurations"])} if cost else {}
+    smallest = {}
+    for record in means:
+        best = smallest.get(record.series)
+        if best is None or record.devices < best.devices:
+            smallest[record.series] = record
+    rows = []
+    for record in means:
+        base, i = smallest[record.series], places.get(record.key)
+        series = found["series"].get(record.series)
+        rows.append(
+            {
+                "series": record.series,
+                "devices": record.devices,
+                "nodes": record.nodes,
+                "local_batch_size": record.local_batch_size,
+                "global_batch_size": record.global_batch_size,
+                "num_samples": record.num_samples,
+                "epochs": record.epochs,
+                "repetitions": record.repetitions,
+                "energy_kwh": record.energy_kwh,
+                "energy_rms_kwh": record.energy_rms_kwh,
+                "device_hours": record.device_hours,
+                "device_hours_rms": record.device_hours_rms,
+                "hours": record.hours,
+                "kappa_kw": record.kappa_kw,
+                "samples_per_device_hour": record.samples / record.device_hours,
+                "updates_per_device_hour": record.device_updates / record.device_hours,
+                "energy_ratio": record.energy_kwh / base.energy_kwh,
+                "device_hours_ratio": record.device_hours / base.device_hours,
+                "hours_ratio": record.hours / base.hours,
+                "estimated": record.estimated,
+                "metric": record.metric,
+                "proportional_error": series["kappa_kw"] / record.kappa_kw - 1 if series else None,
+                "cost_error": cost["errors"][i] if i is not None else None,
+                "left_out_error": cost["left_out"][i] if i is not None and cost["left_out"] else None,
+                "parts_kwh": cost["parts_kwh"][i] if i is not None else None,
+            }
+        )
+    return rows
+
+
+def _mean(errors: Sequence[float]) -> float | None:
+    return math.fsum(abs(e) for e in errors) / len(errors) if errors else None
+
+
+def _largest(errors: Sequence[float]) -> float | None:
+    return max(abs(e) for e in errors) if errors else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value

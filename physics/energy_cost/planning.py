@@ -1,0 +1,216 @@
+"""What a planned training will cost, from fitted runs: hours, energy, carbon dioxide; which plans are worth a look.
+
+Time is fitted as device hours H = t_s S + t_u [n > 1] n U + t_r n U log2 n + t_e n * epochs: computation per sample,
+communication per device update (also as it grows with the number of devices), and what every epoch costs each device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import nnls
+
+from physics.energy_cost.configuration import Configuration, Record
+from physics.energy_cost.fitting import CostFit
+
+TIME_TERMS: dict[str, str] = {
+    "samples": "t_s [s per sample]",
+    "updates": "t_u [s per device update, n > 1]",
+    "growth": "t_r [s per device update and doubling of n]",
+    "epochs": "t_e [s per device and epoch]",
+}
+
+
+@dataclass(frozen=True)
+class TimeFit:
+    """Fitted device hours.
+
+    Attributes:
+        coefficients: In seconds, in the order of `TIME_TERMS`, >= 0.
+        errors: Of each record, (predicted - measured) / measured.
+        left_out: The same when the others predict it.
+    """
+
+    coefficients: tuple[float, ...]
+    errors: tuple[float, ...]
+    left_out: tuple[float, ...]
+
+    def device_hours(self, plan: Configuration) -> float:
+        """H of a plan."""
+        row = _time_row(plan.devices, plan.samples, plan.updates, plan.epochs)
+        return float(np.dot(row, self.coefficients)) / 3600
+
+    @property
+    def spread(self) -> float:
+        """Root mean square of the leave-one-out errors: what an interval of a forecast is made of."""
+        return math.sqrt(float(np.mean(np.square(self.left_out))))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of a planned training.
+
+    Attributes:
+        plan: What was asked for.
+        hours: T, wall time; ``hours_low``, ``hours_high``: 95 % interval.
+        energy_kwh: E; ``energy_low``, ``energy_high``: 95 % interval. From the leave-one-out errors of both fits.
+        parts_kwh: Energy by term.
+        co2_kg: Of the energy, if the carbon intensity was given.
+        extrapolates: What of the plan lies outside of the runs, in words.
+    """
+
+    plan: Configuration
+    hours: float
+    hours_low: float
+    hours_high: float
+    energy_kwh: float
+    energy_low: float
+    energy_high: float
+    parts_kwh: Mapping[str, float]
+    co2_kg: float | None
+    extrapolates: tuple[str, ...]
+
+
+def fit_time(records: Sequence[Record]) -> TimeFit:
+    """Fit device hours by non-negative least squares of relative errors.
+
+    Raises:
+        ValueError: If there are fewer than two runs.
+    """
+    if len(records) < 2:
+        raise ValueError(f"{len(records)} configuration: the time of others needs at least two")
+    rows = np.array([_time_row(r.devices, r.samples, r.updates, r.epochs) for r in records])
+    matrix = rows / 3600 / np.array([record.device_hours for record in records])[:, None]
+    coefficients = _solve(matrix)
+    left_out = [float(row @ _solve(np.delete(matrix, i, axis=0)) - 1) for i, row in enumerate(matrix)]
+    return TimeFit(
+        tuple(float(c) for c in coefficients), tuple(float(e) for e in matrix @ coefficients - 1), tuple(left_out)
+    )
+
+
+def forecast(
+    plan: Configuration,
+    cost: CostFit,
+    time: TimeFit,
+    records: Sequence[Record],
+    left_out: Sequence[float],
+    kg_co2_per_kwh: float | None = None,
+) -> Forecast:
+    """Hours and energy of a plan.
+
+    Args:
+        plan: What is to be trained.
+        cost: Fitted to ``records``.
+        time: Fitted to ``records``.
+        records: The runs.
+        left_out: Leave-one-out errors of ``cost``.
+        kg_co2_per_kwh: Carbon intensity of the electricity.
+
+    Raises:
+        ValueError: If the runs say nothing about such a plan (`CostFit.parts`).
+    """
+    hours = time.device_hours(plan)
+    planned = as_record(plan, hours)
+    parts = cost.parts(planned)
+    energy = math.fsum(parts.values())
+    # Energy follows the device hours in some terms, the rest is fixed by the plan.
+    moving = math.fsum(value for term, value in parts.items() if term in ("node", "device", "node+device"))
+    spread_time = 1.96 * time.spread
+    spread = math.hypot(1.96 * _rms(left_out), spread_time * moving / energy)
+    return Forecast(
+        plan,
+        hours=hours / plan.devices,
+        hours_low=hours / plan.devices * max(0.0, 1 - spread_time),
+        hours_high=hours / plan.devices * (1 + spread_time),
+        energy_kwh=energy,
+        energy_low=energy * max(0.0, 1 - spread),
+        energy_high=energy * (1 + spread),
+        parts_kwh=parts,
+        co2_kg=None if kg_co2_per_kwh is None else energy * kg_co2_per_kwh,
+        extrapolates=tuple(_outside(plan, records)),
+    )
+
+
+def as_record(plan: Configuration, device_hours: float) -> Record:
+    """A plan as if it had been run; its energy is a placeholder that no prediction looks at."""
+    return Record(
+        series="planned",
+        devices=plan.devices,
+        nodes=plan.nodes,
+        local_batch_size=plan.local_batch_size,
+        num_samples=plan.num_samples,
+        epochs=plan.epochs,
+        samples=plan.samples,
+        updates=plan.updates,
+        energy_kwh=1.0,
+        device_hours=device_hours,
+    )
+
+
+def knee(batch_sizes: Sequence[int], metrics: Sequence[float], mode: str = "max", tolerance: float = 0.01) -> int:
+    """The largest batch whose metric is within ``tolerance`` of the best (relative), all smaller ones included.
+
+    Args:
+        batch_sizes: Global batch sizes.
+        metrics: Quality at each, means over seeds.
+        mode: ``max`` where more is better, else ``min``.
+        tolerance: Share of the best that may be lost.
+
+    Raises:
+        ValueError: If there is nothing to compare, or ``mode`` is neither.
+    """
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode={mode!r}: choose max or min")
+    if not batch_sizes:
+        raise ValueError("no run has a metric; set optimized_metric or the metric of the analysis")
+    pairs = sorted(zip(batch_sizes, metrics, strict=True))
+    best = max(metrics) if mode == "max" else min(metrics)
+    found = pairs[0][0]
+    for size, value in pairs:
+        if (best - value if mode == "max" else value - best) > tolerance * abs(best):
+            if value == best or size == pairs[0][0]:
+                continue
+            break
+        found = size
+    return found
+
+
+def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
+    """Indices of points that no other one beats in some coordinate without being worse in another; less is better."""
+    values = np.asarray(points, dtype=np.float64)
+    front = []
+    for i, point in enumerate(values):
+        beaten = (values <= point).all(axis=1) & (values < point).any(axis=1)
+        if not beaten.any():
+            front.append(i)
+    return front
+
+
+def _time_row(devices: int, samples: float, updates: int, epochs: float) -> list[float]:
+    work = devices * updates
+    return [samples, float(work * (devices > 1)), work * math.log2(devices), devices * epochs]
+
+
+def _solve(matrix: np.ndarray) -> np.ndarray:
+    used = matrix.any(axis=0)
+    lengths = np.where(used, np.linalg.norm(matrix, axis=0), 1.0)
+    found: np.ndarray = nnls(matrix / lengths, np.ones(len(matrix)))[0]
+    return found / lengths
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(float(np.mean(np.square(values)))) if len(values) else 0.0
+
+
+def _outside(plan: Configuration, records: Sequence[Record]) -> list[str]:
+    names = {"devices": "devices", "local_batch_size": "samples per device and step", "num_samples": "samples"}
+    out = []
+    for key, name in names.items():
+        seen = [getattr(record, key) for record in records]
+        value = getattr(plan, key)
+        if not min(seen) <= value <= max(seen):
+            out.append(f"{value:,} {name}; the runs have {min(seen):,} to {max(seen):,}")
+    return out

@@ -1,0 +1,265 @@
+"""What the scaling study must show: the numbered lines of the acceptance list of its document.
+
+Lines 5 and 6 are in tests/networks/test_afno.py and benchmarks/afno.py, 7 in tests/networks/test_resnet.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datamodules.energy_records import PUBLISHED, EnergyRecords
+from datamodules.image_set import stratified_subset
+from datamodules.images import Images
+from lightning_modules.schedules import WarmupPlateau
+from physics.energy_cost import fit_cost, leave_one_out
+from physics.energy_cost.analysis import analyse
+from physics.energy_cost.configuration import distinct
+from physics.energy_cost.records import read_runs, read_table
+from runner import job
+from tests import cli
+from tests.composing import composed, plain
+from tests.datamodules.test_images import Stage
+
+PUBLISHED_RUNS = read_table(PUBLISHED, repetitions=5)
+UNIQUE = distinct(PUBLISHED_RUNS)
+# kappa [kW], samples per device hour, device updates per device hour, as printed in the document.
+PRINTED = """
+0.4826 1558143 6091, 0.3803 1561983 12212, 0.3161 1460049 22829, 0.3131 1336232 41769, 0.2928 1127152 70453,
+0.2664 1120868 4479, 0.2771 1177924 9415, 0.2856 1180339 18632, 0.2918 1124067 35264,
+0.4427 1217976 4868, 0.3292 1234312 4933, 0.2682 1165595 4658, 0.2696 1149802 4595, 0.2673 1139914 4556,
+0.2664 1120868 4479, 0.2663 1134266 4533, 0.2621 1100049 4396, 0.2662 1128906 4512
+"""
+
+
+# --- 1: the published table ------------------------------------------------------------------------------------------
+
+
+def test_1_rows_and_series_of_the_published_table():
+    printed = [tuple(map(float, cell.split())) for cell in PRINTED.replace("\n", " ").split(",")]
+    assert len(printed) == len(PUBLISHED_RUNS) == 18
+    for (kappa, samples, updates), run in zip(printed, PUBLISHED_RUNS, strict=True):
+        assert run.kappa_kw == pytest.approx(kappa, abs=1e-4)
+        assert run.samples / run.device_hours == pytest.approx(samples, rel=2e-5)
+        assert run.device_updates / run.device_hours == pytest.approx(updates, rel=2e-4)
+    series = analyse(PUBLISHED_RUNS, draws=0)["series"]
+    expected = {"LBS 256": 0.26539, "GBS 256": 0.29733, "GBS 8192": 0.28975, "all": 0.28371}
+    for name, kappa in expected.items():
+        assert series[name]["kappa_kw"] == pytest.approx(kappa, abs=1e-5)
+
+
+def test_1_four_costs_explain_it():
+    assert len(UNIQUE) == 17
+    fit = fit_cost(UNIQUE)
+    for value, expected in zip(fit.coefficients, (0.2153, 0.0690, 0.4525, 1.781), strict=True):
+        assert value == pytest.approx(expected, rel=0.01)
+    left_out = np.abs(leave_one_out(UNIQUE))
+    found = (fit.mean_error, fit.max_error, left_out.mean(), left_out.max())
+    assert found == pytest.approx((0.0087, 0.035, 0.0139, 0.079), abs=5e-4)
+    others = {
+        ("device",): (0.123, 0.401),
+        ("node", "device"): (0.061, 0.125),
+        ("node", "device", "samples"): (0.029, 0.079),
+    }
+    for terms, expected in others.items():
+        left_out = np.abs(leave_one_out(UNIQUE, terms))
+        assert (left_out.mean(), left_out.max()) == pytest.approx(expected, abs=1e-3)
+
+
+def test_1_constant_batches_predict_the_others():
+    fit = fit_cost(distinct(run for run in PUBLISHED_RUNS if run.series != "LBS 256"))
+    rest = [run for run in UNIQUE if run.series == "LBS 256"]
+    assert len(rest) == 8
+    assert max(abs(fit.predict(run) / run.energy_kwh - 1) for run in rest) <= 0.028
+
+
+def test_1_what_cannot_be_told_apart_is_refused():
+    full = [run for run in UNIQUE if run.devices >= 4]
+    fit = fit_cost(full)
+    assert fit.condition > 1e15
+    assert fit.terms[0] == "node+device"
+    for run in UNIQUE[:2]:
+        with pytest.raises(ValueError, match="partly filled node"):
+            fit.predict(run)
+    for left_out, largest in (([256], 0.042), ([4], 0.015)):
+        kept = fit_cost([run for run in UNIQUE if run.devices not in left_out])
+        found = max(abs(kept.predict(run) / run.energy_kwh - 1) for run in UNIQUE if run.devices in left_out)
+        assert found == pytest.approx(largest, abs=2e-3)
+
+
+# --- 2, 3: a sweep over devices that are simulated -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scaling")
+    done = cli.ok(
+        "experiment=energy_scaling/simulated",
+        f"hydra.sweep.dir={folder}",
+        "seed=0,1",
+        "trainer.max_epochs=2",
+        "model.net.width=0.0625",
+        "test=false",
+        cwd=folder,
+    )
+    return folder, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_2_a_sweep_finds_the_costs_that_were_put_in(sweep):
+    folder, _ = sweep
+    records, skipped = read_runs(folder)
+    assert len(records) == 12 and not skipped
+    found = analyse(records, draws=200)
+    cost = found["cost"]
+    expected = {"node": 0.2153, "device": 0.069, "samples": 0.4525, "updates": 1.781}
+    for term, value in expected.items():
+        assert cost["coefficients"][term] == pytest.approx(value, rel=0.05), cost
+    # A configuration that the others have not seen.
+    assert max(map(abs, cost["left_out"])) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
+    folder, printed = sweep
+    for path in sorted(folder.glob("*/results.json")):
+        result = json.loads(path.read_text())
+        config, stage = result["config"], result["energy"]["stages"]["fit/train"]
+        devices, batch = config["trainer"]["devices"], config["data"]["local_batch_size"]
+        assert result["world_size"] == devices
+        images = 1293
+        steps = images // (devices * batch) * 2  # incomplete batches are left out in training
+        assert stage["updates"] == result["global_step"] == steps
+        assert stage["samples"] == steps * devices * batch
+        assert stage["device_updates"] == steps * devices
+        assert stage["device_updates"] <= devices * 2 * math.ceil(images // devices / batch)
+    assert "costs: P_node [kW]" in printed
+    page = (folder / "energy_scaling" / "scaling.html").read_text()
+    assert page.count("data:image/png;base64") == 8
+    assert (folder / "energy_scaling" / "scaling.tex").read_text().count(r"\\") == 7
+
+
+# --- 8, 9: schedule and subsets --------------------------------------------------------------------------------------
+
+
+def test_8_the_rate_of_the_first_epochs():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1 * 8192 / 256)
+    schedule, seen = WarmupPlateau(optimizer, warmup=5, warmup_lr=0.1, factor=0.5, patience=1), []
+    for loss in (9, 9, 9, 9, 9, 5, 5, 5, 5):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step(float(loss))
+    assert seen[:7] == pytest.approx([0.1, 0.72, 1.34, 1.96, 2.58, 3.2, 3.2], rel=1e-12)
+    # Then losses of 5 stand still: after one epoch of patience the rate is halved.
+    assert seen[7:] == pytest.approx([3.2, 1.6], rel=1e-12)
+
+
+def test_8_small_batches_warm_down_and_a_restart_goes_on():
+    def rates(restart_at: int | None) -> list[float]:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.025)
+        schedule, seen = WarmupPlateau(optimizer, warmup=3, warmup_lr=0.1), []
+        for epoch in range(6):
+            if epoch == restart_at:
+                states = optimizer.state_dict(), schedule.state_dict()
+                optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.025)
+                schedule = WarmupPlateau(optimizer, warmup=3, warmup_lr=0.1)
+                optimizer.load_state_dict(states[0])
+                schedule.load_state_dict(states[1])
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step(1.0)
+        return seen
+
+    assert rates(None) == pytest.approx([0.1, 0.075, 0.05, 0.025, 0.025, 0.025])
+    assert rates(2) == rates(None) == rates(4)
+
+
+@pytest.mark.parametrize("factor", [2, 7, 256])
+def test_9_subsets_have_every_class_in_proportion(factor):
+    labels = np.random.default_rng(0).integers(0, 11, 20_000) ** 2
+    number = len(labels) // factor
+    places = stratified_subset(labels, number, seed=3)
+    assert len(places) == len(set(places.tolist())) == number
+    for label in np.unique(labels):
+        share = (labels == label).sum() * number / len(labels)
+        assert abs((labels[places] == label).sum() - share) < 1
+    assert (places == stratified_subset(labels, number, seed=3)).all()
+    assert (places != stratified_subset(labels, number, seed=4)).any()
+
+
+def test_9_the_set_grows_with_the_devices():
+    data = Images(
+        reader="digits",
+        test_size=360,
+        test_from="random",
+        normalize="none",
+        local_batch_size=16,
+        samples_per_device=100,
+    )
+    data.setup("fit")
+    seen = {}
+    for devices in (1, 2, 4):
+        parts = []
+        for rank in range(devices):
+            data.trainer = Stage("train", layout={"num_replicas": devices, "rank": rank})
+            loader = data.train_dataloader()
+            assert next(iter(loader))["image"].shape[0] == 16
+            parts.append(torch.cat([batch["index"] for batch in loader]))
+        seen[devices] = len(torch.cat(parts).unique())
+    assert seen == {n: n * 100 // (16 * n) * 16 * n for n in (1, 2, 4)}
+    data.trainer = Stage("train", layout={"num_replicas": 64, "rank": 0})
+    with pytest.raises(ValueError, match="samples_per_device=100 on 64 devices"):
+        data.train_dataloader()
+
+
+# --- 12: the report --------------------------------------------------------------------------------------------------
+
+
+def test_12_the_report_opens_offline_and_is_the_same_twice(tmp_path):
+    pages = []
+    for name in ("one", "two"):
+        overrides = ("experiment=energy_scaling/analysis", "logger=none", "~callbacks.energy")
+        result = job.run(plain(composed(*overrides, run_dir=tmp_path / name)))
+        assert result["status"] == "completed", result.get("error")
+        folder = tmp_path / name / "energy_scaling"
+        pages.append((folder / "scaling.html").read_bytes())
+        assert {path.name for path in folder.iterdir()} == {
+            "scaling.html", "scaling.md", "scaling.csv", "scaling.tex", "scaling.json", "plans.csv", "plans.md",
+        }  # fmt: skip
+    assert pages[0] == pages[1]
+    page = pages[0].decode()
+    assert page.count("data:image/png;base64") == 7
+    assert not re.search(r"(src|href)=[\"']?https?:", page)
+    metrics = result["metrics"]
+    assert metrics["test/loo_mean_error"] == pytest.approx(0.0139, abs=5e-4)
+    plans = (tmp_path / "one" / "energy_scaling" / "plans.csv").read_text().splitlines()
+    assert len(plans) == 3 and plans[0].startswith("devices,local_batch_size")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"data.plans\[0\]: give one of local_batch_size and global_batch_size"):
+        EnergyRecords(plans=[{"devices": 2, "num_samples": 10, "epochs": 1}])
+    with pytest.raises(ValueError, match="does not divide by 3 devices; take 30 or 33"):
+        EnergyRecords(plans=[{"devices": 3, "num_samples": 100, "epochs": 1, "global_batch_size": 32}])
+    with pytest.raises(ValueError, match="unknown gpus"):
+        EnergyRecords(plans=[{"gpus": 3}])
+    with pytest.raises(ValueError, match="no such file"):
+        EnergyRecords(source=str(tmp_path / "nothing")).setup("test")
+    run = tmp_path / "sweep" / "0"
+    run.mkdir(parents=True)
+    (run / "results.json").write_text(json.dumps({"status": "interrupted"}))
+    with pytest.raises(ValueError, match="0: status 'interrupted'"):
+        EnergyRecords(source=str(tmp_path / "sweep")).setup("test")
+    with pytest.raises(ValueError, match=r"data.plans is empty"):
+        EnergyRecords().predict_dataloader()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import pytest
+
+from physics.energy_cost import Configuration, fit_cost, fit_time, forecast, knee, leave_one_out, pareto_front
+from physics.energy_cost.records import read_table
+from tests.physics.energy_cost.test_fitting import record
+
+# Device hours of these are of the form that `fit_time` assumes, those of the others are not.
+RUNS = [record(n, b, growth=0.0) for n in (2, 4, 8, 16) for b in (16, 64, 256)]
+GROWING = [record(n, b) for n in (1, 2, 4, 8, 16) for b in (16, 64, 256)]
+
+
+def test_hours_that_were_put_in_are_found():
+    time = fit_time(RUNS)
+    assert max(map(abs, time.errors)) < 1e-9
+    plan = Configuration(32, 32, 50_000, 10)
+    assert time.device_hours(plan) == pytest.approx(record(32, 32, 50_000, growth=0.0).device_hours, rel=1e-6)
+
+
+def test_a_plan_is_what_the_run_would_have_been():
+    cost, time = fit_cost(GROWING), fit_time(GROWING)
+    plan = Configuration(8, 32, 40_000, 10)
+    found = forecast(plan, cost, time, GROWING, leave_one_out(GROWING), 0.4)
+    assert found.hours == pytest.approx(record(8, 32).hours, rel=0.05)
+    exact = record(8, 32, device_hours=8 * found.hours)
+    parts = {
+        "node": 0.2 * exact.node_hours,
+        "device": 0.07 * exact.device_hours,
+        "samples": 0.5 * exact.samples / 3.6e6,
+        "updates": 2.0 * exact.device_updates / 3.6e6,
+    }
+    assert found.parts_kwh == pytest.approx(parts, rel=1e-6)
+    assert found.energy_kwh == pytest.approx(sum(parts.values()), rel=1e-6)
+    assert found.co2_kg == pytest.approx(0.4 * found.energy_kwh)
+    assert found.energy_low < found.energy_kwh < found.energy_high
+    assert not found.extrapolates
+    far = forecast(Configuration(512, 32, 40_000, 10), cost, time, GROWING, leave_one_out(GROWING))
+    assert far.co2_kg is None
+    assert far.extrapolates == ("512 devices; the runs have 1 to 16",)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "mode", "expected"),
+    [
+        ([0.90, 0.905, 0.90, 0.85, 0.5], "max", 256),
+        ([0.90, 0.905, 0.906, 0.904, 0.90], "max", 1024),
+        ([1.0, 1.002, 1.2, 1.5, 3.0], "min", 128),
+        ([0.5, 0.9, 0.9, 0.3, 0.9], "max", 256),  # beyond a gap nothing counts
+    ],
+)
+def test_the_largest_batch_that_loses_nothing(metrics, mode, expected):
+    assert knee([64, 128, 256, 512, 1024], metrics, mode) == expected
+
+
+def test_a_knee_needs_something_to_compare():
+    with pytest.raises(ValueError, match="no run has a metric"):
+        knee([], [])
+    with pytest.raises(ValueError, match="mode='up'"):
+        knee([1], [1.0], "up")
+
+
+def test_what_nothing_beats():
+    points = [(1, 5), (2, 4), (2, 6), (3, 3), (4, 3), (1, 5)]
+    assert pareto_front(points) == [0, 1, 3, 5]
+
+
+def test_tables_name_what_is_wrong(tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("series,gpus\na,1\n")
+    with pytest.raises(ValueError, match="no column local_batch_size"):
+        read_table(path)
+    head = "series,gpus,local_batch_size,num_samples,epochs,energy_kwh,gpu_hours\n"
+    path.write_text(head + "a,2,16,1000,1,0.1,0.5\na,2,16,1000,1,much,0.5\n")
+    with pytest.raises(ValueError, match="line 3"):
+        read_table(path)
+    path.write_text(head)
+    with pytest.raises(ValueError, match="no rows"):
+        read_table(path)
