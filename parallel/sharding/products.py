@@ -64,7 +64,7 @@ def _product(x: Tensor, matrix: Tensor, dim: FeatureDim, out: Tensor | None) -> 
     return out
 
 
-def outer(g: Tensor, x: Tensor, dim: FeatureDim, out: Tensor | None = None) -> Tensor:
+def outer(g: Tensor, x: Tensor, dim: FeatureDim, out: Tensor | None = None, add: bool = False) -> Tensor:
     """The gradient of `apply` with respect to the weight.
 
     Args:
@@ -72,14 +72,16 @@ def outer(g: Tensor, x: Tensor, dim: FeatureDim, out: Tensor | None = None) -> T
         x: What was mapped.
         dim: Dimension of the features.
         out: Where to write.
+        add: Add to ``out``.
 
     Returns:
         ``(out, in)``.
     """
     if dim == -1:
-        return torch.mm(g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1]), out=out)
-    # One product over samples and positions together: sums of matrices as large as the weight would cost more.
-    return torch.mm(_features_first(g), _features_first(x).t(), out=out)
+        left, right = g.reshape(-1, g.shape[-1]).t(), x.reshape(-1, x.shape[-1])
+    else:  # one product over samples and positions together: sums of matrices as large as the weight would cost more
+        left, right = _features_first(g), _features_first(x).t()
+    return torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
 
 
 def _features_first(x: Tensor) -> Tensor:

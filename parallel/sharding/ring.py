@@ -29,19 +29,17 @@ def _walk(weight: Tensor, plan: Plan, direction: Direction) -> Iterator[tuple[in
     """(index, block) of all stored blocks of the weight, this rank's first; the next one is always on its way."""
     size, index, group = plan.gather_size, plan.gather_index, plan.gather_group
     following, previous = _neighbours(group.ranks, index) if size > 1 else (0, 0)
-    block = weight.contiguous()
+    block, free = weight.contiguous(), None
     for step in range(size):
         transfers: list[Transfer] = []
         if step + 1 < size:
-            coming = torch.empty_like(block)
+            coming = torch.empty_like(block) if free is None else free
             transfers = plan.grid.interconnect.exchange([(block, previous)], [(coming, following)], group)
             plan.received(direction, "weight", num_bytes(coming))
         yield (index + step) % size, block
-        for transfer in transfers:
-            transfer.wait()
-        if transfers:
-            block = coming
-            del coming
+        _wait(transfers)
+        if transfers:  # what was sent on is free for the block after the next, unless it is the parameter
+            block, free = coming, block if step else None
 
 
 def forward(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
@@ -169,22 +167,22 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool)
     cut, gathering = plan.pieces(), _Gathering(grad, plan)
     walk = _walk(weight, plan, "backward") if needs_x else (((index + step) % size, None) for step in range(size))
     fetched = gathering.fetch(cut[index])
-    x_grad = coming = own_grad = None
+    x_grad = coming = free = own_grad = None
     moving: list[Transfer] = []  # the sum that this rank has sent on, and the one that it gets
     for step, (block_index, block) in enumerate(walk):
         now = fetched
         if step + 1 < size:  # the next block's are on their way while those of this block are used
             fetched = gathering.fetch(cut[(block_index + 1) % size])
-        block_grad, x_grad = _products(now, x, block, x_grad, plan)
+        x_grad = _input_gradient(now, block, x_grad, plan)
         if step == 0:
-            own_grad = block_grad  # waits for the sum of the others
+            own_grad = _block_gradient(now, x, None, plan)  # waits for the sum of the others
             continue
         _wait(moving)
-        if coming is not None:
-            block_grad.add_(coming)
-        coming = torch.empty_like(block_grad)
+        block_grad = _block_gradient(now, x, coming, plan)
+        coming = torch.empty_like(block_grad) if free is None else free
         moving = plan.grid.interconnect.exchange([(block_grad, previous)], [(coming, following)], group)
         plan.received("backward", "weight_gradient", num_bytes(coming))
+        free = block_grad  # once it was sent
     _wait(moving)
     if coming is not None:
         own_grad.add_(coming)
@@ -192,22 +190,28 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool)
     return x_grad, own_grad
 
 
-def _products(
-    parts: list[tuple[Piece, Tensor, Transfer | None]],
-    x: Tensor,
-    block: Tensor | None,
-    x_grad: Tensor | None,
-    plan: Plan,
-) -> tuple[Tensor, Tensor | None]:
-    """(gradient of one block of the weight, sum of the gradients of the input so far)."""
-    block_grad = x.new_empty(plan.rows, x.shape[plan.dim])
-    filled = 0
+_Parts = list[tuple[Piece, Tensor, Transfer | None]]
+
+
+def _input_gradient(parts: _Parts, block: Tensor | None, x_grad: Tensor | None, plan: Plan) -> Tensor | None:
+    """The gradient of the input so far; waits for the parts."""
     for piece, part, transfer in parts:
         if transfer is not None:
             transfer.wait()
         if block is not None:
             x_grad = products.apply_transposed(part, block[piece.rows], plan.dim, x_grad)
+    return x_grad
+
+
+def _block_gradient(parts: _Parts, x: Tensor, sums: Tensor | None, plan: Plan) -> Tensor:
+    """The gradient of one block of the weight, added to the sums of other ranks in place if there are any."""
+    if sums is not None and sums.dtype == x.dtype:
+        for piece, part, _ in parts:
+            products.outer(part, x, plan.dim, sums[piece.rows], add=True)
+        return sums
+    block_grad, filled = x.new_empty(plan.rows, x.shape[plan.dim]), 0
+    for piece, part, _ in parts:
         products.outer(part, x, plan.dim, block_grad[piece.rows])
         filled = max(filled, piece.rows.stop)
     block_grad[filled:] = 0  # padding
-    return plan.wide(block_grad), x_grad
+    return plan.wide(block_grad) if sums is None else sums.add_(block_grad)
