@@ -176,7 +176,7 @@ def test_mixed_precision_stays_close(ranks2, ranks4, token, channel):
     for found in pool(runs.mixed_pass, token, channel, {}):
         assert found["output"].dtype == torch.float32 or found["output"].dtype == torch.bfloat16
         many = errors(found, exact)
-        assert all(many[name] < 2 * max(alone.values()) for name in many)
+        assert max(many.values()) < max(2 * max(alone.values()), 2**-6)  # a few roundings of bfloat16
 
 
 def test_layer_norm_against_torch():
