@@ -51,12 +51,12 @@ class SphericalTransform:
         t = truncation + 1
 
         def make(array: np.ndarray) -> Tensor:
-            return torch.as_tensor(np.ascontiguousarray(array), dtype=torch.float64, device=device)
+            return torch.as_tensor(np.ascontiguousarray(array, dtype=np.float64), device=device)
 
         self.mu, self.weights = make(mu), make(weights)
         self.latitude = torch.asin(self.mu)  # rad
         self.longitude = torch.arange(width, dtype=torch.float64, device=device) * (2 * math.pi / width)
-        self.cos_latitude = torch.sqrt(1 - self.mu**2)
+        self.cos_latitude = make(np.sqrt(1 - mu**2))
         # Tables of products over one zonal wavenumber: synthesis (m, lat, l), analysis (m, l, lat).
         self._p, self._h = make(p.transpose(0, 2, 1)), make(h.transpose(0, 2, 1))
         self._pw = make(p * weights)
