@@ -77,18 +77,17 @@ class LinearInverseModel:
             first: Anomalies at the origins, (N, H, W, V).
             later: Anomalies at the leads, (N, L, H, W, V).
             weight: ``a(phi)``, (H,).
-            number: K, at most N.
+            number: K, at most a quarter of N: more would be learnt by heart.
             ridge: Added to the variances of the components, relative to their mean.
             over_field: Adds over all blocks of a field.
             over_tokens: Adds over its bands of longitudes.
         """
         root = weight.to(first).sqrt()[:, None, None]
-        scaled = (first * root).flatten(1)
-        gram = over_field((scaled @ scaled.mT).double())
-        values, vectors = torch.linalg.eigh(gram)
-        number = min(number, int((values > 1e-6 * values[-1]).sum()))
+        scaled = (first.double() * root).flatten(1)
+        values, vectors = torch.linalg.eigh(over_field(scaled @ scaled.mT))
+        number = min(number, max(1, len(first) // 4), int((values > 1e-6 * values[-1]).sum()))
         values, vectors = values[-number:].flip(0), vectors[:, -number:].flip(1)
-        patterns = (scaled.mT @ (vectors / values.sqrt()).to(scaled)).unflatten(0, first.shape[1:])
+        patterns = (scaled.mT @ (vectors / values.sqrt())).to(first).unflatten(0, first.shape[1:])
         start = vectors * values.sqrt()
         ends = _components(later, patterns, root, over_field).double()
         square = start.mT @ start

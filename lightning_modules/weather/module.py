@@ -44,11 +44,11 @@ class WeatherMixerModule(Supervised):
     Under a grid of ranks (``strategy=jigsaw``) a rank has its block of fields and weights; all sums are completed over
     the ranks, and what is logged does not depend on their number.
 
-    Steps of validation and test return ``loss``, ``prediction`` and ``target`` (this rank's block at the leads,
-    normalised) and, on the first rank of an instance and with no items on the others: ``mse`` (B, F, L, V) in the units
-    of the fields and ``acc`` (B, F, L, V) of the network and the baselines of `forecasts`, ``power``
-    (B, 2, L, V, M), zonal power of forecast and truth, ``valid_h``; in the first step of a test ``map_forecast`` and
-    ``map_truth`` (1, L, H, W, V). Prediction returns ``prediction`` in the units of the fields, (B, L, H, W, V),
+    Steps of validation return ``loss``; those of the test also what figures need, since fields are too large to be
+    collected: ``mse`` (B, F, L, V) in the units of the fields and ``acc`` (B, F, L, V) of the network and the baselines
+    of `forecasts`, ``power`` (B, 2, L, V, M), zonal power of forecast and truth, ``valid_h``, and in the first step
+    ``map_forecast`` and ``map_truth`` (1, L, H, W, V); on ranks that share the items of another one these have no
+    items. Prediction returns ``prediction``, (B, L, H, W, V), this rank's block in the units of the fields, ``index``
     and ``valid_h``.
 
     Logged: ``<stage>/loss`` (of the first lead), ``<stage>/rmse/<channel>@<lead>``, ``acc/...``,
@@ -396,8 +396,10 @@ class WeatherMixerModule(Supervised):
         power = self._power(torch.stack([forecast, truth], 1))  # (B, 2, L, V, M)
         if grid.token == 0:
             self._spectra[stage].update(power[:, 0], power[:, 1], self.own)
-        out = {"loss": grid.sum_over_instance(loss), "prediction": forecast, "target": truth}
-        return out | self._for_figures(batch, whole[:, 0], correlations, power, out, batch_idx, stage)
+        out = {"loss": grid.sum_over_instance(loss)}
+        if stage == "test":
+            out |= self._for_figures(batch, whole[:, 0], correlations, power, (forecast, truth), batch_idx)
+        return out
 
     def _baselines(self, batch: Batch, climatology: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Forecasts of the baselines, (B, L, H, W, V) each."""
@@ -453,13 +455,10 @@ class WeatherMixerModule(Supervised):
         squared: Tensor,
         correlations: Tensor,
         power: Tensor,
-        out: dict[str, Tensor],
+        blocks: tuple[Tensor, Tensor],
         batch_idx: int,
-        stage: Stage,
     ) -> dict[str, Tensor]:
         """What figures show of the samples, from all channels, on the first rank of an instance."""
-        if stage != "test":
-            return {}
         scale = self._scale.to(self.device)
         mse = self._all_channels(squared.movedim(0, 1)) * scale**2
         found = {
@@ -470,7 +469,7 @@ class WeatherMixerModule(Supervised):
         }
         shown = slice(0, 1 if batch_idx == 0 else 0)
         mean, std = (value.to(self.device) for value in self.data.scale)
-        for name, block in (("map_forecast", out["prediction"]), ("map_truth", out["target"])):
+        for name, block in zip(("map_forecast", "map_truth"), blocks, strict=True):
             found[name] = (self._gather(block[shown]).double() * std + mean).float()
         return found if self.first_of_instance else {name: value[:0] for name, value in found.items()}
 
