@@ -157,9 +157,17 @@ class ZonalSpectrum(Sums):
         self.add_state("power", torch.zeros(2, leads, channels, orders, dtype=torch.float64), dist_reduce_fx="sum")
 
     @override
-    def update(self, forecast: Tensor, truth: Tensor, own: slice) -> None:
-        """Add powers of samples, (B, L, own channels, M) each; only one of a sample's bands calls it."""
-        self.power[:, :, own] += torch.stack([forecast.sum(0), truth.sum(0)])
+    def update(self, forecast: Tensor, truth: Tensor, own: slice, counts_band: bool = True) -> None:
+        """Add samples.
+
+        Args:
+            forecast: Its power, (B, L, own channels, M).
+            truth: The same of the truth.
+            own: Which channels this rank has.
+            counts_band: Whether this rank is the one of its bands that counts them.
+        """
+        if counts_band:
+            self.power[:, :, own] += torch.stack([forecast.sum(0), truth.sum(0)])
 
     @override
     def compute(self) -> Tensor:

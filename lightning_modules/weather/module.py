@@ -394,8 +394,7 @@ class WeatherMixerModule(Supervised):
         for name, part, correlation in zip(self.forecasts, sums, correlations, strict=True):
             self._scores[stage][name].update(part[0], correlation, self.own, grid.token == 0, self.first_of_instance)
         power = self._power(torch.stack([forecast, truth], 1))  # (B, 2, L, V, M)
-        if grid.token == 0:
-            self._spectra[stage].update(power[:, 0], power[:, 1], self.own)
+        self._spectra[stage].update(power[:, 0], power[:, 1], self.own, grid.token == 0)
         out = {"loss": grid.sum_over_instance(loss)}
         if stage == "test":
             out |= self._for_figures(batch, whole[:, 0], correlations, power, (forecast, truth), batch_idx)
