@@ -75,6 +75,7 @@ class WeatherMixerModule(Supervised):
         linear_patterns: Empirical orthogonal functions of the linear baseline; 0: leave it out.
         linear_ridge: Its ridge.
         baseline_samples: Most training samples that damped persistence and the linear baseline are fitted to.
+        logged_channels: Whose scores are logged; None: of all. The table of skill has all.
         seed: Of random rollouts.
 
     Raises:
@@ -101,6 +102,7 @@ class WeatherMixerModule(Supervised):
         linear_patterns: int = 100,
         linear_ridge: float = 0.01,
         baseline_samples: int = 1024,
+        logged_channels: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
         chosen = {"rollout_mode": (rollout_mode, Mode), "rollout": (rollout, Rollout)}
@@ -126,7 +128,7 @@ class WeatherMixerModule(Supervised):
         self.rollout, self.eval_rollout = rollout, eval_rollout
         self.weights_kind, self.weight_power, self.latitude_weighted = channel_weights, weight_power, latitude_weighted
         self.linear_patterns, self.linear_ridge, self.baseline_samples = linear_patterns, linear_ridge, baseline_samples
-        self.seed = seed
+        self.logged_channels, self.seed = logged_channels, seed
         self.losses = nn.ModuleDict({stage: SumRatio() for stage in ("val_", "test_")})
         self._scores: dict[str, dict[str, WeatherScores]] = {}
         self._spectra: dict[str, ZonalSpectrum] = {}
@@ -255,6 +257,10 @@ class WeatherMixerModule(Supervised):
         for name, size in sizes.items():
             if getattr(self.data, name) != size:
                 raise ValueError(f"model.net.{name}={size}: the data have {getattr(self.data, name)} (data.{name})")
+        if strange := [name for name in self.logged_channels or () if name not in self.data.names]:
+            raise ValueError(
+                f"model.logged_channels names {strange[0]!r}; the channels are {', '.join(self.data.names)}"
+            )
         own = grid.channels(self.data.num_outputs, self.data.num_inputs)
         self._constants = {
             "latitude": self.data.latitude_weight,
@@ -511,6 +517,8 @@ class WeatherMixerModule(Supervised):
         ratios |= {"damped_persistence": "damped_ratio", "linear": "linear_ratio"}
         for i, lead in enumerate(self.data.lead_names):
             for j, channel in enumerate(self.data.names):
+                if self.logged_channels is not None and channel not in self.logged_channels:
+                    continue
                 at = f"{channel}@{lead}"
                 values[f"{stage}/rmse/{at}"] = found["model"]["rmse"][i, j] * scale[j]
                 values[f"{stage}/acc/{at}"] = found["model"]["acc"][i, j]

@@ -235,7 +235,7 @@ STORE = (
     "data.levels=[850,500]", "data.statics=[lsm]", "data.height=8", "data.width=16", "data.num_inputs=4",
     "data.num_outputs=3", "data.leads_h=[6]", "data.train=null", "data.val=null", "data.test=null",
     "data.normalization=store", "data.climatology=mean", "data.num_workers=0", "model.net.patch=4", "model.net.dim=8",
-    "data.eval_every=1",
+    "data.eval_every=1", "model.logged_channels=null",
 )  # fmt: skip
 
 

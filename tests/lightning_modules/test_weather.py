@@ -206,10 +206,11 @@ def test_it_learns(tmp_path, cache):
 
 
 def test_a_bare_module_loads_the_weights(tmp_path, cache):
-    made, data = module(), planet(cache)
+    made, data = module(logged_channels=["u"]), planet(cache)
     assert all(p.is_meta for p in made.parameters()) and sum(p.numel() for p in made.parameters()) > 1000
     run = trainer(tmp_path)
     run.validate(made, data, verbose=False)
+    assert {name.split("/")[-1] for name in run.callback_metrics if "/rmse/" in name} == {"u@6h", "u@24h"}
     bare = module()
     bare.load_state_dict(made.state_dict())
     x = data.samples("val")[0]["input"][None]
@@ -245,6 +246,8 @@ def test_wrong_settings_are_named(options, words):
 def test_module_and_data_must_fit(tmp_path, cache):
     with pytest.raises(ValueError, match=r"model\.rollout_max=3: the training samples have 1 targets; set data\.train"):
         trainer(tmp_path).validate(module(rollout_max=3), planet(cache), verbose=False)
+    with pytest.raises(ValueError, match=r"model\.logged_channels names 'x'; the channels are h, u, v, zeta"):
+        trainer(tmp_path).validate(module(logged_channels=["h", "x"]), planet(cache), verbose=False)
     other = partial(WeatherMixer, **{**SIZES, "width": 64}, **NET)
     with pytest.raises(ValueError, match=r"model\.net\.width=64: the data have 32 \(data\.width\)"):
         trainer(tmp_path).validate(module(other), planet(cache), verbose=False)
