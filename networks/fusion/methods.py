@@ -1,0 +1,238 @@
+"""Every way to make one network of several, behind one function."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from networks.fusion.alignment import average, match_layers, match_weights, permuted, require_equal_shapes
+from networks.fusion.assembly import examined, tensors
+from networks.fusion.layout import ChannelGroups
+from networks.fusion.reconstruction import recalibrate_bn, reconstruct
+from networks.fusion.transplantation import provenance, transplant
+
+Score = Callable[[nn.Module], float]
+"""What a network is worth, for example its accuracy in validation; more is better."""
+
+
+@dataclass
+class FusionResult:
+    """A network made of several.
+
+    Attributes:
+        model: The network, in evaluation mode; it shares no tensor with the members.
+        method: How it was made.
+        seconds: That it took.
+        provenance: By group: how many channels come from every member; empty where channels are mixed.
+        details: What else a method has to say.
+    """
+
+    model: nn.Module
+    method: str
+    seconds: float = 0.0
+    provenance: dict[str, list[int]] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What methods get.
+
+    Attributes:
+        members: The networks.
+        groups: Of every network.
+        batches: Unlabelled inputs; empty where there are none.
+        score: Of a network; None: not known.
+    """
+
+    members: Sequence[nn.Module]
+    groups: Sequence[ChannelGroups]
+    batches: Sequence[Tensor]
+    score: Score | None
+
+    def scored(self, method: str) -> list[float]:
+        """The score of every member.
+
+        Raises:
+            ValueError: There is none.
+        """
+        if self.score is None:
+            raise ValueError(f"method {method} chooses among the members and needs a score, as of validation data")
+        return [self.score(member) for member in self.members]
+
+
+class MeanOfOutputs(nn.Module):
+    """The ensemble itself: the mean of what its members give."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The mean, of the shape that each member gives."""
+        return torch.stack([member(*inputs) for member in self.members]).mean(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- methods
+
+
+def _best(request: Request) -> FusionResult:
+    scores = request.scored("best")
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return FusionResult(_copy(request.members[best]), "best", details={"member": best, "scores": scores})
+
+
+def _ensemble(request: Request) -> FusionResult:
+    return FusionResult(MeanOfOutputs([_copy(member) for member in request.members]), "ensemble")
+
+
+def _average(request: Request) -> FusionResult:
+    return FusionResult(average(request.members), "average")
+
+
+def _soup(request: Request) -> FusionResult:
+    """Greedy soup (Wortsman et al., ICML 2022): members join the mean, best first, as long as it does not get worse."""
+    scores = request.scored("soup")
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
+    chosen, value = order[:1], scores[order[0]]
+    for k in order[1:]:
+        found = request.score(average([request.members[j] for j in (*chosen, k)]))
+        if found >= value:
+            chosen, value = [*chosen, k], found
+    model = average([request.members[j] for j in chosen])
+    return FusionResult(model, "soup", details={"members": chosen, "score": value})
+
+
+def _aligned(request: Request, match: Callable[..., dict[int, Tensor]], method: str) -> FusionResult:
+    first, *others = request.members
+    require_equal_shapes([tensors(member) for member in request.members])
+    aligned = [permuted(other, request.groups[0], match(first, other, request.groups[0])) for other in others]
+    return FusionResult(average([first, *aligned]), method)
+
+
+def _rebasin(request: Request) -> FusionResult:
+    return _aligned(request, match_weights, "rebasin")
+
+
+def _ot(request: Request) -> FusionResult:
+    return _aligned(request, match_layers, "ot")
+
+
+def _nt(
+    request: Request,
+    order: str = "joint",
+    fraction: float | None = None,
+    target_width: float = 1.0,
+    p: float = 2.0,
+    weighting: str = "width",
+    base: int = 2,
+) -> FusionResult:
+    found = transplant(request.members, request.groups, order, fraction, target_width, p, weighting, base)
+    return FusionResult(
+        found.network,
+        "nt",
+        provenance=provenance(request.groups[0], found.origin, len(request.members)),
+        details={"scales": found.scales},
+    )
+
+
+def _nt_r(
+    request: Request,
+    order: str = "joint",
+    fraction: float | None = None,
+    target_width: float = 1.0,
+    p: float = 2.0,
+    weighting: str = "width",
+    base: int = 2,
+    ridge: float = 1e-2,
+) -> FusionResult:
+    if not len(request.batches):
+        raise ValueError("method nt_r fits layers to the members on unlabelled inputs and needs some")
+    found = transplant(request.members, request.groups, order, fraction, target_width, p, weighting, base)
+    reconstruct(found, request.members, request.groups, request.batches, ridge)
+    return FusionResult(
+        recalibrate_bn(found.network, request.batches),
+        "nt_r",
+        provenance=provenance(request.groups[0], found.origin, len(request.members)),
+        details={"scales": found.scales},
+    )
+
+
+METHODS: dict[str, Callable[..., FusionResult]] = {
+    "best": _best,
+    "ensemble": _ensemble,
+    "average": _average,
+    "soup": _soup,
+    "rebasin": _rebasin,
+    "ot": _ot,
+    "nt": _nt,
+    "nt_r": _nt_r,
+}
+
+
+def _copy(network: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(network)
+
+
+def options(method: str) -> list[str]:
+    """What a method can be told.
+
+    Raises:
+        ValueError: The method is unknown.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is unknown; choose one of {', '.join(METHODS)}")
+    return list(inspect.signature(METHODS[method]).parameters)[1:]
+
+
+def fuse(
+    members: Sequence[nn.Module],
+    method: str,
+    example: Sequence[Any],
+    batches: Sequence[Tensor] = (),
+    score: Score | None = None,
+    recalibrate: bool = False,
+    **settings: Any,
+) -> FusionResult:
+    """Make one network of several.
+
+    Args:
+        members: At least two, of one architecture; they are not changed. Methods that average need equal widths.
+        method: ``average``, ``ot``, ``rebasin``, ``soup``, ``nt`` (transplantation), ``nt_r`` (with layers fitted to
+            the ensemble), ``best`` (member) or ``ensemble`` (all of them, no fusion).
+        example: Arguments of a member's ``forward``: tells how its layers are connected.
+        batches: Unlabelled inputs, for ``nt_r`` and for the statistics of batch normalisations.
+        score: Of a network, for ``best`` and ``soup``.
+        recalibrate: Whether running statistics are estimated anew on ``batches``; ``nt_r`` does so anyway.
+        **settings: Of the method: see `networks.fusion.transplantation.transplant`, and ``ridge`` of
+            `networks.fusion.reconstruction.reconstruct`.
+
+    Raises:
+        ValueError: Names what is wrong with members or settings.
+    """
+    known = options(method)
+    if unknown := [name for name in settings if name not in known]:
+        raise ValueError(f"method {method} takes no {unknown[0]!r}; it takes {', '.join(known) or 'nothing'}")
+    modes = [member.training for member in members]
+    begin = time.perf_counter()
+    try:
+        for member in members:
+            member.eval()
+        groups = examined(members, example)
+        result = METHODS[method](Request(members, groups, batches, score), **settings)
+        if recalibrate and method not in ("best", "ensemble", "nt_r"):
+            recalibrate_bn(result.model, batches)
+    finally:
+        for member, mode in zip(members, modes, strict=True):
+            member.train(mode)
+    result.model.eval()
+    result.seconds = time.perf_counter() - begin
+    return result
