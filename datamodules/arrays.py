@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -227,7 +229,8 @@ class SplitArrays(LightningDataModule):
         self._order = torch.empty(0)
         if self.source == "digits":
             images = read_digits()
-            rows = torch.from_numpy(images.pixels.reshape(len(images.pixels), -1)).to(self.dtype)
+            pixels = images.load(np.arange(len(images.labels)))
+            rows = torch.from_numpy(pixels.reshape(len(pixels), -1)).to(self.dtype)
             labels = torch.from_numpy(images.labels)
             self._memory = tuple(SplitArray(t, t.shape, None, self.comm).resplit(0) for t in (rows, labels))
         elif self.source == "file":
@@ -277,7 +280,7 @@ class SplitArrays(LightningDataModule):
             return self._memory[0].shape[0]
         if self._store is not None:
             if self.flatten == "last" and len(self._store.shape) > 1:
-                return int(torch.tensor(self._store.shape[:-1]).prod())
+                return math.prod(self._store.shape[:-1])
             return self._store.shape[0]
         return self.num_rows
 
@@ -288,7 +291,7 @@ class SplitArrays(LightningDataModule):
             return self._memory[0].shape[1]
         if self._store is not None:
             tail = self._store.shape[-1:] if self.flatten == "last" else self._store.shape[1:]
-            columns = int(torch.tensor(tail).prod()) if tail else 1
+            columns = math.prod(tail)
             return columns - (self.label_column is not None)
         return self.generator.num_features
 
@@ -318,14 +321,16 @@ class SplitArrays(LightningDataModule):
     def _from_store(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         store = self._store
         if self.flatten == "last" and len(store.shape) > 2:
-            inner = int(torch.tensor(store.shape[1:-1]).prod())
+            inner = math.prod(store.shape[1:-1])
             low, high = first // inner, -(-last // inner)
             part = torch.from_numpy(store.read(low, high)).reshape(-1, store.shape[-1])[
                 first - low * inner : last - low * inner
             ]
         else:
             part = torch.from_numpy(store.read(first, last))
-        rows = part.reshape(last - first, -1).to(self.dtype if self.label_column is None else torch.float64)
+        columns = math.prod(part.shape[1:])
+        rows = part.reshape(last - first, columns)
+        rows = rows.to(self.dtype if self.label_column is None else torch.float64)
         if self.label_column is not None:
             alone = Comm()
             x, y = self._divided(SplitArray(rows, rows.shape, 0, alone))
@@ -385,6 +390,15 @@ class SplitArrays(LightningDataModule):
     @override
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("all")
+
+    @override
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Rows that stay in memory move to the device once."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        for found in self._resident.values():
+            if found["x"] is batch["x"]:
+                found.update(moved)
+        return moved
 
     @property
     def bytes_read(self) -> int:

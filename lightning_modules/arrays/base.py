@@ -42,8 +42,8 @@ class ClassicalModule(pl.LightningModule):
     fitted is in ``state_dict`` and in checkpoints, the same on all processes.
 
     Logged in training: ``train/objective``, ``train/change``; ``time/compute_s``, ``time/communication_s`` and
-    ``comm/received_bytes`` of an iteration on the first process. Steps of validation, test and predict return ``row``
-    and what the estimator says of each row (``prediction``, ``target``); validation and test also ``loss``. The first
+    ``comm/received_bytes`` of an iteration on the first process; in validation ``val/iterations``, their number. Steps
+    of validation, test and predict return ``row`` and what the estimator says of each row (``prediction``, ``target``); validation and test also ``loss``. The first
     step of a test has ``history``, an iteration per row with `HISTORY_COLUMNS`.
 
     Args:
@@ -207,6 +207,7 @@ class ClassicalModule(pl.LightningModule):
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_sums()
+        self.log_exact({"val/iterations": float(self.estimator.n_iter)})
 
     @override
     def on_test_epoch_end(self) -> None:

@@ -102,7 +102,7 @@ class SpectralModule(ClassicalModule):
         affinity: ``knn`` or ``gaussian``.
         neighbours: Of ``knn``.
         gamma: Of ``gaussian``.
-        steps: Size of the Krylov basis.
+        steps: Largest size of the Krylov basis.
         seed: Of Lanczos and k-means.
         optimizer: Unused.
         scheduler: Unused.
@@ -114,7 +114,7 @@ class SpectralModule(ClassicalModule):
         affinity: Literal["knn", "gaussian"] = "knn",
         neighbours: int = 10,
         gamma: float = 1.0,
-        steps: int = 120,
+        steps: int = 500,
         seed: int = 0,
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,

@@ -317,9 +317,8 @@ class Shift:
 
 
 def _raw(tensor: Tensor) -> Tensor:
-    """The same memory as bytes: transports need not know all types."""
-    if tensor.dim() == 0:
-        tensor = tensor.view(1)
+    """The same memory as a vector of bytes: transports need not know all types."""
+    tensor = tensor.as_strided((tensor.numel(),), (1,))  # it is contiguous, whatever strides axes of length 1 have
     return tensor if tensor.dtype == torch.uint8 else tensor.view(torch.uint8)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from parallel.array.array import SplitArray
-from parallel.array.chunks import balanced, offsets
-from parallel.array.moments import gram_of, gram_over_ranks
+from parallel.array.chunks import offsets
 from parallel.array.products import matmul
 from parallel.array.rng import Generator
 from parallel.array.shaping import transpose
@@ -283,7 +283,7 @@ def lstsq(a: SplitArray, b: SplitArray, ridge: float = 0.0, method: Literal["aut
     b = b.resplit(0, a.map) if a.split == 0 else b.resplit(None)
     if a.shape[0] != b.shape[0]:
         raise ValueError(f"lstsq: {a.shape[0]} rows on the left, {b.shape[0]} on the right")
-    x, y = a.local.double(), b.local.double().reshape(len(b.local), -1)
+    x, y = a.local.double(), b.local.double().reshape(len(b.local), math.prod(b.shape[1:]))
     f = a.shape[1]
     joined = torch.cat([x.mT @ x, x.mT @ y], 1)
     joined = a.comm.all_reduce(joined) if a.split == 0 else joined
@@ -335,7 +335,7 @@ def solve(a: SplitArray, b: SplitArray, rtol: float = 1e-10, max_iter: int | Non
         raise ValueError(f"solve: a matrix of shape {a.shape} and a right side of shape {b.shape} do not fit")
     a = a.resplit(0) if a.split == 1 else a
     b = b.resplit(0, a.map) if a.split == 0 else b.resplit(None)
-    rhs = b.local.to(a.dtype).reshape(len(b.local), -1)
+    rhs = b.local.to(a.dtype).reshape(len(b.local), math.prod(b.shape[1:]))
 
     def total(value: Tensor) -> Tensor:
         value = value.double().sum(0)
@@ -372,7 +372,14 @@ class Lanczos(NamedTuple):
 
 
 def lanczos(
-    product, rows: int, map_: tuple[int, ...], like: SplitArray, wanted: int, steps: int, seed: int = 0
+    product: Callable[[Tensor], Tensor],
+    rows: int,
+    map_: tuple[int, ...],
+    like: SplitArray,
+    wanted: int,
+    steps: int,
+    seed: int = 0,
+    tol: float = 1e-9,
 ) -> Lanczos:
     """Largest eigenvalues of a symmetric operator, descending, with full reorthogonalisation (twice), in float64.
 
@@ -382,8 +389,9 @@ def lanczos(
         map_: Rows of every rank; empty: all on each.
         like: Tells the ranks.
         wanted: Eigenvalues.
-        steps: Size of the basis.
+        steps: Largest size of the basis; it ends earlier where all residuals are below ``tol``.
         seed: Of the start vector, the same for every number of ranks.
+        tol: Residual norm of a wanted pair.
 
     Returns:
         ``values`` and the local rows of ``vectors``, ``(local rows, wanted)``.
@@ -407,29 +415,25 @@ def lanczos(
         for _ in range(2):
             w = w - basis[:, : step + 1] @ total(basis[:, : step + 1].mT @ w)
         size = float(total(w @ w).sqrt())
-        if size < 1e-12:  # an invariant subspace
-            steps = step + 1
-            break
+        last = step + 1 == steps
+        if size < 1e-12 or last or step % 20 == 19:  # an invariant subspace, the end, or time to look
+            found = _tridiagonal(alpha, beta)
+            residual = size * found[1][-1].flip(0)[:wanted].abs()
+            if size < 1e-12 or last or (step + 1 >= wanted and bool((residual < tol).all())):
+                steps = step + 1
+                break
         beta.append(size)
         v = w / size
-    small = torch.diag(torch.tensor(alpha, dtype=torch.float64))
-    off = torch.tensor(beta[: steps - 1], dtype=torch.float64)
-    small = small + torch.diag(off, 1) + torch.diag(off, -1)
-    values, vectors = torch.linalg.eigh(small)
+    values, vectors = _tridiagonal(alpha, beta)
     values, vectors = values.flip(0)[:wanted], vectors.flip(1)[:, :wanted].to(like.device)
     return Lanczos(values, basis[:, :steps] @ vectors)
 
 
-def centred_eigen(a: SplitArray) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, eigenvalues (descending) and eigenvectors of ``(a - mean)^T (a - mean)``, float64."""
-    found = gram_over_ranks(gram_of(a.local), a.comm) if a.split == 0 else gram_of(a.local)
-    values, vectors = torch.linalg.eigh(found.scatter)
-    return found.mean, values.flip(0).clamp(min=0), vectors.flip(1)
-
-
-def balanced_rows(rows: int, like: SplitArray) -> tuple[int, ...]:
-    """The canonical map of ``rows`` on the ranks of an array."""
-    return balanced(rows, like.comm.size)
+def _tridiagonal(alpha: list[float], beta: list[float]) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (ascending) and vectors of the projected operator."""
+    off = torch.tensor(beta[: len(alpha) - 1], dtype=torch.float64)
+    small = torch.diag(torch.tensor(alpha, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
+    return torch.linalg.eigh(small)
 
 
 NAMES = ("qr", "svd", "hsvd", "rsvd", "lstsq", "solve")

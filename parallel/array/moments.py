@@ -6,6 +6,7 @@ in float64 before anything is squared, so that float32 data with mean / std = 1e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -132,13 +133,13 @@ def moments(array: SplitArray, axis: Axis = None, order: int = 4) -> tuple[Momen
     kept = [i for i in range(array.ndim) if i not in axes]
     moved = array.local.permute(*axes, *kept)
     shape = [array.local.shape[i] for i in kept]
-    count = int(torch.tensor([array.local.shape[i] for i in axes]).prod()) if axes else 1
+    count = math.prod(array.local.shape[i] for i in axes)
     if not kept:
         found = _of_one_column(moved.reshape(-1), order)
     elif len(axes) == 1 and axes[0] == array.ndim - 1 and array.ndim > 1:
         found = _of_rows(array.local.reshape(-1, array.local.shape[-1]), order)  # without copying the transpose
     else:
-        found = moments_of(moved.reshape(count, -1), order)
+        found = moments_of(moved.reshape(count, math.prod(shape)), order)
     found = Moments(*(part.reshape(shape) for part in found))
     return (over_ranks(found, array.comm) if crosses(array, axes) else found), axes
 

@@ -7,6 +7,7 @@ statistics move no element at all: the histogram of the leading bits says which 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -129,7 +130,7 @@ def _sorted(array: SplitArray, axis: int, descending: bool, indexed: bool) -> tu
             array.like(index, array.shape, array.split, array.map or None) if indexed else None,
         )
     moved = keys.movedim(axis, 0)
-    columns = moved.reshape(len(moved), -1)
+    columns = _columns(moved)
     width = columns.shape[1]
     if width <= _FEW_COLUMNS * array.comm.size:
         runs = [_sample_sort(c.contiguous(), array.map, array.comm, indexed) for c in columns.unbind(1)]
@@ -155,6 +156,11 @@ def _along(keys: Tensor, axis: int, indexed: bool) -> tuple[Tensor, Tensor | Non
     if indexed or keys.device.type != "cpu":
         return torch.sort(keys, dim=axis, stable=True)
     return torch.from_numpy(np.sort(keys.numpy(), axis=axis)), None
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    """All axes but the first as one, also where there is no element."""
+    return tensor.reshape(len(tensor), math.prod(tensor.shape[1:]))
 
 
 def topk(array: SplitArray, k: int, axis: int = -1, largest: bool = True) -> tuple[SplitArray, SplitArray]:
@@ -271,7 +277,7 @@ def percentile(
     else:
         moved = to_keys(array.local).movedim(axis, 0)
         comm = array.comm if axis == array.split else None
-        found = _order_statistics(moved.reshape(len(moved), -1), array.shape[axis], wanted, method, comm, array.dtype)
+        found = _order_statistics(_columns(moved), array.shape[axis], wanted, method, comm, array.dtype)
         found = found.reshape(len(wanted), *moved.shape[1:])
         shape = tuple(n for i, n in enumerate(array.shape) if i != axis)
         split, map_ = (

@@ -60,7 +60,7 @@ def _k_means(comm: Comm) -> dict[str, Any]:
     found = KMeans(6, tol=0.0).fit(x)
     far = KMeans(6, "given", torch.full((6, 5), 50.0, dtype=torch.float64), tol=0.0, empty="farthest").fit(x)
     out = {"given": given.centres, "labels": given.predict(x), "inertia": given.inertia, "parallel": found.centres}
-    out |= {"random": KMeans(6, "random").fit(x).centres, "far": far.counts.sort()[0]}
+    out |= {"random": KMeans(6, "random").fit(x).centres, "far": (far.counts > 0).all()}
     out |= {"medians": KMedians(6).fit(x).centres, "medoids": KMedoids(6).fit(x).centres}
     blocks = MiniBatchKMeans(6)
     for i in range(0, 701, 200):
@@ -188,7 +188,7 @@ def test_the_number_of_ranks_changes_nothing(name, size, alone, ranks4):
     for found in ranks4(fit, name, size)[:size]:
         assert found.keys() == alone[name].keys()
         for key, value in found.items():
-            np.testing.assert_allclose(value, alone[name][key], rtol=1e-7, atol=1e-9, err_msg=f"{name} {key}")
+            np.testing.assert_allclose(value, alone[name][key], rtol=1e-7, atol=1e-7, err_msg=f"{name} {key}")
 
 
 def test_k_means_is_that_of_scikit_learn(alone):
@@ -201,7 +201,7 @@ def test_k_means_is_that_of_scikit_learn(alone):
     assert -alone["_k_means"]["score"] <= 1.2 * best.inertia_  # one start against the best of ten
     labels = KMeans(6, tol=0.0).fit(pa.from_global(x, 0, Comm())).predict(pa.from_global(x, 0, Comm())).numpy()
     assert alone["_k_means"]["silhouette"] == pytest.approx(metrics.silhouette_score(x, labels), abs=1e-6)
-    assert (alone["_k_means"]["far"] > 0).all()
+    assert alone["_k_means"]["far"]
 
 
 def test_regressions_are_those_of_scikit_learn(alone):

@@ -106,7 +106,7 @@ class KMeans(Estimator):
         self.centres: Tensor | None = None
         self.counts: Tensor | None = None
         self.spread: Tensor | None = None
-        self._norm: tuple[int, float] | None = None
+        self._norm: tuple[Tensor, float] | None = None
 
     @property
     def inertia(self) -> float:
@@ -139,10 +139,10 @@ class KMeans(Estimator):
 
     def _squared_norm(self, x: SplitArray) -> float:
         """Sum of the squares of all elements: the part of the inertia that does not depend on the centres."""
-        if self._norm is None or self._norm[0] != id(x.local):
+        if self._norm is None or self._norm[0] is not x.local:
             blocks = [block.double().square().sum() for block in x.local.split(_BLOCK)]
             total = torch.stack(blocks).sum() if blocks else torch.zeros((), dtype=torch.float64, device=x.device)
-            self._norm = id(x.local), float(all_reduce(x, total))
+            self._norm = x.local, float(all_reduce(x, total))
         return self._norm[1]
 
     def iterate(self, x: SplitArray, y: SplitArray | None = None) -> Step:

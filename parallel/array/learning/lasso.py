@@ -187,7 +187,7 @@ class Lasso(Estimator):
         self.intercept: Tensor | None = None
         self.gap: Tensor | None = None
         self._problem: Problem | None = None
-        self._source: int | None = None
+        self._source: Tensor | None = None
 
     def begin(self, x: SplitArray, y: SplitArray | None = None) -> None:
         """All coefficients 0."""
@@ -200,9 +200,9 @@ class Lasso(Estimator):
         """Form the Gram matrix, or the means, of the rows; needed again after a restart."""
         x = self.rows(x)
         target = aligned_labels(x, y, "Lasso")
-        if self._problem is not None and self._source == id(x.local):
+        if self._problem is not None and self._source is x.local:
             return
-        self._source = id(x.local)
+        self._source = x.local
         self._by_gram = self.mode == "gram" or (self.mode == "auto" and x.shape[1] <= GRAM_COLUMNS)
         if self._by_gram:
             self._problem = Problem.of(problem_moments(x, target))

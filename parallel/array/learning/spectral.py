@@ -37,7 +37,7 @@ class Spectral(Estimator):
         affinity: ``knn``: the graph of the nearest rows, made symmetric; ``gaussian``: ``exp(-gamma d^2)``, dense.
         neighbours: Of ``knn``, the row itself among them.
         gamma: Of ``gaussian``.
-        steps: Size of the Krylov basis.
+        steps: Largest size of the Krylov basis.
         seed: Of Lanczos and k-means.
 
     Attributes:
@@ -53,7 +53,7 @@ class Spectral(Estimator):
         affinity: Literal["knn", "gaussian"] = "knn",
         neighbours: int = 10,
         gamma: float = 1.0,
-        steps: int = 120,
+        steps: int = 500,
         seed: int = 0,
     ) -> None:
         super().__init__(1)
