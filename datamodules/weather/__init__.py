@@ -1,7 +1,8 @@
-"""Gridded weather: any zarr or NetCDF store, a real sample, and generated shallow water."""
+"""Gridded weather: any zarr or NetCDF store, a real sample, and generated weather."""
 
+from datamodules.weather.advected import AdvectedFields
 from datamodules.weather.era5_sample import ERA5Sample
 from datamodules.weather.module import WeatherZarr
 from datamodules.weather.shallow_water import ShallowWater
 
-__all__ = ["ERA5Sample", "ShallowWater", "WeatherZarr"]
+__all__ = ["AdvectedFields", "ERA5Sample", "ShallowWater", "WeatherZarr"]
