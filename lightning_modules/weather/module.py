@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
@@ -76,6 +77,7 @@ class WeatherMixerModule(Supervised):
         linear_ridge: Its ridge.
         baseline_samples: Most training samples that damped persistence and the linear baseline are fitted to.
         logged_channels: Whose scores are logged; None: of all. The table of skill has all.
+        weights: Checkpoint file whose network this one begins with; the optimizer begins anew. None: at random.
         seed: Of random rollouts.
 
     Raises:
@@ -103,6 +105,7 @@ class WeatherMixerModule(Supervised):
         linear_ridge: float = 0.01,
         baseline_samples: int = 1024,
         logged_channels: Sequence[str] | None = None,
+        weights: str | None = None,
         seed: int = 0,
     ) -> None:
         chosen = {"rollout_mode": (rollout_mode, Mode), "rollout": (rollout, Rollout)}
@@ -128,7 +131,9 @@ class WeatherMixerModule(Supervised):
         self.rollout, self.eval_rollout = rollout, eval_rollout
         self.weights_kind, self.weight_power, self.latitude_weighted = channel_weights, weight_power, latitude_weighted
         self.linear_patterns, self.linear_ridge, self.baseline_samples = linear_patterns, linear_ridge, baseline_samples
-        self.logged_channels, self.seed = logged_channels, seed
+        self.logged_channels, self.weights, self.seed = logged_channels, weights, seed
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"model.weights={weights}: no such file; name a checkpoint of an earlier run, or null")
         self.losses = nn.ModuleDict({stage: SumRatio() for stage in ("val_", "test_")})
         self._scores: dict[str, dict[str, WeatherScores]] = {}
         self._spectra: dict[str, ZonalSpectrum] = {}
@@ -141,6 +146,20 @@ class WeatherMixerModule(Supervised):
     def configure_model(self) -> None:
         if any(parameter.is_meta for parameter in self.net.parameters()):
             self.net = self.make_net(grid=grid_of(self._trainer))
+            if self.weights is not None:
+                self._begin_with(self.weights)
+
+    def _begin_with(self, path: str) -> None:
+        if not self.net.grid.is_serial:
+            raise ValueError(
+                f"model.weights={path}: one file for whole networks; resume on a grid of ranks with ckpt_path instead"
+            )
+        stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+        mine = {key.removeprefix("net."): value for key, value in stored.items() if key.startswith("net.")}
+        try:
+            self.net.load_state_dict(mine)
+        except RuntimeError as error:
+            raise ValueError(f"model.weights={path}: of another network than model.net: {error}") from None
 
     @override
     def cpu(self) -> Self:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -18,15 +21,16 @@ from datamodules.energy_records import PUBLISHED, EnergyRecords
 from datamodules.image_set import stratified_subset
 from datamodules.images import Images
 from lightning_modules.schedules import WarmupPlateau
-from physics.energy_cost import fit_cost, leave_one_out
+from physics.energy_cost import fit_cost, knee, leave_one_out
 from physics.energy_cost.analysis import analyse
 from physics.energy_cost.configuration import distinct
 from physics.energy_cost.records import read_runs, read_table
 from runner import job
 from tests import cli
-from tests.composing import composed, plain
+from tests.composing import ROOT, composed, plain
 from tests.datamodules.test_images import Stage
 
+CIFAR = Path(os.environ.get("WATTLIGHT_DATA", ROOT.parent / "shared" / "data"))
 PUBLISHED_RUNS = read_table(PUBLISHED, repetitions=5)
 UNIQUE = distinct(PUBLISHED_RUNS)
 # kappa [kW], samples per device hour, device updates per device hour, as printed in the document.
@@ -147,6 +151,50 @@ def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
     assert (folder / "energy_scaling" / "scaling.tex").read_text().count(r"\\") == 7
 
 
+# --- 4: one process or two -------------------------------------------------------------------------------------------
+
+
+def losses(experiment: str, folder: str, devices: int, *overrides: str) -> list[float]:
+    """Training losses of ten steps."""
+    overrides = (
+        f"experiment={experiment}", f"trainer.devices={devices}", "trainer.max_steps=10", "trainer.log_every_n_steps=1",
+        "trainer.limit_val_batches=0", "test=false", "logger=csv", "callbacks=none", *overrides,
+    )  # fmt: skip
+    result = job.run(plain(composed(*overrides, run_dir=folder)))
+    assert result["status"] == "completed", result.get("error")
+    if not (path := next(Path(folder).rglob("metrics.csv"), None)):
+        return []
+    rows = pd.read_csv(path)
+    return rows["train/loss_step" if "train/loss_step" in rows else "train/loss"].dropna().tolist()
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides"),
+    [
+        (
+            "energy_scaling/afno_pretrain",
+            ("data.batch_size=8", "data.records=20", "data.num_train=4", "model.linear_patterns=0", "model.net.dim=32"),
+        ),
+        pytest.param(
+            "energy_scaling/resnet_cds_gbs",
+            ("trainer=multi_gpu", "trainer.devices=2", "data.batch_size=32", "trainer.sync_batchnorm=true"),
+            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="batch norms are synchronised on GPUs only"),
+        ),
+    ],
+    ids=["afno", "resnet"],
+)
+def test_4_two_processes_compute_what_one_does(experiment, overrides, tmp_path, ranks2):
+    if "afno" in experiment:
+        overrides = (*overrides, f"data.cache_dir={tmp_path}")
+    ranks2(losses, experiment, str(tmp_path / "two"), 2, *overrides)
+    one = losses(experiment, str(tmp_path / "one"), 1, *overrides)
+    (found,) = Path(tmp_path / "two").rglob("metrics.csv")
+    rows = pd.read_csv(found)
+    two = rows["train/loss_step" if "train/loss_step" in rows else "train/loss"].dropna().tolist()
+    assert len(one) == len(two) >= 2
+    assert two == pytest.approx(one, rel=1e-5)
+
+
 # --- 8, 9: schedule and subsets --------------------------------------------------------------------------------------
 
 
@@ -218,6 +266,53 @@ def test_9_the_set_grows_with_the_devices():
     data.trainer = Stage("train", layout={"num_replicas": 64, "rank": 0})
     with pytest.raises(ValueError, match="samples_per_device=100 on 64 devices"):
         data.train_dataloader()
+
+
+# --- 10: weather that can be learned ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_10_a_fourier_network_learns_rotations_and_a_second_step(tmp_path):
+    overrides = ("trainer=cpu", f"data.cache_dir={tmp_path}", "logger=none", "~callbacks.energy", "~callbacks.figures")
+    overrides = (*overrides, "model.linear_patterns=0", "trainer.max_epochs=1")
+
+    def run(name: str, *more: str) -> dict[str, float]:
+        result = job.run(plain(composed(f"experiment={name}", *overrides, *more, run_dir=tmp_path / name)))
+        assert result["status"] == "completed", result.get("error")
+        return result["metrics"]
+
+    first = run("energy_scaling/afno_pretrain", "trainer.max_steps=300")
+    for channel in range(4):
+        assert first[f"test/persistence_ratio/c{channel}@6h"] <= 0.7
+    weights = tmp_path / "energy_scaling/afno_pretrain/checkpoints/best.ckpt"
+    second = run("energy_scaling/afno_finetune", f"model.weights={weights}")
+    before, after = (sum(m[f"test/rmse/c{channel}@12h"] for channel in range(4)) for m in (first, second))
+    assert after < before
+
+
+# --- 11: large batches -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_11_large_batches_lose_quality_beyond_a_knee(tmp_path):
+    """A twentieth of CIFAR-10, epochs fixed, the rate in proportion to the batch."""
+    if not (CIFAR / "cifar10-imagefolder.zip").is_file():
+        pytest.skip(f"no cifar10-imagefolder.zip in {CIFAR}")
+    sizes, metrics = (16, 32, 64, 128, 256, 512, 1024), []
+    for size in sizes:
+        overrides = (
+            "experiment=energy_scaling/resnet_cds_gbs", "data=cifar10_small", f"data_dir={CIFAR}", "trainer=cpu",
+            "data.image_size=16", f"data.batch_size={size}", "data.local_batch_size=null", "data.val_fraction=0.1",
+            "model.net.width=0.125", "logger=none", "callbacks=none", "trainer.max_epochs=5",
+        )  # fmt: skip
+        result = job.run(plain(composed(*overrides, run_dir=tmp_path / str(size))))
+        assert result["status"] == "completed", result.get("error")
+        metrics.append(result["metrics"]["test/accuracy"])
+    found = knee(sizes, metrics)
+    assert sizes[0] < found < sizes[-1], metrics
+    assert metrics[-1] < max(metrics) - 0.03
 
 
 # --- 12: the report --------------------------------------------------------------------------------------------------
