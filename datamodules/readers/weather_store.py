@@ -182,10 +182,12 @@ class WeatherStore:
     def times(self) -> np.ndarray:
         """Times of the records, datetime64[ns].
 
-        Integers count hours: since the date of an attribute ``time_units``, else since 1970.
+        Integers count hours: since the date of an attribute ``time_units``, else since 1970. A snapshot, with a time
+        that is no dimension, is one record.
         """
-        name = self._dimension(TIME)
-        values = np.asarray(self.data[name].values) if name in self.data.coords else np.arange(self.data.sizes[name])
+        name = next((name for name in TIME if name in self.data.coords), None) or self._dimension(TIME)
+        values = self.data[name].values if name in self.data.coords else np.arange(self.data.sizes[name])
+        values = np.atleast_1d(values)
         if not np.issubdtype(values.dtype, np.datetime64):
             units = str(self.data.attrs.get("time_units", "hours since 1970-01-01"))
             origin = np.datetime64(units.split("since")[-1].strip().split(" ")[0], "ns")

@@ -58,6 +58,14 @@ def test_integer_hours(tmp_path):
     holds_what_was_written(WeatherStore(write_zarr(tmp_path / "a.zarr", data)))
 
 
+def test_a_snapshot_is_one_record(tmp_path):
+    """As the sample of NeuralGCM, whose levels, longitudes and latitudes come in this order."""
+    data = dataset(("level", "longitude", "latitude", "time"), northward=True).isel(time=4)
+    store = WeatherStore(write_zarr(tmp_path / "a.zarr", data))
+    assert store.times.tolist() == TIMES[4:5].tolist()
+    assert np.allclose(store.read(0, [Z850])[0], values("z", 850.0)[4], atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["NETCDF4", "NETCDF3_64BIT"])
 def test_netcdf(tmp_path, kind):
     path = tmp_path / "a.nc"

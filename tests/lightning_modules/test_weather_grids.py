@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from strategies.jigsaw import JigsawStrategy
 NET = {"height": 16, "width": 32, "num_inputs": 6, "num_outputs": 4, "patch": 4, "dim": 16, "token_hidden": 16}
 
 
-def course(cache: str, folder: str, sizes: tuple[int, int] | None, in_memory: bool) -> dict[str, float]:
+def course(cache: str, folder: str, sizes: tuple[int, int, int] | None, in_memory: bool) -> dict[str, float]:
     """Train on rollouts for an epoch, test, predict; everything that was logged."""
     data = ShallowWater(
         cache, truncation=10, dt_s=900.0, spin_up_days=2.0, num_train=2, records=14, leads_h=[6, 24], height=16,
@@ -31,7 +32,7 @@ def course(cache: str, folder: str, sizes: tuple[int, int] | None, in_memory: bo
         partial(WeatherMixer, **NET, blocks=1, dropout=0.1), partial(torch.optim.AdamW, lr=3e-3), None,
         rollout_max=2, edge_lr_factor=0.5, linear_patterns=4,
     )  # fmt: skip
-    ranks = {"devices": sizes[0] * sizes[1], "strategy": JigsawStrategy(*sizes)} if sizes else {}
+    ranks = {"devices": math.prod(sizes), "strategy": JigsawStrategy(*sizes)} if sizes else {}
     trainer = pl.Trainer(
         max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder, gradient_clip_val=0.5,
@@ -53,11 +54,14 @@ def serial(tmp_path_factory) -> tuple[Path, dict[str, float], Any]:
     return folder, found, xarray.open_zarr(folder / "forecasts.zarr", chunks=None).load()
 
 
-@pytest.mark.parametrize(("token", "channel", "in_memory"), [(2, 2, False), (1, 2, True), (2, 1, False)])
-def test_a_grid_of_ranks_does_what_one_does(tmp_path, request, serial, token, channel, in_memory):
+@pytest.mark.parametrize(
+    ("token", "channel", "data", "in_memory"),
+    [(2, 2, 1, False), (1, 2, 1, True), (2, 1, 1, False), (1, 2, 2, True)],
+)
+def test_a_grid_of_ranks_does_what_one_does(tmp_path, request, serial, token, channel, data, in_memory):
     cache, expected, forecasts = serial
-    ranks = request.getfixturevalue(f"ranks{token * channel}")
-    results = ranks(course, str(cache), str(tmp_path), (token, channel), in_memory)
+    ranks = request.getfixturevalue(f"ranks{token * channel * data}")
+    results = ranks(course, str(cache), str(tmp_path), (token, channel, data), in_memory)
     own = {"flops/rank", "tflops/s", "io_bytes/rank"}
     for found in results:
         assert found.keys() == expected.keys()
