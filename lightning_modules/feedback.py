@@ -190,7 +190,8 @@ class FeedbackTraining(Supervised):
         was_training = self.net.training
         self.net.eval()
         try:
-            return self.chain.sizes(torch.zeros(2, *input_shape))
+            dtype = next((p.dtype for p in self.net.parameters()), None)
+            return self.chain.sizes(torch.zeros(2, *input_shape, dtype=dtype))
         except RuntimeError as problem:
             raise ValueError(
                 f"model.input_shape={list(input_shape)} does not fit the network ({problem}); give that of one sample"
@@ -528,9 +529,10 @@ class FeedbackClassifier(FeedbackTraining, LabelledImages):
         logits = self.objective.class_logits(logits)
         getattr(self, f"{stage}_scores").update(logits, label)
         if stage == "test":
+            log_probability = logits.double().log_softmax(1)
             for c, separation in enumerate(self.test_separations):
                 for is_class in (False, True):
-                    separation.update(logits[(label == c) == is_class, c], is_class)
+                    separation.update(log_probability[(label == c) == is_class, c], is_class)
 
     @override
     def scores(self, stage: Stage) -> dict[str, Tensor]:

@@ -69,15 +69,25 @@ class BlockChain:
             What the last block gave before its step, (batch, C), and its loss; without a graph.
         """
         for i, block in enumerate(self.blocks[:-1]):
-            if surrogate is None or not self.parameters[i]:
+            if surrogate is None:
                 with torch.no_grad():
                     x = block.forward(x)
-                continue
-            with torch.enable_grad():
-                h = block.forward(x)
-            apply(i, _local(h, self.parameters[i], surrogate(i, h)))
-            x = h.detach()
-            del h
+            else:
+                x = self.learn_hidden(i, x, surrogate, apply)
+        return self.learn_last(x, target, apply)
+
+    def learn_hidden(self, i: int, x: Tensor, surrogate: Surrogate, apply: Apply) -> Tensor:
+        """Step through hidden block ``i``; what it gave before its step, without a graph."""
+        if not self.parameters[i]:
+            with torch.no_grad():
+                return self.blocks[i].forward(x)
+        with torch.enable_grad():
+            h = self.blocks[i].forward(x)
+        apply(i, _local(h, self.parameters[i], surrogate(i, h)))
+        return h.detach()
+
+    def learn_last(self, x: Tensor, target: Tensor, apply: Apply) -> tuple[Tensor, Tensor]:
+        """Step through the last block; result as of `in_forward`."""
         with torch.enable_grad():
             raw, loss = self._output(x, target)
         apply(self.last, _local(loss, self.parameters[-1]))
