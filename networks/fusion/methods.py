@@ -56,6 +56,11 @@ class Request:
     batches: Sequence[Tensor]
     score: Score | None
 
+    def require_batches(self, method: str) -> None:
+        """Refuse a method that needs inputs where there are none."""
+        if not len(self.batches):
+            raise ValueError(f"method {method} fits layers to the members on unlabelled inputs and needs some")
+
     def scored(self, method: str) -> list[float]:
         """The score of every member.
 
@@ -109,15 +114,30 @@ def _soup(request: Request) -> FusionResult:
     return FusionResult(model, "soup", details={"members": chosen, "score": value})
 
 
-def _aligned(request: Request, match: Callable[..., dict[int, Tensor]], method: str) -> FusionResult:
+def _aligned(
+    request: Request, match: Callable[..., dict[int, Tensor]], method: str, ridge: float | None = None
+) -> FusionResult:
     first, *others = request.members
+    groups = request.groups[0]
     require_equal_shapes([tensors(member) for member in request.members])
-    aligned = [permuted(other, request.groups[0], match(first, other, request.groups[0])) for other in others]
-    return FusionResult(average([first, *aligned]), method)
+    orders = [match(first, other, groups) for other in others]
+    model = average([first, *(permuted(other, groups, order) for other, order in zip(others, orders, strict=True))])
+    if ridge is not None:
+        request.require_batches(method)
+        orders = [{g: torch.arange(groups.groups[g].width) for g in groups.free}, *orders]
+        share = 1 / len(request.members)
+        sources = {g: [(orders[0][g], order[g], share) for order in orders] for g in groups.free}
+        reconstruct(model, sources, [share] * len(orders), request.members, request.groups, request.batches, ridge)
+        recalibrate_bn(model, request.batches)
+    return FusionResult(model, method)
 
 
 def _rebasin(request: Request) -> FusionResult:
     return _aligned(request, match_weights, "rebasin")
+
+
+def _rebasin_r(request: Request, ridge: float = 1e-2) -> FusionResult:
+    return _aligned(request, match_weights, "rebasin_r", ridge)
 
 
 def _ot(request: Request) -> FusionResult:
@@ -152,10 +172,11 @@ def _nt_r(
     base: int = 2,
     ridge: float = 1e-2,
 ) -> FusionResult:
-    if not len(request.batches):
-        raise ValueError("method nt_r fits layers to the members on unlabelled inputs and needs some")
+    request.require_batches("nt_r")
     found = transplant(request.members, request.groups, order, fraction, target_width, p, weighting, base)
-    reconstruct(found, request.members, request.groups, request.batches, ridge)
+    reconstruct(
+        *(found.network, found.sources, found.scales, request.members, request.groups, request.batches), ridge=ridge
+    )
     return FusionResult(
         recalibrate_bn(found.network, request.batches),
         "nt_r",
@@ -170,6 +191,7 @@ METHODS: dict[str, Callable[..., FusionResult]] = {
     "average": _average,
     "soup": _soup,
     "rebasin": _rebasin,
+    "rebasin_r": _rebasin_r,
     "ot": _ot,
     "nt": _nt,
     "nt_r": _nt_r,
@@ -206,12 +228,13 @@ def fuse(
 
     Args:
         members: At least two, of one architecture; they are not changed. Methods that average need equal widths.
-        method: ``average``, ``ot``, ``rebasin``, ``soup``, ``nt`` (transplantation), ``nt_r`` (with layers fitted to
-            the ensemble), ``best`` (member) or ``ensemble`` (all of them, no fusion).
+        method: ``average``, ``ot``, ``rebasin``, ``soup``, ``nt`` (transplantation), ``nt_r`` and ``rebasin_r`` (with
+            layers fitted to the ensemble), ``best`` (member) or ``ensemble`` (all of them, no fusion).
         example: Arguments of a member's ``forward``: tells how its layers are connected.
         batches: Unlabelled inputs, for ``nt_r`` and for the statistics of batch normalisations.
         score: Of a network, for ``best`` and ``soup``.
-        recalibrate: Whether running statistics are estimated anew on ``batches``; ``nt_r`` does so anyway.
+        recalibrate: Whether running statistics are estimated anew on ``batches``; ``nt_r`` and
+            ``rebasin_r`` do so anyway.
         **settings: Of the method: see `networks.fusion.transplantation.transplant`, and ``ridge`` of
             `networks.fusion.reconstruction.reconstruct`.
 
@@ -228,7 +251,7 @@ def fuse(
             member.eval()
         groups = examined(members, example)
         result = METHODS[method](Request(members, groups, batches, score), **settings)
-        if recalibrate and method not in ("best", "ensemble", "nt_r"):
+        if recalibrate and method not in ("best", "ensemble", "nt_r", "rebasin_r"):
             recalibrate_bn(result.model, batches)
     finally:
         for member, mode in zip(members, modes, strict=True):

@@ -6,7 +6,7 @@ carried: regression on a few thousand unlabelled inputs finds it, layer by layer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from networks.fusion.layout import ChannelGroups, Layer
-from networks.fusion.transplantation import Transplant
-
-Batches = Iterable[Tensor]
+from networks.fusion.transplantation import Sources
 
 
 @torch.no_grad()
 def reconstruct(
-    found: Transplant,
+    fused: nn.Module,
+    sources: Sources,
+    scales: Sequence[float],
     networks: Sequence[nn.Module],
     groups: Sequence[ChannelGroups],
     batches: Sequence[Tensor],
@@ -32,13 +32,15 @@ def reconstruct(
     """Fit the layers of a fused network, from the input on, to the pre-activations of its channels in the members.
 
     Layer l gets W + dW with dW = argmin |Z - H W^T - H dW^T|^2 + r |dW|^2, H what reaches the layer in the fused
-    network (its earlier layers fitted already), Z what the kept channels are before activation in their own networks,
-    at the outputs the weighted mean of all, r = ``ridge`` times the mean of diag(H^T H). A bias is fitted too, without
-    penalty. Convolutions are regressions on patches. Layers that read the inputs, and convolutions of one channel to
-    one, are what they were. Sums are float64.
+    network (its earlier layers fitted already), Z what its channels are before activation in the networks that they
+    come from (their mean, where they come from several), at the outputs the weighted mean of all, r = ``ridge`` times
+    the mean of diag(H^T H). A bias is fitted too, without penalty. Convolutions are regressions on patches. Layers that
+    read the inputs, and convolutions of one channel to one, are what they were. Sums are float64.
 
     Args:
-        found: The fused network, changed in place, and where its channels come from.
+        fused: The fused network, changed in place.
+        sources: Where its channels come from.
+        scales: Weight of every member in the outputs.
         networks: The members.
         groups: Of every member.
         batches: Inputs, ``(item, ...)`` each.
@@ -54,12 +56,12 @@ def reconstruct(
     """
     if not len(batches):
         raise ValueError("reconstruction needs inputs: batches of images, labels are not looked at")
-    fused = found.network.eval()
+    fused.eval()
     for network in networks:
         network.eval()
     for layer in groups[0].layers:
         if groups[0].is_free(groups[0].axis(layer.weight, 1)) and _is_regression(fused, layer):
-            _fit(layer, found, networks, groups, batches, ridge, positions, seed)
+            _fit(layer, fused, (sources, scales), networks, groups, batches, ridge, positions, seed)
     return fused
 
 
@@ -70,7 +72,8 @@ def _is_regression(network: nn.Module, layer: Layer) -> bool:
 
 def _fit(
     layer: Layer,
-    found: Transplant,
+    fused: nn.Module,
+    come_from: tuple[Sources, Sequence[float]],
     networks: Sequence[nn.Module],
     groups: Sequence[ChannelGroups],
     batches: Sequence[Tensor],
@@ -78,17 +81,16 @@ def _fit(
     positions: int,
     seed: int,
 ) -> None:
-    module = found.network.get_submodule(layer.name)
-    weight = dict(found.network.named_parameters())[layer.weight]
-    bias = None if layer.bias is None else dict(found.network.named_parameters())[layer.bias]
+    module, parameters = fused.get_submodule(layer.name), dict(fused.named_parameters())
+    weight, bias = parameters[layer.weight], None if layer.bias is None else parameters[layer.bias]
     outputs, features = weight.shape[0], weight[0].numel()
     size = features + (bias is not None)
     gram = torch.zeros(size, size, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(size, outputs, dtype=torch.float64, device=weight.device)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        rows, now = _inputs_and_outputs(found.network, module, layer, batch)
-        wanted = _targets(layer, found, networks, groups, batch)
+        rows, now = _inputs_and_outputs(fused, module, layer, batch)
+        wanted = _targets(layer, outputs, come_from, networks, groups, batch)
         if len(rows) > positions and layer.kind == "conv2d":
             chosen = torch.randperm(len(rows), generator=generator)[:positions].to(rows.device)
             rows, now, wanted = rows[chosen], now[chosen], wanted[chosen]
@@ -106,26 +108,30 @@ def _fit(
 
 
 def _targets(
-    layer: Layer, found: Transplant, networks: Sequence[nn.Module], groups: Sequence[ChannelGroups], batch: Tensor
+    layer: Layer,
+    outputs: int,
+    come_from: tuple[Sources, Sequence[float]],
+    networks: Sequence[nn.Module],
+    groups: Sequence[ChannelGroups],
+    batch: Tensor,
 ) -> Tensor:
-    """What the fused layer should give, ``(row, output)``: every channel as in the network that it is of."""
+    """What the fused layer should give, ``(row, output)``: every channel as in the networks that it comes from."""
+    sources, scales = come_from
     axis = groups[0].axes[layer.weight][0]
-    widths = {g: len(k) for g, (k, _) in found.origin.items()}
-    widths = groups[0].widths | widths
+    widths = groups[0].widths
+    for g, own in sources.items():
+        widths[g] = 1 + max(int(places.max()) for places, _, _ in own if len(places))
     wanted: Tensor | None = None
-    for k, (network, one, scale) in enumerate(zip(networks, groups, found.scales, strict=True)):
+    for k, (network, one, scale) in enumerate(zip(networks, groups, scales, strict=True)):
         _, made = _inputs_and_outputs(network, network.get_submodule(layer.name), layer, batch, rows=False)
         if wanted is None:
-            wanted = made.new_zeros(len(made), axis.length(widths))
+            wanted = made.new_zeros(len(made), outputs)
         for (g, here), (_, there) in zip(axis.places(one.widths), axis.places(widths), strict=True):
-            if g not in found.origin:
-                there_, here_ = there.flatten(), here.flatten()
-                wanted[:, there_] += scale * made[:, here_]
+            if g not in sources:
+                wanted[:, there.flatten()] += scale * made[:, here.flatten()]
                 continue
-            member, channel = found.origin[g]
-            own = member == k
-            if bool(own.any()):
-                wanted[:, there[own].flatten()] = made[:, here[channel[own]].flatten()]
+            places, channels, weight = sources[g][k]
+            wanted[:, there[places].flatten()] += weight * made[:, here[channels].flatten()]
     assert wanted is not None
     return wanted
 
@@ -192,13 +198,3 @@ def recalibrate_bn(network: nn.Module, batches: Iterable[Any]) -> nn.Module:
         for module, mode in modes.items():
             module.training = mode
     return network
-
-
-def accuracy_of(network: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Part of the images whose most probable class is the right one."""
-    right = total = 0
-    with torch.no_grad():
-        for image, label in batches:
-            right += int((network(image).argmax(1) == label).sum())
-            total += len(label)
-    return right / total

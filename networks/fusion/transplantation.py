@@ -22,6 +22,10 @@ class RedundancyWarning(UserWarning):
     """Channels that two members have in common were kept twice: there is nothing to gain from fusing equal networks."""
 
 
+Sources = dict[int, list[tuple[Tensor, Tensor, float]]]
+"""By group and member: fused channels, the member's channels that they stand for, and their weight in a mean."""
+
+
 @dataclass(frozen=True)
 class Transplant:
     """A fused network and where its channels come from.
@@ -35,6 +39,15 @@ class Transplant:
     network: nn.Module
     origin: dict[int, tuple[Tensor, Tensor]]
     scales: list[float]
+
+    @property
+    def sources(self) -> Sources:
+        """The same by member: which fused channels are its own, which of its channels they are, all with weight 1."""
+        found: Sources = {}
+        for g, (member, channel) in self.origin.items():
+            places = [(member == k).nonzero()[:, 0] for k in range(len(self.scales))]
+            found[g] = [(own, channel[own], 1.0) for own in places]
+        return found
 
 
 def transplant(

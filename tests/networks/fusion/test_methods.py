@@ -115,7 +115,7 @@ def test_a_fit_solves_the_ridge_regression():
     x, ridge = images(200), 0.05
     found = transplant(networks, groups)
     before = copy.deepcopy(found.network)
-    reconstruct(found, networks, groups, [x[:80], x[80:]], ridge)
+    reconstruct(found.network, found.sources, found.scales, networks, groups, [x[:80], x[80:]], ridge)
     with torch.no_grad():
         hidden = before.layers[0](x.flatten(1)).relu().double()
         member, channel = found.origin[1]
@@ -165,8 +165,11 @@ def test_a_fit_comes_closer_to_the_ensemble(name):
     torch.manual_seed(5)
     x, fresh = example(shape, 128), example(shape, 64)
     plain = fuse(networks, "nt", [x[:2]], [x], recalibrate=True).model
-    fitted = fuse(networks, "nt_r", [x[:2]], x.split(256)).model
+    fitted = fuse(networks, "nt_r", [x[:2]], x.split(70)).model
     assert error(fitted, networks, fresh) < 0.75 * error(plain, networks, fresh)
+    plain = fuse(networks, "rebasin", [x[:2]], [x], recalibrate=True).model
+    fitted = fuse(networks, "rebasin_r", [x[:2]], x.split(70)).model
+    assert error(fitted, networks, fresh) < error(plain, networks, fresh)
 
 
 def test_what_was_kept_whole_stays_as_it_is():
@@ -175,9 +178,20 @@ def test_what_was_kept_whole_stays_as_it_is():
     groups = examined(networks, [IMAGE])
     found = transplant(networks, groups, target_width=2.0)
     before = copy.deepcopy(found.network.state_dict())
-    reconstruct(found, networks, groups, [images()])
+    reconstruct(found.network, found.sources, found.scales, networks, groups, [images()])
     for key, value in found.network.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=1e-6)
+
+
+def test_equal_members_in_another_order_are_fitted_to_themselves():
+    """Channels that are means of the same channel in all members: nothing is lost, nothing to fit."""
+    (one,) = pair(1)
+    groups = trace(one, IMAGE)
+    torch.manual_seed(2)
+    order = {g: torch.randperm(groups.groups[g].width) for g in groups.free}
+    result = fuse([one, permuted(one, groups, order)], "rebasin_r", [IMAGE], [images()])
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(result.model.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
 def test_features_that_never_fire_do_not_matter():
@@ -188,7 +202,7 @@ def test_features_that_never_fire_do_not_matter():
     groups = examined(networks, [IMAGE])
     with pytest.warns(RedundancyWarning):
         found = transplant(networks, groups)
-    fused = reconstruct(found, networks, groups, [images()])
+    fused = reconstruct(found.network, found.sources, found.scales, networks, groups, [images()])
     assert all(bool(p.isfinite().all()) for p in fused.parameters())
     assert error(fused, networks, images(seed=1)) < 1e-10  # the biases do it all
 
@@ -232,7 +246,7 @@ def test_every_method_leaves_the_members_alone():
     def score(network):
         return float(worth.get(id(network), 5))
 
-    for method in ("average", "ot", "rebasin", "soup", "nt", "nt_r", "best", "ensemble"):
+    for method in ("average", "ot", "rebasin", "rebasin_r", "soup", "nt", "nt_r", "best", "ensemble"):
         result = fuse(networks, method, [IMAGE], [x], score)
         assert result.method == method and result.seconds > 0 and not result.model.training
         with torch.no_grad():
