@@ -1,0 +1,407 @@
+"""What neuron transplantation must achieve: the numbered lines of the acceptance list.
+
+Numbers in comments were measured with these tests. Those on MNIST and CIFAR-10 need the files of data=mnist and
+data=cifar10 (`WATTLIGHT_DATA`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import neuron_transplantation as benchmark
+from benchmarks.measure import compare, ratio
+from datamodules.images import Images
+from lightning_modules.fusion import distillation_loss
+from networks.fusion import RedundancyWarning, concat, examined, fuse, permuted, trace, transplant
+from networks.fusion.members import without_biases
+from networks.fusion.selection import importance
+from networks.lenet import LeNet
+from networks.mlp import MLP
+from networks.resnet import ResNet
+from networks.vgg import VGG
+from networks.vit import ViT
+from runner import job
+from tests.composing import ROOT, composed, plain
+from tests.networks.fusion.nets import ConvNet, members
+
+DATA = Path(os.environ.get("WATTLIGHT_DATA", ROOT.parent / "shared" / "data"))
+Pair = tuple[Tensor, Tensor]
+
+
+# --- 1: the concatenation is the ensemble -----------------------------------------------------------------------------
+
+NETWORKS: dict[str, tuple[Callable[[int], nn.Module], tuple[int, ...], float]] = {
+    "mlp": (lambda k: MLP(hidden=(64, 64)), (1, 8, 8), 1e-6),
+    "mlp without biases": (lambda k: without_biases(MLP(hidden=(64, 64))), (1, 8, 8), 1e-6),
+    "mlp of unequal widths": (lambda k: MLP(hidden=(48 + 8 * k, 64 - 4 * k)), (1, 8, 8), 1e-6),
+    "lenet": (lambda k: LeNet(), (3, 32, 32), 1e-6),
+    "vgg-bn": (lambda k: VGG(11, 10, 3, 0.125, 2, 32), (3, 32, 32), 1e-6),
+    "resnet18": (lambda k: ResNet(18, 10, 3, "cifar", 0.125), (3, 16, 16), 1e-6),
+    "transformer": (lambda k: ViT(10, 3, 16, 4, 32, 2, 4), (3, 16, 16), 1e-5),
+}
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_concatenation_is_the_ensemble(name, count):
+    build, shape, tolerance = NETWORKS[name]
+    torch.manual_seed(count)
+    networks = [build(k).eval() for k in range(count)]
+    x = torch.randn(4, *shape)
+    with torch.no_grad():
+        got = concat(networks, x[:2], weighting="equal").eval()(x)
+        want = torch.stack([network(x) for network in networks]).mean(0)
+    assert float((got - want).abs().max()) <= tolerance
+
+
+# --- 2: torch-pruning finds the same ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("name", ["mlp", "convolution", "resnet18"])
+def test_the_same_as_torch_pruning(name, count):
+    pruning = pytest.importorskip("torch_pruning")
+    build, shape = {
+        "mlp": (lambda k: MLP(hidden=(64, 48, 32)), (2, 1, 8, 8)),
+        "convolution": (lambda k: ConvNet(), (2, 3, 8, 8)),
+        "resnet18": (lambda k: ResNet(18, 10, 3, "cifar", 0.125), (2, 3, 8, 8)),
+    }[name]
+    networks = members(build, count)
+    image = torch.randn(shape)
+    whole = concat(networks, image)
+    last = [module for module in whole.modules() if isinstance(module, nn.Linear)][-1]
+    pruning.pruner.MagnitudePruner(
+        whole,
+        image,
+        importance=pruning.importance.MagnitudeImportance(p=2),
+        pruning_ratio=1 - 1 / count,
+        ignored_layers=[last],
+    ).step()
+    ours = transplant(networks, examined(networks, [image])).network.state_dict()
+    theirs = whole.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+# --- 3: exact widths --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", range(2, 17))
+def test_every_group_has_its_width_again(count):
+    torch.manual_seed(0)
+    networks = [MLP(hidden=(512, 64)) for _ in range(count)]
+    fused = transplant(networks, examined(networks, [torch.zeros(2, 1, 8, 8)])).network
+    MLP(hidden=(512, 64)).load_state_dict(fused.state_dict(), strict=True)
+
+
+# --- 4: special cases -------------------------------------------------------------------------------------------------
+
+
+def test_special_cases():
+    torch.manual_seed(0)
+    networks = [MLP(hidden=(64, 48)) for _ in range(3)]
+    image, x = torch.zeros(2, 1, 8, 8), torch.randn(5, 1, 8, 8)
+    pair = networks[:2]
+    for r, network in ((0.0, pair[0]), (1.0, pair[1])):
+        state = transplant(pair, examined(pair, [image]), fraction=r).network.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in network.state_dict().items())
+    same = [networks[0], networks[0]]
+    with pytest.warns(RedundancyWarning):
+        transplant(same, examined(same, [image]))
+    outputs = []
+    for order in ((0, 1, 2), (1, 2, 0)):
+        chosen = [networks[k] for k in order]
+        with torch.no_grad():
+            outputs.append(transplant(chosen, examined(chosen, [image])).network(x))
+    assert float((outputs[0] - outputs[1]).abs().max()) <= 1e-6
+    groups = trace(networks[0], image)
+    order = {g: torch.randperm(groups.groups[g].width) for g in groups.free}
+    for g in groups.free:
+        moved = importance(permuted(networks[0], groups, order), groups, g)
+        torch.testing.assert_close(moved, importance(networks[0], groups, g)[order[g]])
+
+
+# --- 5 to 7: 5,000 images of MNIST ------------------------------------------------------------------------------------
+
+
+def prepared(part: Any, data: Images) -> Pair:
+    loader = data._loader(part, 1000)
+    batches = [data.normalized(batch) for batch in loader]
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+def train(networks: Sequence[nn.Module], data: Pair, epochs: int, seed: int, teacher: Any = None) -> None:
+    """Each network on its own: SGD at 0.01, momentum 0.9, batches of 256; on labels, or on the logits of a teacher."""
+    image, label = data
+    optimizer = torch.optim.SGD([p for n in networks for p in n.parameters()], lr=0.01, momentum=0.9)
+    generator = torch.Generator().manual_seed(seed)
+    for network in networks:
+        network.train()
+    for _ in range(epochs):
+        for chosen in torch.randperm(len(image), generator=generator)[: len(image) // 256 * 256].split(256):
+            x, y = image[chosen], label[chosen]
+            if teacher is None:
+                loss = sum(F.cross_entropy(network(x), y) for network in networks)
+            else:
+                with torch.no_grad():
+                    target = teacher(x)
+                loss = sum(distillation_loss(network(x), target, 2.0) for network in networks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    for network in networks:
+        network.eval()
+
+
+@torch.no_grad()
+def accuracy(network: Callable[[Tensor], Tensor], data: Pair) -> float:
+    """In percent."""
+    return 100 * float((network(data[0]).argmax(1) == data[1]).double().mean())
+
+
+def ensemble_of(networks: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.stack([network(x) for network in networks]).mean(0)
+
+
+@pytest.fixture(scope="module")
+def mnist5k() -> Pair:
+    """The first 500 images of every digit."""
+    if not (DATA / "mnist").is_dir():
+        pytest.skip("needs the files of MNIST, which do not ship with the program")
+    config = plain(composed("experiment=classification/mnist", f"data_dir={DATA}", "data.max_train=5000"))
+    data = Images(**{k: v for k, v in config["data"].items() if k != "_target_"} | {"val_fraction": 0.0})
+    data.setup()
+    return prepared("train", data)
+
+
+@pytest.fixture(scope="module")
+def small(mnist5k) -> dict[int, list[dict[str, float]]]:
+    """By number of members: accuracies of three seeds, bias-free perceptrons 784-64-64-10 of 30 epochs."""
+    found: dict[int, list[dict[str, float]]] = {2: [], 4: []}
+    for count, each in found.items():
+        for seed in (0, 1, 2):
+            order = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))
+            own, test = ((mnist5k[0][part], mnist5k[1][part]) for part in (order[:4000], order[4000:]))
+            torch.manual_seed(seed)
+            networks = [without_biases(MLP(10, 1, 28, (64, 64))) for _ in range(count)]
+            train(networks, own, 30, seed)
+            values = {"member": statistics.fmean(accuracy(network, test) for network in networks)}
+            fused = {}
+            for method in ("average", "rebasin", "nt", "nt_r"):
+                fused[method] = fuse(networks, method, [own[0][:2]], [own[0][:512]]).model
+                values[method] = accuracy(fused[method], test)
+            for epoch in (1, 2, 3):
+                train(list(fused.values()), own, 1, seed=50 + epoch)
+                values |= {f"{method} {epoch}": accuracy(network, test) for method, network in fused.items()}
+            each.append(values)
+    return found
+
+
+def mean(rows: Sequence[dict[str, float]], key: str) -> float:
+    return statistics.fmean(row[key] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_zero_shot_on_mnist(small):
+    rows = small[4]  # nt 63.5, nt_r 91.0, average 28.4
+    assert 50 <= mean(rows, "nt") <= 80
+    assert mean(rows, "nt_r") >= 91
+    assert mean(rows, "average") <= 45
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_fitting_beats_alignment(small):
+    assert mean(small[2], "nt_r") >= mean(small[2], "rebasin") + 0.5  # 91.6, 90.0
+    assert mean(small[4], "nt_r") >= mean(small[4], "rebasin") + 3  # 91.0, 85.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_after_an_epoch_the_fused_network_is_as_good_as_a_member(small):
+    rows = small[2]
+    best = max(mean(rows, f"{method} {epoch}") for method in ("nt", "nt_r") for epoch in (1, 2, 3))
+    assert best >= mean(rows, "member")
+    recovered = {}
+    for method in ("nt", "nt_r"):
+        drop = mean(rows, "member") - mean(rows, method)
+        recovered[method] = (mean(rows, f"{method} 1") - mean(rows, method)) / drop
+    assert max(recovered.values()) >= 0.9  # nt alone: 0.82
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_middle_of_the_fraction_loses_most(tmp_path):
+    """On the digits, with the experiment a user runs."""
+    lean = ("logger=none", "~callbacks.energy", "~callbacks.communication", "num_threads=1", "trainer.max_epochs=21")
+    curves = []
+    for seed in (0, 1, 2):
+        config = composed(
+            "experiment=neuron_transplantation/fraction", *lean, f"seed={seed}", run_dir=tmp_path / str(seed)
+        )
+        result = job.run(plain(config))
+        assert result["status"] == "completed", result.get("error")
+        report = json.loads((tmp_path / str(seed) / "fusion.json").read_text())
+        at = {row["name"]: row["accuracy"] for row in report["results"] if row["epoch"] == 0}
+        names = [name for name in report["settings"] if name.startswith("r_")]
+        curves.append([at[name] for name in names])
+        shown = report["history"][20 - 1]["accuracy"]
+        assert shown["r_000"] == shown["member_0"] and shown["r_1000"] == shown["member_1"]
+    average = [statistics.fmean(values) for values in zip(*curves, strict=True)]
+    lowest = average.index(min(average)) / 8
+    assert 0.375 <= lowest <= 0.75
+
+
+# --- 8 to 10: 12,000 images of CIFAR-10 -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cifar() -> dict[str, Pair]:
+    if not (DATA / "cifar10-imagefolder.zip").is_file():
+        pytest.skip("needs cifar10-imagefolder.zip, which does not ship with the program")
+    config = plain(
+        composed(
+            "experiment=neuron_transplantation/cifar10_mlp",
+            *(f"data_dir={DATA}", "data.val_fraction=0.0", "data.max_train=12000", "data.max_test=3000"),
+        )
+    )
+    data = Images(**{key: value for key, value in config["data"].items() if key != "_target_"})
+    data.prepare_data()
+    data.setup()
+    return {"train": prepared("train", data), "test": prepared("test", data)}
+
+
+@pytest.fixture(scope="module")
+def perceptrons(cifar) -> Callable[[int], list[nn.Module]]:
+    """Four bias-free perceptrons 3072-256-256-10 of 30 epochs, by seed."""
+    done: dict[int, list[nn.Module]] = {}
+
+    def of(seed: int) -> list[nn.Module]:
+        if seed not in done:
+            torch.manual_seed(seed)
+            done[seed] = [without_biases(MLP(10, 3, 32, (256, 256))) for _ in range(4)]
+            train(done[seed], cifar["train"], 30, seed)
+        return done[seed]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fitting_to_all_images_of_cifar(cifar, perceptrons):
+    above = []
+    for seed in (0, 1):
+        networks, image = perceptrons(seed), cifar["train"][0]
+        found = {
+            method: accuracy(fuse(networks, method, [image[:2]], image.split(2000)).model, cifar["test"])
+            for method in ("nt", "nt_r")
+        }
+        best = max(accuracy(network, cifar["test"]) for network in networks)
+        assert found["nt_r"] >= 45.5, (found, best)
+        assert found["nt_r"] - found["nt"] >= 12, found
+        above.append(found["nt_r"] > best)
+    assert any(above)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_ambition(cifar, perceptrons):
+    """Zero-shot 60 % of the way to the ensemble, and half a point above the distilled member after three epochs."""
+    ways, gains = [], []
+    for seed in range(5):
+        networks, image = perceptrons(seed), cifar["train"][0]
+        inputs = (*image.split(2000), *image.flip(3).split(2000))
+        fused = fuse(networks, "rebasin_r", [image[:2]], inputs).model
+        each = [accuracy(network, cifar["test"]) for network in networks]
+        low, high = statistics.fmean(each), accuracy(ensemble_of(networks), cifar["test"])
+        ways.append((accuracy(fused, cifar["test"]) - low) / (high - low))
+        control = copy.deepcopy(networks[each.index(max(each))])
+        train([fused, control], cifar["train"], 3, seed=100 + seed, teacher=ensemble_of(networks))
+        gains.append(accuracy(fused, cifar["test"]) - accuracy(control, cifar["test"]))
+    assert statistics.fmean(ways) >= 0.6, (ways, gains)
+    assert statistics.fmean(gains) >= 0.5, (ways, gains)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_convolutions_are_fitted(cifar):
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        networks = [LeNet() for _ in range(2)]
+        train(networks, cifar["train"], 30, seed)
+        image = cifar["train"][0]
+        fused = fuse(networks, "nt_r", [image[:2]], image[:4096].split(512)).model
+        assert accuracy(fused, cifar["test"]) >= 45
+
+
+# --- 11: seconds and memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_gathering_is_fast():
+    pytest.importorskip("torch_pruning")
+    timings = compare({k: v for k, v in benchmark.calls(512).items() if k in ("transplantation", "torch-pruning")}, 5)
+    assert ratio(timings["torch-pruning"].cpu, timings["transplantation"].cpu).value >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_transport_as_published_is_slow():
+    pytest.importorskip("ot")
+    chosen = ("transplantation", "transport as published")
+    timings = compare({k: v for k, v in benchmark.calls(512).items() if k in chosen}, 3)
+    assert ratio(timings[chosen[1]].cpu, timings[chosen[0]].cpu).value >= 200
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_no_block_diagonal_matrix_is_made():
+    assert benchmark.extra_memory() <= 2.2
+
+
+# --- 12: honesty ------------------------------------------------------------------------------------------------------
+
+
+def test_controls_are_in_every_table(tmp_path):
+    """Fine-tuning and choices see no test image, and the table has what a fused network must be compared with."""
+    config = composed(
+        "experiment=neuron_transplantation",
+        *("logger=none", "debug=fast", "~callbacks.energy", "~callbacks.communication"),
+        run_dir=tmp_path,
+    )
+    result = job.run(plain(config))
+    assert result["status"] == "completed", result.get("error")
+    names = {row["name"] for row in json.loads((tmp_path / "fusion.json").read_text())["results"]}
+    assert {"members, mean", "best member", "ensemble", "member", "member_distill"} <= names
+    _, data = job.build(plain(config))
+    data.setup()
+    parts = {part: {data.images(part).pixels[row].tobytes() for row in data.images(part).rows} for part in _PARTS}
+    assert not parts["test"] & (parts["train"] | parts["val"])
+
+
+_PARTS = ("train", "val", "test")
+
+
+# --- 13 and 14: see also tests/lightning_modules/test_fusion.py and, for other modules, tests/callbacks/test_fusion.py
+
+
+def test_the_first_evaluation_changes_no_buffer():
+    networks = members(NETWORKS["resnet18"][0], 2)
+    x = torch.randn(16, 3, 16, 16)
+    fused = fuse(networks, "nt", [x[:2]], [x], recalibrate=True).model
+    before = {name: value.clone() for name, value in fused.named_buffers()}
+    with torch.no_grad():
+        fused(torch.randn(16, 3, 16, 16))
+    assert all(torch.equal(value, before[name]) for name, value in fused.named_buffers())
