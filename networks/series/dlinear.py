@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -96,3 +97,39 @@ class DLinear(nn.Module):
         """Map `(batch, time, channel)` to `(batch, horizon, channel)`; marks and origin are not used."""
         seasonal, trend = self.decompose(history)
         return self.seasonal(seasonal) + self.trend(trend)
+
+
+@torch.no_grad()
+def least_squares(
+    batches: Iterable[Mapping[str, Tensor]], history_length: int, horizon: int, channels: int, ridge: float = 1e-6
+) -> DLinear:
+    """The DLinear network with the least squared error on some windows: no training, and no seed.
+
+    Trend and seasonal part add up to the window, so that the network is one linear map of it, whose best weights solve
+    the normal equations; both parts of the network get them.
+
+    Args:
+        batches: ``history`` (batch, time, channel), ``target`` (batch, horizon, channel) and ``valid`` (batch,
+            channel).
+        history_length: steps of the window.
+        horizon: steps to forecast.
+        channels: number of channels, which share the map.
+        ridge: penalty on the weights, in parts of the mean square of the window.
+    """
+    gram = torch.zeros(history_length + 1, history_length + 1, dtype=torch.float64)
+    moment = torch.zeros(history_length + 1, horizon, dtype=torch.float64)
+    for batch in batches:
+        valid = batch["valid"].cpu()
+        windows = batch["history"].mT[valid].double().cpu()
+        targets = batch["target"].mT[valid].double().cpu()
+        windows = functional.pad(windows, (0, 1), value=1.0)
+        gram += windows.T @ windows
+        moment += windows.T @ targets
+    penalty = torch.eye(history_length + 1, dtype=torch.float64) * ridge * gram.diagonal().mean()
+    penalty[-1, -1] = 0
+    solution = torch.linalg.lstsq(gram + penalty, moment, driver="gelsd").solution
+    network = DLinear(history_length, horizon, channels)
+    for part in (network.seasonal, network.trend):
+        part.weight.copy_(solution[:-1].T)
+        part.bias.copy_(solution[-1] / 2)
+    return network
