@@ -230,6 +230,13 @@ class EnergyCallback(pl.Callback):
         if self.codecarbon:
             self._start_codecarbon()
 
+    def total_j(self) -> float | None:
+        """Read the meters now: energy of this run on this machine so far, J; None where this process reads none."""
+        if self._recorder is None or not self._recorder.running:
+            return None
+        self._recorder.read()
+        return sum(tally.total_j for tally in self._recorder.tallies().values())
+
     def _meter_options(self) -> dict[str, Mapping[str, Any]]:
         from callbacks.energy.meters.nvml import job_devices
 
