@@ -43,8 +43,9 @@ class ClassicalModule(pl.LightningModule):
 
     Logged in training: ``train/objective``, ``train/change``; ``time/compute_s``, ``time/communication_s`` and
     ``comm/received_bytes`` of an iteration on the first process; in validation ``val/iterations``, their number. Steps
-    of validation, test and predict return ``row`` and what the estimator says of each row (``prediction``, ``target``); validation and test also ``loss``. The first
-    step of a test has ``history``, an iteration per row with `HISTORY_COLUMNS`.
+    of validation, test and predict return ``row`` and what the estimator says of each row (``prediction``, ``target``);
+    validation and test also ``loss``. The first step of a test has ``history``, an iteration per row with
+    `HISTORY_COLUMNS`.
 
     Args:
         estimator: What is fitted.

@@ -383,50 +383,87 @@ def lanczos(
 ) -> Lanczos:
     """Largest eigenvalues of a symmetric operator, descending, with full reorthogonalisation (twice), in float64.
 
+    One start vector meets one direction of every eigenspace: further passes, orthogonal to what was found, look for the
+    others, until a pass finds nothing that belongs to the wanted end. So a graph of several parts has all its 1s.
+
     Args:
         product: ``local rows of A v`` from the local rows of ``v``.
         rows: Of the operator.
         map_: Rows of every rank; empty: all on each.
         like: Tells the ranks.
         wanted: Eigenvalues.
-        steps: Largest size of the basis; it ends earlier where all residuals are below ``tol``.
-        seed: Of the start vector, the same for every number of ranks.
+        steps: Largest size of the basis; a pass ends earlier where all residuals are below ``tol``.
+        seed: Of the start vectors, the same for every number of ranks.
         tol: Residual norm of a wanted pair.
 
     Returns:
         ``values`` and the local rows of ``vectors``, ``(local rows, wanted)``.
     """
+    local = map_[like.comm.rank] if map_ else rows
+    values = torch.empty(0, dtype=torch.float64)
+    vectors = torch.zeros(local, 0, dtype=torch.float64, device=like.device)
+    for turn in range(wanted):
+        if vectors.shape[1] >= rows:
+            break
+        found = _krylov(product, rows, map_, like, wanted, steps, Generator(seed, stream=turn), tol, vectors)
+        known = values
+        values, vectors = torch.cat([values, found.values]), torch.cat([vectors, found.vectors], 1)
+        order = torch.argsort(values, descending=True, stable=True)[:wanted]
+        nothing_new = len(known) >= wanted and float(found.values[0]) <= float(known.min()) + 1e-8
+        values, vectors = values[order], vectors[:, order]
+        if nothing_new or wanted == 1:
+            break
+    return Lanczos(values, vectors)
+
+
+def _krylov(
+    product: Callable[[Tensor], Tensor],
+    rows: int,
+    map_: tuple[int, ...],
+    like: SplitArray,
+    wanted: int,
+    steps: int,
+    generator: Generator,
+    tol: float,
+    locked: Tensor,
+) -> Lanczos:
+    """One pass in the complement of the columns of ``locked``."""
     comm = like.comm
-    split = 0 if map_ else None
-    start = Generator(seed).normal((rows,), torch.float64, split, comm)
+    start = generator.normal((rows,), torch.float64, 0 if map_ else None, comm)
     v = (start.resplit(0, map_) if map_ else start).local.to(like.device)
-    steps = min(steps, rows)
+    steps = min(steps, rows - locked.shape[1])
     basis = torch.zeros(len(v), steps, dtype=torch.float64, device=like.device)
-    alpha, beta = [], []
+    alpha: list[float] = []
+    beta: list[float] = []
 
     def total(value: Tensor) -> Tensor:
         return comm.all_reduce(value) if map_ else value
 
+    def orthogonal(w: Tensor, number: int) -> Tensor:
+        for _ in range(2):
+            both = torch.cat([locked, basis[:, :number]], 1)
+            w = w - both @ total(both.mT @ w)
+        return w
+
+    v = orthogonal(v, 0)
     v = v / total(v @ v).sqrt()
     for step in range(steps):
         basis[:, step] = v
         w = product(v)
         alpha.append(float(total(v @ w)))
-        for _ in range(2):
-            w = w - basis[:, : step + 1] @ total(basis[:, : step + 1].mT @ w)
+        w = orthogonal(w, step + 1)
         size = float(total(w @ w).sqrt())
         last = step + 1 == steps
         if size < 1e-12 or last or step % 20 == 19:  # an invariant subspace, the end, or time to look
-            found = _tridiagonal(alpha, beta)
-            residual = size * found[1][-1].flip(0)[:wanted].abs()
+            residual = size * _tridiagonal(alpha, beta)[1][-1].flip(0)[:wanted].abs()
             if size < 1e-12 or last or (step + 1 >= wanted and bool((residual < tol).all())):
-                steps = step + 1
                 break
         beta.append(size)
         v = w / size
-    values, vectors = _tridiagonal(alpha, beta)
-    values, vectors = values.flip(0)[:wanted], vectors.flip(1)[:, :wanted].to(like.device)
-    return Lanczos(values, basis[:, :steps] @ vectors)
+    values, small = _tridiagonal(alpha, beta)
+    number = min(wanted, len(alpha))
+    small = small.flip(1)[:, :number].to(like.device)
+    return Lanczos(values.flip(0)[:number], basis[:, : len(alpha)] @ small)
 
 
 def _tridiagonal(alpha: list[float], beta: list[float]) -> tuple[Tensor, Tensor]:
