@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from datamodules.loading import make_loader
 from datamodules.readers.list_mode import read_hits
+from datamodules.readers.petsird_file import write_coincidences
 from physics.pet.calibration import estimate_delays
 from physics.pet.hits import NO_DECAY, Hits, true_pairs
 from physics.pet.matching import Labels
@@ -352,6 +353,14 @@ class PETEvents(LightningDataModule):
         if (self.parts["test"].decay != NO_DECAY).any():
             table["same_decay"] = rows[:, 5].astype(bool)
         return table
+
+    def write_petsird(self, table: pd.DataFrame, path: Path) -> None:
+        """Store coincidences of `prediction_table` as PETSIRD, samples one after the other in time."""
+        stride = (self.num_steps - self.overlap) * self.layout.time_step_ns
+        time_ns = np.maximum(table["sample"].to_numpy() * stride + table["time_ns"].to_numpy(), 0.0)
+        order = np.argsort(time_ns, kind="stable")
+        a, b = (table[f"crystal_{end}"].to_numpy()[order] for end in "ab")
+        write_coincidences(path, self.layout, a, b, time_ns[order])
 
     # -------------------------------------------------------------------------------------------------------- loaders
 

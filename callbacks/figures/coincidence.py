@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from callbacks.figures.axes import make_figure
+from callbacks.figures.axes import make_figure, plain_log_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,20 +74,30 @@ def spike_raster(outputs: Outputs, datamodule: Any, *, sample: int | None = None
 
 
 def time_residuals(outputs: Outputs, datamodule: Any) -> Figure:
-    """Difference of the times of both hits of listed coincidences: those of one decay, and accidental ones."""
+    """Difference of the times of both hits of listed coincidences, as recorded and without delays.
+
+    Args:
+        outputs: With ``prediction`` and ``hits``.
+        datamodule: Its delays, and the module that has listed the coincidences.
+    """
     pairs, hits = outputs["prediction"].numpy(), outputs["hits"].numpy()
-    figure, (axes,) = make_figure(6.4, 3.6)
     gaps = _gaps(pairs, hits, datamodule.num_steps)
+    a, b = pairs[:, 1].astype(int), pairs[:, 2].astype(int)
+    skew = datamodule.delays[b] - datamodule.delays[a]
+    aligned = datamodule.trainer.lightning_module.aligned
     same = pairs[:, 5] > 0
-    reach = max(2, int(np.abs(gaps).max(initial=0)))
-    edges = np.arange(-reach - 0.5, reach + 1)
-    counts = [np.histogram(gaps[mask], edges)[0] for mask in (same, ~same)]
-    centres = np.arange(-reach, reach + 1)
-    axes.bar(centres, counts[0], width=0.85, color=TRUE, label="one decay")
-    axes.bar(centres, counts[1], width=0.85, bottom=counts[0], color=MISSED, label="accidental")
-    axes.set_xlabel("time of the hit in crystal b less that in a [steps]")
-    axes.set_ylabel("listed coincidences")
-    axes.legend(frameon=False, fontsize="small")
+    figure, panels = make_figure(8.4, 3.6, columns=2)
+    titles = ("recorded", "without delays")
+    for axes, values, title in zip(panels, (gaps - aligned * skew, gaps + (1 - aligned) * skew), titles, strict=True):
+        reach = max(3, int(np.abs(values).max(initial=0)))
+        edges, centres = np.arange(-reach - 0.5, reach + 1), np.arange(-reach, reach + 1)
+        counts = [np.histogram(values[mask], edges)[0] for mask in (same, ~same)]
+        axes.bar(centres, counts[0], width=0.85, color=TRUE, label="one decay")
+        axes.bar(centres, counts[1], width=0.85, bottom=counts[0], color=MISSED, label="accidental")
+        axes.set_title(title, fontsize="medium", loc="left")
+        axes.set_xlabel("hit in b less hit in a [steps]")
+    panels[0].set_ylabel("listed coincidences")
+    panels[1].legend(frameon=False, fontsize="small")
     return figure
 
 
@@ -145,6 +155,7 @@ def speed_against_hits(outputs: Outputs, datamodule: Any) -> Figure:
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_log_ticks(axes.xaxis)
     axes.set_xlabel("hits at once")
     axes.set_ylabel("hits per second")
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
@@ -173,6 +184,61 @@ def back_projection(outputs: Outputs, datamodule: Any, *, pixels: int = 96, most
         axes.set_xlabel("x [mm]")
     panels[0].set_ylabel("y [mm]")
     return figure
+
+
+def learned_geometry(outputs: Outputs, datamodule: Any) -> Figure:
+    """What a crystal's neuron has learned to hear: weights by the distance around the ring, and along the axis.
+
+    Of a network with a kernel, the kernel. Of a fully connected one the product of its layers' weights, the whole
+    matrix turned so that a crystal's own place is in the middle, and its mean over crystals.
+    """
+    net, layout = datamodule.trainer.lightning_module.net, datamodule.layout
+    n, rings = layout.crystals_per_ring, layout.num_rings
+    offsets = np.arange(n) - n // 2
+    if hasattr(net, "kernel"):
+        kernel = np.roll(net.kernel.detach().cpu().numpy(), n // 2, axis=1)
+        rows, mean, name = kernel, kernel[rings - 1], "rings to the hit"
+        extent = [offsets[0] - 0.5, offsets[-1] + 0.5, rings - 0.5, -rings + 0.5]
+    elif hasattr(net, "spiking") or hasattr(net, "lines"):
+        product = _crystal_to_crystal(net)
+        number = np.arange(net.num_crystals)
+        ring = layout.ring(number)[:, None]
+        rows = product[number[:, None], layout.crystal(ring, layout.position(number)[:, None] + offsets)]
+        mean, name = rows.mean(0), "crystal"
+        extent = [offsets[0] - 0.5, offsets[-1] + 0.5, net.num_crystals - 0.5, -0.5]
+    else:
+        raise ValueError("this network has no weights from crystals to crystals")
+    figure, (top, bottom) = make_figure(7.2, 4.6, rows=2, heights=[1, 1.4])
+    top.plot(offsets, mean, color=TRUE, linewidth=1.2)
+    top.set_xlim(offsets[0] - 0.5, offsets[-1] + 0.5)
+    top.set_ylabel("weight, same ring" if rings > 1 else "weight, mean" if name == "crystal" else "weight")
+    bottom.grid(visible=False)
+    limit = float(np.abs(rows).max()) or 1.0
+    image = bottom.imshow(
+        rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", extent=extent, interpolation="nearest"
+    )
+    figure.colorbar(image, ax=bottom, label="weight")
+    bottom.set_ylabel(name if rings > 1 or name == "crystal" else "")
+    if rings == 1 and name != "crystal":
+        bottom.set_yticks([])
+    bottom.set_xlabel("crystals around the ring from the neuron's own to the hit")
+    return figure
+
+
+def _crystal_to_crystal(net: Any) -> np.ndarray:
+    """Weights between crystals: product of the layers, or those of the lines between them, (crystal, crystal)."""
+    if hasattr(net, "lines"):
+        product = np.zeros((net.num_crystals, net.num_crystals))
+        for side in (0, 1):
+            own, other = net.lines[:, side].cpu().numpy(), net.lines[:, 1 - side].cpu().numpy()
+            product[own, other] = net.weight.detach().cpu().numpy()[:, 1 - side]
+            product[own, own] = net.weight.detach().cpu().numpy()[:, side]
+        return product
+    weights = [layer.weight.detach().cpu().numpy() for layer in net.spiking.linear]
+    product = weights[0][:, : net.num_crystals]
+    for weight in weights[1:]:
+        product = weight @ product
+    return product
 
 
 def f1_against_setting(points: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]) -> Figure | None:

@@ -62,8 +62,8 @@ class CoincidenceModule(Supervised):
 
     Steps of validation, test and predict return ``loss``; ``prediction``, coincidences (P, 6): sample, crystals a and
     b, step, score, whether the truth is one decay; ``target``, labels (M, 4): sample, a, b, step; ``hits`` (N, 4):
-    sample, crystal, step, decay; ``spikes`` (K, 3): sample, crystal, step of the output. The first step of a test
-    has ``methods``, (row, 4): number of the row of `results_table`, hits, seconds, at four sizes of the batch.
+    sample, crystal, step, decay; ``spikes`` (K, 3): sample, crystal, step of the output. A test also returns
+    ``methods``, (row, 3), at the first step: row of `results_table`, hits, seconds, for four sizes of the batch.
 
     A test ends with a table: this module and the classical sorters of ``baselines``, whose windows and angles are
     chosen on the validation part, on the same samples (`results_table`); the same numbers are logged as
@@ -198,6 +198,10 @@ class CoincidenceModule(Supervised):
         labels = self.labels_of(batch)
         raw, aligned = self.hits_of(batch, False), self.hits_of(batch, True)
         seen = aligned if self.aligned else raw
+        if batch_idx == 0:  # what is compiled at the first call is no part of a speed
+            self.find(batch, seen)
+            for find in self.companions().values():
+                find(batch, aligned)
         found, seconds = self._timed(lambda: self.find(batch, seen))
         size = len(batch["sample"])
         self.test_loss.update(found.loss * size, size)
@@ -213,8 +217,7 @@ class CoincidenceModule(Supervised):
             result = Found(hits, pairs, step, np.ones(len(step)), spikes, found.loss)
             self._compare(sorter.name, result, seconds, labels)
         outputs = self._outputs(batch, found)
-        if batch_idx == 0:
-            outputs["methods"] = self._speeds(batch)
+        outputs["methods"] = self._speeds(batch) if batch_idx == 0 else torch.empty(0, 3, dtype=torch.float64)
         return outputs
 
     @override
@@ -276,10 +279,8 @@ class CoincidenceModule(Supervised):
 
     def _speeds(self, batch: Batch) -> Tensor:
         """Hits and seconds of every method at an eighth, a quarter, half and all of the samples of a batch."""
-        calls: list[tuple[Callable[[Batch], Any], bool]] = [
-            (lambda part: self.find(part, self.hits_of(part, self.aligned)), True)
-        ]
-        calls += [(lambda part, f=find: f(part, self.hits_of(part, True)), True) for find in self.companions().values()]
+        calls: list[tuple[Callable[[Batch, Hits], Any], bool]] = [(self.find, self.aligned)]
+        calls += [(find, True) for find in self.companions().values()]
         rows = []
         for share in (8, 4, 2, 1):
             size = max(1, len(batch["sample"]) // share)
@@ -288,8 +289,10 @@ class CoincidenceModule(Supervised):
                 keep = batch[f"{kind}_item"] < size
                 part |= {key: value[keep] for key, value in batch.items() if key.startswith(kind)}
             raw, aligned = self.hits_of(part, False), self.hits_of(part, True)
-            for number, (call, _) in enumerate(calls):
-                rows.append((number, len(raw), self._timed(lambda call=call, part=part: call(part))[1]))
+            for number, (call, with_delays_off) in enumerate(calls):
+                hits = aligned if with_delays_off else raw
+                _, seconds = self._timed(lambda call=call, part=part, hits=hits: call(part, hits))
+                rows.append((number, len(raw), seconds))
             for number, sorter in enumerate(self.sorters, start=len(calls)):
                 hits = aligned if sorter.calibrated else raw
                 _, seconds = self._timed(lambda sorter=sorter, hits=hits: sorter.find(hits, self.scanner))
