@@ -23,8 +23,8 @@ _METRICS |= {"left_out_max": "loo_max_error"}
 class EnergyCostModel(pl.LightningModule):
     """Fits E = P_node M + P_device H + e_s S + e_u n U to the DataModule's records (`physics.energy_cost`).
 
-    There is nothing to train: ``test`` and ``validate`` fit, and log errors on all runs and on left-out ones; ``predict``
-    gives hours and energy of ``data.plans``. They take the records from the DataModule (``records``).
+    There is nothing to train: ``test`` and ``validate`` fit, and log errors on all runs and on left-out ones;
+    ``predict`` gives hours and energy of ``data.plans``. They take the records from the DataModule (``records``).
 
     Args:
         draws: Of the bootstrap over repetitions, for intervals; 0: none.
