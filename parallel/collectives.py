@@ -149,7 +149,11 @@ class Interconnect:
         return Transfer(work, ready_at, self.ledger, (out, parts))
 
     def exchange(
-        self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group
+        self,
+        sends: Sequence[tuple[Tensor, int]],
+        receives: Sequence[tuple[Tensor, int]],
+        group: Group,
+        together: bool = False,
     ) -> list[Transfer]:
         """Send tensors to ranks and receive others, all under way together.
 
@@ -160,32 +164,60 @@ class Interconnect:
             sends: (contiguous tensor, global rank that gets it).
             receives: (contiguous tensor to fill, global rank that sends it).
             group: That holds all of these ranks.
+            together: All ranks of the group call this at the same point of their order of collectives, each with one
+                message in a direction at most. Then one collective carries them, which in gloo takes a fraction of the
+                time of messages.
 
         Returns:
             One transfer for each of ``sends`` and then one for each of ``receives``.
         """
-        rank, ready = dist.get_rank(), []
-        for tensor, to in sends:
-            ready.append(self.book("send", Group((rank, to), None), num_bytes(tensor)))
-        slowest = max(ready, default=0.0)
-        for tensor, source in receives:
-            if self.network.active and not sends:
-                pair = (source, rank)
-                slowest = self.network.book("send", pair, num_bytes(tensor), self.local_size)
-            ready.append(slowest)
-        ops = [
-            dist.P2POp(op, as_bytes(tensor), peer, group=group.handle)
-            for op, pairs in ((dist.isend, sends), (dist.irecv, receives))
-            for tensor, peer in pairs
-        ]
-        works = dist.batch_isend_irecv(ops) if ops else []
-        if len(works) < len(ops):  # NCCL has one for all of them
-            works = works * len(ops)
         tensors = [tensor for tensor, _ in (*sends, *receives)]
+        if not tensors and not together:
+            return []
+        ready = self._ready(sends, receives)
+        if together:
+            works = [self._as_collective(sends, receives, group)] * len(tensors)
+        else:
+            works = dist.batch_isend_irecv([
+                dist.P2POp(op, as_bytes(tensor), peer, group=group.handle)
+                for op, pairs in ((dist.isend, sends), (dist.irecv, receives))
+                for tensor, peer in pairs
+            ])  # fmt: skip
+            if len(works) < len(tensors):  # NCCL has one for all of them
+                works = works * len(tensors)
         return [
             Transfer(work, moment, self.ledger, (tensor,))
             for work, moment, tensor in zip(works, ready, tensors, strict=True)
         ]
+
+    def _ready(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[float]:
+        """Count messages and return when the emulated network delivers each."""
+        rank = dist.get_rank()
+        ready = [self.book("send", Group((rank, to), None), num_bytes(tensor)) for tensor, to in sends]
+        slowest = max(ready, default=0.0)
+        for tensor, source in receives:
+            if self.network.active and not sends:
+                slowest = self.network.book("send", (source, rank), num_bytes(tensor), self.local_size)
+            ready.append(slowest)
+        return ready
+
+    @staticmethod
+    def _as_collective(
+        sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]], group: Group
+    ) -> Any:
+        """An all-to-all in which most pairs have nothing to say."""
+        assert len(sends) < 2 and len(receives) < 2, "one message in a direction"
+        buffers, lengths = [], []
+        for messages in (sends, receives):
+            tensor, peer = messages[0] if messages else (torch.empty(0, dtype=torch.uint8), group.ranks[0])
+            if not messages and (sends or receives):
+                tensor = tensor.to((sends or receives)[0][0].device)
+            flat = as_bytes(tensor).view(-1)
+            buffers.append(flat)
+            lengths.append([len(flat) if rank == peer else 0 for rank in group.ranks])
+        return dist.all_to_all_single(
+            buffers[1], buffers[0], lengths[1], lengths[0], group=group.handle, async_op=True
+        )  # fmt: skip
 
 
 def gather_objects(mine: Any, group: Group, device: torch.device, piece_bytes: int = 1 << 26) -> list[Any] | None:

@@ -34,7 +34,7 @@ def _walk(weight: Tensor, plan: Plan, direction: Direction) -> Iterator[tuple[in
         transfers: list[Transfer] = []
         if step + 1 < size:
             coming = torch.empty_like(block) if free is None else free
-            transfers = plan.grid.interconnect.exchange([(block, previous)], [(coming, following)], group)
+            transfers = plan.grid.interconnect.exchange([(block, previous)], [(coming, following)], group, True)
             plan.received(direction, "weight", num_bytes(coming))
         yield (index + step) % size, block
         _wait(transfers)
@@ -72,7 +72,9 @@ def forward(x: Tensor, weight: Tensor, plan: Plan) -> Tensor:
         coming = buffer(needed) if needed is not None and hops(needed) else None
         sends = [(ready, following)] if ready is not None else []
         receives = [(coming, previous)] if coming is not None else []
-        transfers = plan.grid.interconnect.exchange(sends, receives, group)
+        if not sends and not receives:
+            return None, None
+        transfers = plan.grid.interconnect.exchange(sends, receives, group, together=size == 2)
         sent.extend(transfers[: len(sends)])
         if coming is None:
             return None, None
@@ -137,7 +139,9 @@ class _Gathering:
             if number != index
         ]
         receives = [(part, group.ranks[piece.owner]) for part, piece in zip(received, others, strict=True)]
-        transfers = plan.grid.interconnect.exchange(sends, receives, group)
+        if not wanted:
+            return []
+        transfers = plan.grid.interconnect.exchange(sends, receives, group, together=plan.reduce_size == 2)
         while len(self._sent) > 1:  # of the block before the last
             _wait(self._sent.pop(0))
         self._sent.append(transfers[: len(sends)])
@@ -180,7 +184,7 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool)
         _wait(moving)
         block_grad = _block_gradient(now, x, coming, plan)
         coming = torch.empty_like(block_grad) if free is None else free
-        moving = plan.grid.interconnect.exchange([(block_grad, previous)], [(coming, following)], group)
+        moving = plan.grid.interconnect.exchange([(block_grad, previous)], [(coming, following)], group, True)
         plan.received("backward", "weight_gradient", num_bytes(coming))
         free = block_grad  # once it was sent
     _wait(moving)

@@ -93,8 +93,11 @@ class Received(TorchDispatchMode):
             group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
             size = torch.distributed.ProcessGroup.unbox(group).size()
             share = {
-                "recv_": 1.0, "_allgather_base_": (size - 1) / size, "allreduce_": 2 * (size - 1) / size,
-                "_reduce_scatter_base_": (size - 1),
+                "recv_": 1.0,
+                "alltoall_base_": 1.0,
+                "_allgather_base_": (size - 1) / size,
+                "allreduce_": 2 * (size - 1) / size,
+                "_reduce_scatter_base_": size - 1,
             }.get(name, 0.0)  # fmt: skip
             for tensor in args[0] if isinstance(args[0], list | tuple) else [args[0]]:
                 if isinstance(tensor, Tensor):
