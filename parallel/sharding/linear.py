@@ -29,6 +29,7 @@ from parallel.groups import Group
 from parallel.sharding import products
 from parallel.sharding.grid import JigsawGrid
 from parallel.sharding.layout import Axis, Piece, ceil_div, pieces
+from parallel.sharding.precision import autocast_dtype, without_autocast
 from parallel.sharding.products import FeatureDim
 from parallel.sharding.traffic import Direction, Flow, Kind
 
@@ -128,8 +129,7 @@ def sharded_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -
     Returns:
         Local block of the output, with ``plan.features`` features.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if (dtype := autocast_dtype(x)) is not None:
         x, weight = x.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
     return _Linear.apply(x, weight, bias, plan)
@@ -140,7 +140,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             x = x.contiguous()
             ctx.save_for_backward(x, weight)
             ctx.plan, ctx.has_bias = plan, bias is not None
@@ -154,7 +154,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         plan: Plan = ctx.plan
         x, weight = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             grad = grad.contiguous()
             bias_grad = transfer = None
             if ctx.has_bias:  # on its way while the products are computed

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from parallel.collectives import num_bytes
 from parallel.sharding.grid import JigsawGrid
 from parallel.sharding.layout import ceil_div
+from parallel.sharding.precision import without_autocast
 from parallel.sharding.traffic import Direction, Flow, Kind
 
 
@@ -108,7 +109,7 @@ def sharded_layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, plan: NormPlan) -
         beta: Likewise.
         plan: See `NormPlan`.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _LayerNorm.apply(x, gamma, beta, plan)
 
 

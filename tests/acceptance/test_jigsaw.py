@@ -18,6 +18,7 @@ from networks.weather_mixer import WeatherMixer
 from parallel.sharding import JigsawGrid, make_grid
 from parallel.sharding.blocks import block_of
 from strategies.jigsaw import export_checkpoint
+from tests.composing import composed, plain
 from tests.networks.reference_mixer import reference_of
 from tests.networks.test_weather_mixer import randomized
 from tests.parallel import jigsaw_runs as runs
@@ -221,7 +222,8 @@ def test_8_reference(norm, groups):
     net = randomized(WeatherMixer(**sizes, blend="reference", norm=norm, norm_groups=2))
     ref = reference_of(net, groups)
     x, target = torch.randn(2, 6, 16, 10), torch.randn(2, 6, 16, 8)
-    ours, theirs = net(x), ref(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    with torch.no_grad():
+        ours, theirs = net(x), ref(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     assert float((ours - theirs).abs().max()) <= 1e-5 * max(1.0, float(theirs.abs().max()))
     weight = torch.rand(6, 1, 1) * torch.rand(8)
     published = torch.nn.functional.mse_loss(theirs * weight, target * weight)
@@ -242,6 +244,33 @@ def test_8_counts_of_the_paper():
     assert two.flops() == pytest.approx(13.5657e12, rel=1e-3)
     assert counted.get_total_flops() == net.flops() == pytest.approx(13.5657e12, rel=5e-3)  # 69 channels: 13.5104e12
     assert time.process_time() - begin < 5
+
+
+# Million parameters and TFLOP of a forward pass with padded targets, section 3 of the specification.
+FAMILY = {
+    "wm_227m": (227, 0.25),
+    "wm_232m": (232, 0.53),
+    "wm_240m": (240, 0.99),
+    "wm_260m": (260, 1.99),
+    "wm_505m": (505, 3.96),
+    "wm_980m": (981, 8.03),
+    "wm_1b": (1062.4, 13.5657),
+    "wm_1_1b": (1103, 15.96),
+    "wm_2_1b": (2090, 32.1),
+    "wm_2_6b": (2570, 64.0),
+}
+
+
+@pytest.mark.parametrize("option", FAMILY)
+def test_8_family(option):
+    """The sizes of the scaling study, by the configuration files."""
+    net = plain(composed("experiment=weather", f"model={option}"))["model"]["net"]
+    options = {key: value for key, value in net.items() if not key.startswith("_")}
+    with torch.device("meta"):
+        two = WeatherMixer(**options | {"blend": "reference", "grid": JigsawGrid(channel_size=2)})
+    millions, tera = FAMILY[option]
+    assert two.num_parameters / 1e6 == pytest.approx(millions, rel=2e-3)
+    assert two.flops() / 1e12 == pytest.approx(tera, rel=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------ 15 mistakes
