@@ -116,12 +116,13 @@ def fit(
     os.environ["WORLD_SIZE"] = str(devices)  # the teardown of a run before has removed it
     module = kind(**net)
     strategy = JigsawStrategy(**{"timeout_s": 60} | grid)
-    callbacks = [SaveAt(save[0], save[1], module)] if save else []
+    options = dict(trainer_options or {})
+    callbacks = [*options.pop("callbacks", []), *([SaveAt(save[0], save[1], module)] if save else [])]
     trainer = pl.Trainer(
         strategy=strategy, accelerator="cpu", devices=devices, max_steps=steps, max_epochs=100,
         default_root_dir=folder, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False, gradient_clip_val=0.5, callbacks=callbacks,
-        **trainer_options or {},
+        **options,
     )  # fmt: skip
     try:
         trainer.fit(module, Fields(), ckpt_path=ckpt_path)
