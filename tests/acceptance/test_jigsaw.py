@@ -5,19 +5,25 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import os
 import random
 import time
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.jigsaw import PEER, jigsaw, saved_bytes, variants
+from datamodules.weather import ShallowWater
+from lightning_modules.weather import WeatherMixerModule
 from networks.weather_mixer import WeatherMixer
 from parallel.sharding import JigsawGrid, make_grid
 from parallel.sharding.blocks import block_of
-from strategies.jigsaw import export_checkpoint
+from strategies.jigsaw import JigsawStrategy, export_checkpoint
+from tests.cli import run
 from tests.composing import composed, plain
 from tests.networks.reference_mixer import reference_of
 from tests.networks.test_weather_mixer import randomized
@@ -273,10 +279,69 @@ def test_8_family(option):
     assert two.flops() / 1e12 == pytest.approx(tera, rel=1e-2)
 
 
+# ------------------------------------------------------------------------------------------------- 13 smaller batches
+
+
+def _trained(cache, folder, channel, batch_size, seed):
+    """Validation loss after three epochs on two ranks, which are a model in parts or two models."""
+    data = ShallowWater(
+        cache, truncation=10, dt_s=900.0, spin_up_days=10.0, num_train=4, records=60, leads_h=[6], height=16, width=32,
+        chunk_channel=2, eval_every=1, batch_size=batch_size, eval_batch_size=8, seed=seed,
+    )  # fmt: skip
+    net = functools.partial(
+        WeatherMixer, height=16, width=32, num_inputs=6, num_outputs=4, patch=4, dim=32, blocks=2, seed=seed
+    )
+    module = WeatherMixerModule(net, functools.partial(torch.optim.Adam, lr=2e-3), None, linear_patterns=0)
+    trainer = pl.Trainer(
+        max_epochs=3, accelerator="cpu", devices=2, strategy=JigsawStrategy(channel=channel), default_root_dir=folder,
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, gradient_clip_val=1.0, num_sanity_val_steps=0,
+    )  # fmt: skip
+    os.environ["WORLD_SIZE"] = "2"
+    trainer.fit(module, data)
+    trainer.strategy.grid.close()
+    return float(trainer.callback_metrics["val/loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_13_a_model_in_parts_learns_more_in_an_epoch(ranks2, tmp_path):
+    """The same ranks, epochs and samples of a rank's step; two instances make it half as many steps."""
+    for seed in (0, 1):
+        parts = ranks2(_trained, str(tmp_path), str(tmp_path), 2, 4, seed, timeout=400)[0]
+        instances = ranks2(_trained, str(tmp_path), str(tmp_path), 1, 8, seed, timeout=400)[0]
+        assert parts < instances, seed
+
+
 # ------------------------------------------------------------------------------------------------------ 15 mistakes
 
 
-WEATHER = ("experiment=weather", "debug=fast", "logger=none")
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("strategy.token=3", "no multiple of it; use 3 processes"),
+        ("strategy.token=2 strategy.data=2", "= 4 ranks, but trainer.devices x trainer.num_nodes = 2"),
+        ("strategy.channel=0", "strategy.channel=0: it counts ranks, 1 or more"),
+        ("strategy.token=2 model.net.patch=64", "strategy.token=2 does not divide the 1 patches"),
+        ("strategy.token=2 model.net.dim=17", "model.net.dim gives a width of 17"),
+        ("strategy.channel=2 model.net.token_hidden=9", "model.net.token_hidden gives a width of 9"),
+        ("strategy.token=2 strategy.chanel=2", "Did you mean 'channel'?"),
+        ("strategy.data=2 data.batch_size=5", "data.batch_size=5"),
+        ("strategy.token=2 trainer.precision=16-mixed", "bf16-mixed"),
+        ("strategy.token=2 model.net.blend=sum", "model.net.blend='sum' is unknown"),
+    ],
+)
+def test_15_mistakes_take_one_line(tmp_path, change, words):
+    begin = time.perf_counter()
+    done = run(
+        "experiment=weather", "debug=fast", "logger=none", "callbacks=none", "strategy=jigsaw", "trainer=multi_cpu",
+        "trainer.devices=2", "data.truncation=5", "data.height=8", "data.width=64", "data.records=6",
+        "data.num_train=1", "data.spin_up_days=0.1", "data.leads_h=[6]", *change.split(" "), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode != 0 and time.perf_counter() - begin < 20
+    assert words in done.stderr and "Traceback" not in done.stderr
 
 
 def test_15_an_exception_on_one_rank_ends_the_others(ranks2, tmp_path):
