@@ -53,7 +53,7 @@ def bytes_of_a_sample(path: Path, grid: JigsawGrid, channels: int) -> int:
     ("token", "group", "sharded", "most"), [(2, 4, False, 0.26), (2, 4, True, 0.26), (4, 2, False, 0.26)]
 )
 def test_a_rank_reads_a_quarter(tmp_path, token, group, sharded, most, caplog):
-    """0.2500; with a file per record 0.2510: every read fetches the index of the chunks."""
+    """0.2502; with a file per record 0.2511: every read fetches the index of the chunks."""
     path = write_packed(tmp_path / "a.zarr", 8, token, group, sharded, size=(32, 64), records=4)
     whole = bytes_of_a_sample(path, JigsawGrid(), 8)
     caplog.clear()
@@ -79,7 +79,7 @@ def test_chunks_that_do_not_fit_are_told(tmp_path, caplog):
 
 @pytest.mark.parametrize(("height", "width", "truncation"), [(32, 64, 21), (64, 128, 42)])
 def test_round_trips(height, width, truncation):
-    """4e-14 and 7e-14 at T42."""
+    """3e-15 at T21, 5e-15 at T42."""
     grid = SphericalTransform(height, width, truncation)
     size = truncation + 1
     parts = torch.randn(2, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -94,7 +94,7 @@ def test_round_trips(height, width, truncation):
 
 
 def test_mass_is_conserved():
-    """3e-16 a day, of a turbulent flow."""
+    """To the last digit, of a turbulent flow."""
     generator = SphericalShallowWater(spin_up_days=0)
     equations = ShallowWaterEquations(generator.transform, generator.orography_m, 600.0)
     start, _ = generator.equations.run(generator.initial([0]), 144)
@@ -105,7 +105,7 @@ def test_mass_is_conserved():
 
 @pytest.mark.slow
 def test_a_balanced_flow_stays():
-    """Williamson's second case, 5 days at T42: 1e-12 relative."""
+    """Williamson's second case, 5 days at T42: changes are smaller than the last digit."""
     grid = SphericalTransform(64, 128, 42)
     speed = 2 * np.pi * grid.radius_m / (12 * 86400)
     start = balanced_flow(grid, speed * grid.cos_latitude, 2.94e4 / 9.80616)
@@ -147,7 +147,9 @@ def cache(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_skill(tmp_path, cache):
-    """SKILL_MEASURED."""
+    """6 h over persistence: 0.55, 0.45, 0.36, 0.46; h at 24 h: 0.39 of persistence, 0.29 of climatology, ACC 0.955; over
+    the linear model at 24 h: 0.90, 0.73, 0.66, 0.67.
+    """
     trained(tmp_path / "first", cache, "debug=fast", "test=false")  # so that trajectories are there
     begin = time.process_time()
     found = trained(tmp_path / "run", cache)

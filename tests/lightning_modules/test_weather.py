@@ -196,7 +196,7 @@ def test_it_learns(tmp_path, cache):
     """A few epochs bring the error at 6 h below that of persistence, on a trajectory of its own."""
     torch.manual_seed(0)
     made, data = module(), planet(cache, records=40, batch_size=8)
-    run = trainer(tmp_path, max_epochs=12, gradient_clip_val=1.0)
+    run = trainer(tmp_path, max_epochs=12, check_val_every_n_epoch=12, gradient_clip_val=1.0)
     run.fit(made, data)
     found = run.callback_metrics
     ratios = [float(found[f"val/persistence_ratio/{channel}@6h"]) for channel in data.names]

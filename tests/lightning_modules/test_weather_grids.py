@@ -56,7 +56,12 @@ def serial(tmp_path_factory) -> tuple[Path, dict[str, float], Any]:
 
 @pytest.mark.parametrize(
     ("token", "channel", "data", "in_memory"),
-    [(2, 2, 1, False), (1, 2, 1, True), (2, 1, 1, False), (1, 2, 2, True)],
+    [
+        (2, 2, 1, False),
+        pytest.param(1, 2, 1, True, marks=pytest.mark.slow),
+        pytest.param(2, 1, 1, False, marks=pytest.mark.slow),
+        pytest.param(1, 2, 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_grid_of_ranks_does_what_one_does(tmp_path, request, serial, token, channel, data, in_memory):
     cache, expected, forecasts = serial
