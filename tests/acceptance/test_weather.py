@@ -147,8 +147,8 @@ def cache(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_skill(tmp_path, cache):
-    """6 h over persistence: 0.55, 0.45, 0.36, 0.46; h at 24 h: 0.39 of persistence, 0.29 of climatology, ACC 0.955; over
-    the linear model at 24 h: 0.90, 0.73, 0.66, 0.67.
+    """6 h over persistence: 0.55, 0.45, 0.36, 0.46; h at 24 h: 0.39 of persistence, 0.29 of climatology, ACC 0.955;
+    over the linear model at 24 h: 0.90, 0.73, 0.66, 0.67.
     """
     trained(tmp_path / "first", cache, "debug=fast", "test=false")  # so that trajectories are there
     begin = time.process_time()
