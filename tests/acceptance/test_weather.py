@@ -167,7 +167,7 @@ def test_skill(tmp_path, cache):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_published_blend_fails_with_few_channels(tmp_path, cache):
-    """BLEND_MEASURED."""
+    """It divides the state by its own spread; the same budget for both."""
     short = ("trainer.max_epochs=1", "data.leads_h=[6]")
     linear, published = (
         trained(tmp_path / blend, cache, *short, f"model.net.blend={blend}") for blend in ("linear", "reference")
