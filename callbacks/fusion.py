@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ class FusionCallback(pl.Callback):
 
     Args:
         dirpath: Folder of the fused checkpoint.
-        checkpoints: Files to fuse; None: those that `ModelCheckpoint` of the run has kept (``save_top_k`` of 2 at
-            least), the best ``num`` of them.
+        checkpoints: Files to fuse; None: those that the run has kept (the best and the last, for example), the first
+            ``num`` of them, better ones before others.
         num: How many of these.
         method: One of `networks.fusion.methods.METHODS` that needs no score: average, ot, rebasin, rebasin_r, nt, nt_r.
         num_batches: Batches of inputs that are remembered.
@@ -83,14 +83,18 @@ class FusionCallback(pl.Callback):
     def _found(self, trainer: pl.Trainer) -> list[Path]:
         if self.checkpoints is not None:
             return self.checkpoints
+        found: list[Path] = []
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and len(callback.best_k_models) > 1:
+            if isinstance(callback, ModelCheckpoint):
                 sign = -1 if callback.mode == "max" else 1
-                kept = sorted(callback.best_k_models.items(), key=lambda one: sign * float(one[1]))
-                return [Path(path) for path, _ in kept[: self.num]]
+                kept = sorted(callback.best_k_models, key=_rank(callback.best_k_models, sign))
+                found += [Path(path) for path in (*kept, callback.best_model_path) if path]
+        files = [path for path in dict.fromkeys(found) if path.is_file()][: self.num]
+        if len(files) > 1:
+            return files
         raise ValueError(
-            "callbacks.fusion: the run has kept less than two checkpoints; set callbacks.checkpoint.save_top_k=2, or "
-            "callbacks.fusion.checkpoints"
+            "callbacks.fusion: the run has kept less than two checkpoints; it needs callbacks.checkpoint and "
+            "callbacks.last_checkpoint, or callbacks.fusion.checkpoints"
         )
 
     @override
@@ -137,6 +141,10 @@ class FusionCallback(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._remove()
+
+
+def _rank(values: dict[str, Tensor], sign: int) -> Callable[[str], float]:
+    return lambda path: sign * float(values[path])
 
 
 def _first_items(value: Any) -> Any:

@@ -223,7 +223,8 @@ class Fusion(LabelledImages):
         if self.diversity != "seed":
             labels = torch.as_tensor(self._dataset("train").labels)
             own = item_weights(labels, self.num_members, self.diversity, self.concentration, self.member_seed)
-            self._weights = own.to(self.device)
+            # Means over all items, not over those of a batch: then ranks that share it need not know each other's.
+            self._weights = (own / own.mean(1, keepdim=True).clamp(min=1 / own.shape[1])).to(self.device)
 
     @override
     def on_train_start(self) -> None:
@@ -249,7 +250,7 @@ class Fusion(LabelledImages):
             return sum(F.cross_entropy(member(image), label) for member in self.net.members)
         weights = self._weights[:, batch["index"]]
         losses = [
-            (own * F.cross_entropy(member(image), label, reduction="none")).sum() / own.sum().clamp(min=1)
+            (own * F.cross_entropy(member(image), label, reduction="none")).mean()
             for member, own in zip(self.net.members, weights, strict=True)
         ]
         return sum(losses)

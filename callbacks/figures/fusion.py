@@ -107,6 +107,7 @@ def provenance(report: Mapping[str, Any]) -> Figure | None:
         same.setdefault(repr(own), ([], own))[0].append(name)
     panels = list(same.values())[:6]
     groups = list(panels[0][1])
+    most = max(max(counts) / sum(counts) for _, own in panels for counts in own.values())
     figure, grid = make_figure(
         min(2.2 + 1.9 * len(panels), 13.0), min(1.4 + 0.32 * len(groups), 8.0), columns=len(panels)
     )
@@ -114,14 +115,14 @@ def provenance(report: Mapping[str, Any]) -> Figure | None:
         counts = np.array([own[group] for group in groups], dtype=float)
         parts = counts / counts.sum(1, keepdims=True)
         axes.grid(visible=False)
-        image = axes.imshow(parts, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        image = axes.imshow(parts, vmin=0, vmax=most, cmap="viridis", aspect="auto")
         axes.set_xticks(range(parts.shape[1]))
         axes.set_yticks(range(len(groups)), groups if axes is grid[0] else [""] * len(groups), fontsize="small")
         axes.set_xlabel("member")
         axes.set_title("\n".join(names), fontsize="small")
         for (row, column), count in np.ndenumerate(counts):
             if counts.size <= 80:
-                color = "white" if parts[row, column] < 0.6 else "black"
+                color = "white" if parts[row, column] < 0.6 * most else "black"
                 axes.text(column, row, f"{count:.0f}", ha="center", va="center", fontsize="x-small", color=color)
-    figure.colorbar(image, ax=grid, label="part of the channels", fraction=0.05)
+    figure.colorbar(image, ax=grid, label="part", fraction=0.05)
     return figure

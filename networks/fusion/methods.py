@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -90,11 +91,11 @@ class MeanOfOutputs(nn.Module):
 def _best(request: Request) -> FusionResult:
     scores = request.scored("best")
     best = max(range(len(scores)), key=scores.__getitem__)
-    return FusionResult(_copy(request.members[best]), "best", details={"member": best, "scores": scores})
+    return FusionResult(copy.deepcopy(request.members[best]), "best", details={"member": best, "scores": scores})
 
 
 def _ensemble(request: Request) -> FusionResult:
-    return FusionResult(MeanOfOutputs([_copy(member) for member in request.members]), "ensemble")
+    return FusionResult(MeanOfOutputs([copy.deepcopy(member) for member in request.members]), "ensemble")
 
 
 def _average(request: Request) -> FusionResult:
@@ -196,12 +197,6 @@ METHODS: dict[str, Callable[..., FusionResult]] = {
     "nt": _nt,
     "nt_r": _nt_r,
 }
-
-
-def _copy(network: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(network)
 
 
 def options(method: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -197,8 +198,6 @@ def _staged(
 
 def _resized(groups: ChannelGroups, widths: dict[int, int]) -> ChannelGroups:
     """The same groups with other widths."""
-    import dataclasses
-
     changed = tuple(dataclasses.replace(one, width=widths.get(g, one.width)) for g, one in enumerate(groups.groups))
     return dataclasses.replace(groups, groups=changed)
 

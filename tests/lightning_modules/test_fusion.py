@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch.nn import functional as F
 
 from datamodules.images import Images
@@ -317,3 +318,23 @@ def test_data_must_fit(tmp_path):
     with pytest.raises(ValueError, match=r"model\.input_shape=\[1, 16, 16\], but the data have \[1, 8, 8\]"):
         fusion = Fusion(functools.partial(MLP, hidden=(8,), image_size=16), SGD, input_shape=(1, 16, 16))
         trainer(tmp_path).fit(fusion, datamodule=digits())
+
+
+def _on_ranks(folder: str, devices: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    fusion = module(candidates=CANDIDATES, diversity="bootstrap")
+    strategy = DDPStrategy(process_group_backend="gloo") if devices > 1 else "auto"
+    run = trainer(Path(folder), 3, devices=devices, strategy=strategy)
+    data = digits(max_train=128, test_size=151)
+    run.fit(fusion, datamodule=data)
+    (found,) = run.test(fusion, datamodule=data, verbose=False)
+    return found, {key: value.detach().clone() for key, value in fusion.net.state_dict().items()}
+
+
+def test_two_ranks_do_what_one_process_does(ranks2, tmp_path):
+    """Members that stand still are no parameters that DDP waits for in vain; the fusion is the same on all ranks."""
+    alone, state = _on_ranks(str(tmp_path), 1)
+    for found, weights in ranks2(_on_ranks, str(tmp_path), 2):
+        for key, value in state.items():
+            torch.testing.assert_close(weights[key], value, rtol=1e-4, atol=1e-5)
+        assert found["test/members/accuracy"] == pytest.approx(alone["test/members/accuracy"], abs=1e-6)
+        assert found["test/nt/epoch_00/accuracy"] == pytest.approx(alone["test/nt/epoch_00/accuracy"], abs=1e-6)
