@@ -115,9 +115,9 @@ def measure(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
             skipped[name] = f"took more than {_LIMIT_S:g} s"
             continue
         if done.returncode or not out.exists():
-            skipped[name] = (
-                f"ended with {done.returncode}: {(done.stderr.strip().splitlines() or ['no message'])[-1][:200]}"
-            )
+            lines = done.stderr.strip().splitlines()
+            reason = next((line for line in lines if "Error" in line), lines[-1] if lines else "no message")
+            skipped[name] = f"ended with {done.returncode}: {reason[:200]}"
             continue
         found[name] = json.loads(out.read_text())
     return found, skipped

@@ -134,7 +134,7 @@ class ClassicalModule(pl.LightningModule):
             "time/communication_s": waited, "comm/received_bytes": float(comm.received_bytes - received),
         }  # fmt: skip
         self.history.append([float(self.estimator.n_iter), *values.values()])
-        self.log_exact(values, on_epoch=True)
+        self.log_exact(values, on_step=False, on_epoch=True)
         if done.converged and not self.streams_now:
             self.trainer.should_stop = True
 

@@ -48,7 +48,7 @@ class LassoModule(ClassicalModule):
     @override
     def _iterate(self, batch: Batch) -> None:
         super()._iterate(batch)
-        self.log_exact({"train/gap": float(self.estimator.gap)})
+        self.log_exact({"train/gap": float(self.estimator.gap)}, on_step=False, on_epoch=True)
 
     @override
     def evaluate(self, x: SplitArray, y: SplitArray, stage: Stage) -> dict[str, float]:

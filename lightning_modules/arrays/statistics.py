@@ -101,7 +101,8 @@ class PairwiseModule(ClassicalModule):
         began = time.perf_counter()
         super()._iterate(batch)
         pairs = float(batch["map"].sum()) ** 2
-        self.log_exact({"train/pairs_per_s": pairs / (time.perf_counter() - began)})
+        pairs_per_s = pairs / (time.perf_counter() - began)
+        self.log_exact({"train/pairs_per_s": pairs_per_s}, on_step=False, on_epoch=True)
 
     def _prepare(self) -> None:
         if self.estimator.train is None:
