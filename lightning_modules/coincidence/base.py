@@ -162,6 +162,15 @@ class CoincidenceModule(Supervised):
     # ------------------------------------------------------------------------------------------------------------ steps
 
     @override
+    def setup(self, stage: str) -> None:
+        channels, crystals = getattr(self.net, "num_crystals", None), self.trainer.datamodule.num_crystals
+        if channels not in (None, crystals):
+            raise ValueError(
+                f"model.net has {channels} crystals, the data have {crystals}: give both the same scanner "
+                "(model.net.scanner, data.scanner), and no other number of crystals in data.scanner_changes"
+            )
+
+    @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         found = self.find(batch, self.hits_of(batch, self.aligned))
         size = len(batch["sample"])

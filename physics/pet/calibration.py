@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy import sparse
-from scipy.sparse.linalg import spsolve
+from scipy.sparse.linalg import cg
 
 from physics.pet.hits import Hits
 from physics.pet.scanner import Scanner
@@ -76,11 +76,14 @@ def estimate_delays(
     # gap = t_b - t_a = d_a - d_b
     delays = np.zeros(n)
     weights = np.ones(pairs)
-    small = sparse.identity(n) * 1e-9  # decides what the data leave open: the common delay, crystals without pairs
+    small = sparse.identity(n) * 1e-6  # decides what the data leave open: the common delay, crystals without pairs
     width = max(scale, float(np.std(gap)))
     for _ in range(reweightings):
         weighted = design.multiply(weights[:, None]).tocsr()
-        delays = spsolve((weighted.T @ design + small).tocsc(), weighted.T @ gap)
+        normal = (weighted.T @ design + small).tocsr()
+        # A Laplacian of the graph of pairs, sparse and nearly solved by the delays before.
+        scale_by = sparse.diags(1 / normal.diagonal())
+        delays, _ = cg(normal, weighted.T @ gap, x0=delays, rtol=1e-8, maxiter=500, M=scale_by)
         residual = gap - design @ delays
         width = max(scale, 0.7 * width)
         weights = 1 / (1 + (residual / width) ** 2)

@@ -363,11 +363,11 @@ def fit_pairs(net, train, val, scanner, epochs=10):
 def test_13_event_driven_spikes_are_those_of_the_dense_scan(window):
     """13: identical spikes."""
     delays, hits = clinical(4000, 2)
-    part = hits.samples(0, 32).shifted(delays)
+    part = hits.samples(0, 16).shifted(delays)
     net = LORNetwork(window=window)
     found = EventDrivenLines(net)(part.sample, part.step, part.crystal)
     rows = (torch.from_numpy(v) for v in (part.step, part.sample, part.crystal))
-    dense = net(Events(*rows, torch.ones(len(part)), 1001, 32)).nonzero().tolist()
+    dense = net(Events(*rows, torch.ones(len(part)), 1001, 16)).nonzero().tolist()
     assert {(t, i, c) for t, i, c in dense} == set(
         zip(found.step.tolist(), found.item.tolist(), found.crystal.tolist(), strict=True)
     )
@@ -414,7 +414,7 @@ def test_13_delays_are_learned_from_scratch():
 
 def test_14_one_table_of_speeds():
     """14: hits per second of all algorithms on the same stream, in one table."""
-    rows = bench.stream_speeds(samples=40, repeats=1)
+    rows = bench.stream_speeds(samples=10, repeats=1)
     methods = {row["method"] for row in rows}
     assert {
         "single window, Python",

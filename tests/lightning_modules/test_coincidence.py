@@ -25,7 +25,7 @@ QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", 
 
 def data(**changes):
     settings = {
-        "scanner": "toy24", "num_train": 900, "num_val": 200, "num_test": 300, "num_steps": 100, "rate": 2.0,
+        "scanner": "toy24", "num_train": 600, "num_val": 200, "num_test": 300, "num_steps": 100, "rate": 2.0,
         "efficiency": 0.3, "delay_trials": 8, "batch_size": 30, "eval_batch_size": 100,
     }  # fmt: skip
     return PETEvents(**(settings | changes))
@@ -126,11 +126,11 @@ def test_lines_need_no_training():
 def test_pairs_are_scored_better_than_sorted():
     pl.seed_everything(0, verbose=False)
     source = data(
-        kind="physics", scanner="safir2880", num_steps=2000, num_train=250, num_val=60, num_test=120, align="true",
+        kind="physics", scanner="safir2880", num_steps=2000, num_train=200, num_val=40, num_test=80, align="true",
         activity_bq=3e8, batch_size=25,
     )  # fmt: skip
     module = PairScorer(PairNetwork(hidden=[32]), ADAM, baselines=["scw", "scw_geometry", "take_all_goods"])
-    run = trainer(6)
+    run = trainer(4)
     run.fit(module, datamodule=source)
     (metrics,) = run.test(module, datamodule=source, verbose=False)
     assert metrics["test/f1"] > metrics["test/scw_geometry_f1"] > metrics["test/scw_f1"]
@@ -201,7 +201,7 @@ def test_settings_of_sorters_are_chosen():
     assert tuned("scw", raw, aligned, source.layout, (0, 1, 3), angles).window == 0
     best = tuned("scw_raw_geometry", raw, aligned, source.layout, (0, 1), angles)
     assert best.window > 1 and best.min_angle_degree == 150 and not best.calibrated
-    assert tuned("take_all_goods", raw, aligned, source.layout, (0, 1), angles).min_angle_degree == 150
+    assert tuned("take_all_goods", raw, aligned, source.layout, (0, 1), angles).window == 0
 
 
 def test_counts_by_sample_add_up():
@@ -231,6 +231,11 @@ def test_counts_by_sample_add_up():
 def test_wrong_values(changes, words):
     with pytest.raises(ValueError, match=words):
         PETNet(Net("toy24", [4]), None, **changes)
+
+
+def test_the_network_of_another_scanner():
+    with pytest.raises(ValueError, match=r"240 crystals, the data have 24"):
+        trainer().test(PETNet(RingPETNet("clinical240"), None), datamodule=data(num_train=600), verbose=False)
 
 
 def test_wrong_values_of_the_scorer():
