@@ -91,6 +91,9 @@ def _numba_kernels() -> tuple[Any, Any, Any] | None:
     return forward, backward, filtered
 
 
+_TRITON_OPTIONS = {"enable_fp_fusion": False}  # a fused product and sum rounds once: other spikes
+
+
 @functools.cache
 def _triton_kernels() -> tuple[Any, Any]:
     """Forward and backward scan, a program for every block of neurons, the potential in registers."""
@@ -165,7 +168,9 @@ def _scan_forward(x: Tensor, beta: Tensor, threshold: float, reset: Tensor, back
         _numba_kernels()[0](arrays[0], arrays[1], x.new_tensor(threshold).numpy()[()], *arrays[2:])
     elif backend == "triton":
         steps, n = x.shape
-        _triton_kernels()[0][((n + 127) // 128,)](x, beta, reset, u, s, threshold, steps, n, BLOCK=128)
+        _triton_kernels()[0][((n + 127) // 128,)](
+            x, beta, reset, u, s, threshold, steps, n, BLOCK=128, **_TRITON_OPTIONS
+        )
     else:
         inputs, potentials, spikes = x.unbind(0), u.unbind(0), s.unbind(0)
         potentials[0].copy_(inputs[0])
@@ -184,7 +189,7 @@ def filter_backward(d: Tensor, beta: Tensor, backend: str) -> Tensor:
         _numba_kernels()[1](d.numpy(), beta.numpy())
     elif backend == "triton":
         steps, n = d.shape
-        _triton_kernels()[1][((n + 127) // 128,)](d, beta, steps, n, BLOCK=128)
+        _triton_kernels()[1][((n + 127) // 128,)](d, beta, steps, n, BLOCK=128, **_TRITON_OPTIONS)
     else:
         rows = d.unbind(0)
         for t in range(len(rows) - 2, -1, -1):

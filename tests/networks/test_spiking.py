@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 
 import pytest
 import torch
@@ -111,6 +112,34 @@ def test_equal_to_snntorch(backend, scale):
     assert torch.equal(ours, theirs) and ours.sum() > 10
     assert (own.grad - x.grad).abs().max() <= 1e-5 * x.grad.abs().max()
     assert beta.grad.item() == pytest.approx(leaky.beta.grad.item(), rel=1e-4)
+
+
+def equal_on(device):
+    torch.manual_seed(0)
+    x, w = torch.randn(2, 120, 3, 50)
+    results = []
+    for backend in ("torch", "triton"):
+        one = x.to(device).requires_grad_()
+        beta = torch.tensor(0.8, device=device, requires_grad=True)
+        spikes, potentials = lif_scan(one, beta, backend=backend)
+        ((spikes + potentials) * w.to(device)).sum().backward()
+        results.append((spikes, one.grad, beta.grad))
+    assert torch.equal(results[0][0], results[1][0]) and results[0][0].sum() > 100
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_triton_is_the_loop_on_a_gpu():
+    equal_on("cuda")
+
+
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+def test_triton_is_the_loop_in_its_interpreter():
+    equal_on("cpu")
 
 
 def test_decay_of_every_neuron_and_clamp():
