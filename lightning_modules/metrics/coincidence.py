@@ -72,7 +72,7 @@ class SpikeScores(Sums):
     """Output spikes against labels, matched one to one within a tolerance (`physics.pet.matching.count_spikes`).
 
     `compute` returns ``hit_precision``, ``hit_recall``, ``hit_f1``; ``pair_precision``, ``pair_recall``, ``pair_f1``;
-    ``time_error_steps``, the mean ``|dt|`` of matched spikes.
+    ``time_error_steps``, the mean ``|dt|`` of matched spikes, where there are some.
     """
 
     full_state_update = False
@@ -96,7 +96,7 @@ class SpikeScores(Sums):
         names = ("precision", "recall", "f1")
         out = {f"hit_{name}": value for name, value in zip(names, hit, strict=True)}
         out |= {f"pair_{name}": value for name, value in zip(names, pair, strict=True)}
-        return out | {"time_error_steps": c.time_error / c.matched}
+        return out | ({"time_error_steps": c.time_error / c.matched} if c.matched else {})
 
 
 def f1_of(correct: Tensor, found: Tensor, true: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -189,6 +189,9 @@ def test_spike_scores():
     found = metric.compute()
     assert found["hit_precision"] == 0.6 and found["hit_recall"] == 0.75 and found["time_error_steps"] == 0.5
     assert found["pair_precision"] == 0.5 and found["pair_recall"] == 0.5 and found["pair_f1"] == 0.5
+    silent = SpikeScores()
+    silent.update(SpikeCounts(0, 8, 0, 0, 0, 0.0, 4))
+    assert "time_error_steps" not in silent.compute() and silent.compute()["pair_f1"] == 0  # no NaN in a table
 
 
 def test_settings_of_sorters_are_chosen():
