@@ -28,7 +28,7 @@ from networks.mlp import MLP
 
 CLAIM = (
     "Transplantation by gathering is at least 4 times as fast as by torch-pruning and at least 200 times as fast as "
-    "optimal transport as published (512 units); beside the members it needs at most 2.2 times the memory of one"
+    "optimal transport as published (512 units); beside the members it needs at most 2.2 times the memory of one."
 )
 WIDTHS = (128, 256, 512)
 PEERS = {"torch-pruning": "torch_pruning", "POT": "ot"}

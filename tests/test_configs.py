@@ -61,8 +61,14 @@ def text(name: str) -> str:
 
 @cache
 def classes(group: str) -> dict[str, str | None]:
-    """Class of each option of a group, None for those that take it from another option."""
-    return {o: OmegaConf.load(CONF / group / f"{o}.yaml").get("_target_") for g, o in options() if g == group}
+    """Class of each option of a group, its own or that of the option it builds on; None: it names none."""
+
+    def target(option: str) -> str | None:
+        config = OmegaConf.load(CONF / group / f"{option}.yaml")
+        bases = (base for base in config.get("defaults", []) if isinstance(base, str) and base != "_self_")
+        return config.get("_target_") or next((t for b in bases if b[0] != "/" and (t := target(b))), None)
+
+    return {o: target(o) for g, o in options() if g == group}
 
 
 def nodes(value: Any, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
