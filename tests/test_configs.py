@@ -64,9 +64,12 @@ def classes(group: str) -> dict[str, str | None]:
     """Class of each option of a group, its own or that of the option it builds on; None: it names none."""
 
     def target(option: str) -> str | None:
-        config = OmegaConf.load(CONF / group / f"{option}.yaml")
-        bases = (base for base in config.get("defaults", []) if isinstance(base, str) and base != "_self_")
-        return config.get("_target_") or next((t for b in bases if b[0] != "/" and (t := target(b))), None)
+        path = CONF / group / f"{option}.yaml"
+        if not path.is_file():
+            return None
+        config = OmegaConf.load(path)
+        bases = [base for base in config.get("defaults", []) if isinstance(base, str) and base != "_self_"]
+        return config.get("_target_") or next((found for base in bases if (found := target(base))), None)
 
     return {o: target(o) for g, o in options() if g == group}
 
