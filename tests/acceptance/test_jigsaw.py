@@ -117,6 +117,7 @@ def _memory(world, sizes):
     return found
 
 
+@pytest.mark.slow
 def test_4_no_redundancy(ranks4):
     serial = _memory(1, BLOCK)["one process, torch"]
     for found in ranks4(_memory, 4, BLOCK):
@@ -127,6 +128,7 @@ def test_4_no_redundancy(ranks4):
         assert saved <= 0.45 * found[PEER][0]  # of item 6
 
 
+@pytest.mark.slow
 def test_4_two_blocks_at_a_time(ranks4):
     for grid in ((2, 2), (4, 1)):
         for forward, backward, block, part in ranks4(runs.transient_bytes, *grid):
@@ -137,6 +139,7 @@ def test_4_two_blocks_at_a_time(ranks4):
 # --------------------------------------------------------------------------------------------------- 5 communication
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)], ids=lambda g: f"{g[0]}x{g[1]}")
 def test_5_bytes_are_those_of_the_formulas(ranks2, ranks4, grid):
     pool = ranks2 if grid[0] * grid[1] == 2 else ranks4
@@ -178,6 +181,7 @@ def _costs(token, channel, shapes):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
 def test_5_auto_takes_the_cheaper_variant(ranks2, ranks4, grid):
     draw = random.Random(0)
@@ -267,6 +271,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", FAMILY)
 def test_8_family(option):
     """The sizes of the scaling study, by the configuration files."""
@@ -344,6 +349,7 @@ def test_15_mistakes_take_one_line(tmp_path, change, words):
     assert words in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_15_an_exception_on_one_rank_ends_the_others(ranks2, tmp_path):
     begin = time.monotonic()
     found = ranks2(_fails, str(tmp_path))

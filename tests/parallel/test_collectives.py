@@ -208,3 +208,52 @@ def test_a_trace_sees_ddp_and_everybody_else(ranks4):
     }
     assert found[2] == {("all_reduce", "intra_node"): (1, 10)}
     assert found[1] == found[3] == {}
+
+
+def messages(together):
+    """A ring of four ranks, nodes of two on an emulated network; and one way only, from rank 0 to rank 3."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    world = Group(tuple(range(size)), dist.group.WORLD)
+    interconnect = Interconnect(2, NetworkModel(rate_mbit=8.0), Ledger(rank, 2))  # a kilobyte takes a millisecond
+    mine, other = torch.full((25_000,), float(rank)), torch.empty(25_000)
+    begin = time.perf_counter()
+    sends, receives = [(mine, (rank + 1) % size)], [(other, (rank - 1) % size)]
+    transfers = interconnect.exchange(sends, receives, world, together)
+    for transfer in transfers:
+        transfer.wait()
+    seconds = time.perf_counter() - begin
+    ring = other.clone()
+    one_way = interconnect.exchange(
+        [(mine, 3)] if rank == 0 else [], [(other, 0)] if rank == 3 else [], world, together
+    )
+    for transfer in one_way:
+        transfer.wait()
+    return ring, other, seconds, len(transfers), interconnect.ledger.totals()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_messages_arrive_are_counted_once_and_take_the_emulated_time(ranks4, together):
+    found = ranks4(messages, together)
+    for rank, (ring, last, seconds, number, _) in enumerate(found):
+        assert number == 2 and bool((ring == (rank - 1) % 4).all())
+        assert bool((last == (0 if rank == 3 else (rank - 1) % 4)).all())
+        assert seconds > (0.095 if rank in (1, 3) else 0.0)  # those that send to the other node
+    sums = {key: sum(totals[key] for *_, totals in found) for key in found[0][4]}
+    assert sums["inter_node_calls"] == 3 and sums["intra_node_calls"] == 2
+    assert sums["inter_node_bytes"] == 3 * 100_000 and sums["intra_node_bytes"] == 2 * 100_000
+
+
+def scattered():
+    rank, size = dist.get_rank(), dist.get_world_size()
+    interconnect = Interconnect(size, NetworkModel(), Ledger(rank, size))
+    parts, out = torch.arange(8.0) + rank, torch.empty(4)
+    interconnect.reduce_scatter(out, parts, Group((0, 1), dist.group.WORLD)).wait()
+    alone = torch.empty(8)
+    interconnect.reduce_scatter(alone, parts, Group((rank,), None)).wait()
+    return out, torch.equal(alone, parts), interconnect.ledger.totals()["intra_node_payload_bytes"]
+
+
+def test_a_sum_is_scattered(ranks2):
+    first, second = ranks2(scattered)
+    assert torch.equal(torch.cat([first[0], second[0]]), 2 * torch.arange(8.0) + 1)
+    assert first[1] and second[1] and (first[2], second[2]) == (32, 0)
