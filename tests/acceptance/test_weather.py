@@ -1,6 +1,6 @@
 """What weather must achieve: lines 9 to 12 and 14 of the acceptance list, and of line 15 what concerns data.
 
-Lines 1 to 8 and 13 are about the network and its ranks. Numbers in comments were measured with these tests. Line 14
+Lines 1 to 8 and 13, about the network and its ranks, are in test_jigsaw.py. Numbers in comments were measured. Line 14
 needs a real week of ERA5 (conf/data/era5_sample.yaml) below WATTLIGHT_DATA.
 """
 
