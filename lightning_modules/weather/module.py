@@ -139,6 +139,7 @@ class WeatherMixerModule(Supervised):
         self._spectra: dict[str, ZonalSpectrum] = {}
         self._fitted: tuple[DampedPersistence, LinearInverseModel | None] | None = None
         self._constants: dict[str, Tensor] = {}
+        self._validation_s = 0.0  # in the running epoch of training
 
     # ------------------------------------------------------------------------------------------------------- network
 
@@ -346,7 +347,7 @@ class WeatherMixerModule(Supervised):
             * self.net.flops(size, steps if self.rollout == "latent" else 1)
             * (1 if self.rollout == "latent" else steps)
         )
-        self._worked[1] += float(batch["io_bytes"])
+        self._worked[1] = self._worked[1] + batch["io_bytes"]  # on the device: no step waits for it
         self._worked[2] += 1
         return loss
 
@@ -361,7 +362,7 @@ class WeatherMixerModule(Supervised):
         self._begin_of_work()
 
     def _begin_of_work(self) -> None:
-        self._worked = [0.0, 0.0, 0]
+        self._worked: list[Any] = [0.0, 0.0, 0]  # FLOPs of all ranks, bytes read by this one, steps
         self._since = time.perf_counter()
 
     @override
@@ -372,11 +373,9 @@ class WeatherMixerModule(Supervised):
             seconds = time.perf_counter() - self._since - self._validation_s
             share = flops / self.net.grid.size
             values = {"flops/rank": share / steps / 1e12, "tflops/s": share / 1e12 / max(seconds, 1e-9)}
-            values["io_bytes/rank"] = io_bytes / steps
+            values["io_bytes/rank"] = float(io_bytes) / steps
             self._log_exact({name: torch.tensor(value) for name, value in values.items()})
         self._validation_s = 0.0
-
-    _validation_s = 0.0
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
