@@ -26,6 +26,29 @@ Weighting = Literal["width", "equal"]
 # ------------------------------------------------------------------------------------------------------------- networks
 
 
+def require_members(networks: Sequence[nn.Module]) -> None:
+    """Refuse networks that are too few, not of one architecture or not finite.
+
+    Args:
+        networks: At least two; widths may differ.
+
+    Raises:
+        ValueError: Names the layer in which they differ, or a tensor that is not finite.
+    """
+    if len(networks) < 2:
+        raise ValueError(f"{len(networks)} network(s): fusion needs at least two members")
+    states = [tensors(network) for network in networks]
+    for k, state in enumerate(states):
+        differing = next((n for n in (*states[0], *state) if n not in state or n not in states[0]), None)
+        if differing is not None:
+            raise ValueError(f"members differ at layer {differing}: it is in one of members 0 and {k} alone")
+        for name, tensor in state.items():
+            if tensor.is_complex():
+                raise ValueError(f"member {k}: {name} is complex; real weights are known")
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise ValueError(f"member {k}: {name} is not finite; a diverged network cannot be fused")
+
+
 def examined(networks: Sequence[nn.Module], example: Sequence[Any]) -> list[ChannelGroups]:
     """Groups of networks that can be fused.
 
@@ -34,30 +57,17 @@ def examined(networks: Sequence[nn.Module], example: Sequence[Any]) -> list[Chan
         example: Arguments of their ``forward``.
 
     Raises:
-        ValueError: Names the layer in which they differ, a tensor that is not finite, or what is not known.
+        ValueError: See `require_members`; and where channels are connected in other ways, or in an unknown one.
     """
-    if len(networks) < 2:
-        raise ValueError(f"{len(networks)} network(s): fusion needs at least two members")
+    require_members(networks)
     states = [tensors(network) for network in networks]
-    for k, state in enumerate(states):
-        for name, tensor in state.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise ValueError(f"member {k}: {name} is not finite; a diverged network cannot be fused")
-            if tensor.is_complex():
-                raise ValueError(f"member {k}: {name} is complex; real weights are known")
-    first = states[0]
     found = [trace(networks[0], *example)]
-    for k, (network, state) in enumerate(zip(networks, states, strict=True)):
-        if k == 0:
-            continue
-        differing = next((n for n in (*first, *state) if n not in state or n not in first), None)
-        if differing is not None:
-            raise ValueError(f"members differ at layer {differing}: it is in one of members 0 and {k} alone")
-        if all(first[name].shape == state[name].shape for name in first):
+    for k, (network, state) in enumerate(zip(networks[1:], states[1:], strict=True), start=1):
+        if all(states[0][name].shape == state[name].shape for name in state):
             found.append(found[0])
             continue
         groups = trace(network, *example)
-        _require_same(found[0], groups, first, state, k)
+        _require_same(found[0], groups, states[0], state, k)
         found.append(groups)
     return found
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from networks.fusion.alignment import average, match_layers, match_weights, permuted, require_equal_shapes
-from networks.fusion.assembly import examined, tensors
+from networks.fusion.assembly import examined, require_members, tensors
 from networks.fusion.layout import ChannelGroups
 from networks.fusion.reconstruction import recalibrate_bn, reconstruct
 from networks.fusion.transplantation import provenance, transplant
@@ -47,7 +47,7 @@ class Request:
 
     Attributes:
         members: The networks.
-        groups: Of every network.
+        groups: Of every network; empty for methods that need none.
         batches: Unlabelled inputs; empty where there are none.
         score: Of a network; None: not known.
     """
@@ -199,6 +199,9 @@ METHODS: dict[str, Callable[..., FusionResult]] = {
 }
 
 
+_WHOLE = ("best", "ensemble", "average", "soup")  # need not know how channels are connected: any network will do
+
+
 def options(method: str) -> list[str]:
     """What a method can be told.
 
@@ -244,7 +247,8 @@ def fuse(
     try:
         for member in members:
             member.eval()
-        groups = examined(members, example)
+        require_members(members)
+        groups = [] if method in _WHOLE else examined(members, example)
         result = METHODS[method](Request(members, groups, batches, score), **settings)
         if recalibrate and method not in ("best", "ensemble", "nt_r", "rebasin_r"):
             recalibrate_bn(result.model, batches)

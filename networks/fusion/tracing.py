@@ -81,7 +81,7 @@ def trace(network: nn.Module, *example: Any) -> ChannelGroups:
     Raises:
         UnsupportedNetworkError: Names the module and the function that is not known.
     """
-    if not any(isinstance(arg, Tensor) for arg in example):
+    if not _tensors(list(example)):
         raise ValueError("tracing needs an example: the tensors that the network is called with")
     tracer = Tracer(network)
     training = [module for module in network.modules() if module.training]

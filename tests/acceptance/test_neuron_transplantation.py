@@ -23,12 +23,25 @@ from benchmarks import neuron_transplantation as benchmark
 from benchmarks.measure import compare, ratio
 from datamodules.images import Images
 from lightning_modules.fusion import distillation_loss
-from networks.fusion import RedundancyWarning, concat, examined, fuse, permuted, trace, transplant
+from networks.cifar_resnet import CifarResNet
+from networks.cnn import CNN
+from networks.fusion import (
+    RedundancyWarning,
+    UnsupportedNetworkError,
+    concat,
+    examined,
+    fuse,
+    permuted,
+    trace,
+    transplant,
+)
 from networks.fusion.members import without_biases
 from networks.fusion.selection import importance
 from networks.lenet import LeNet
+from networks.load_lstm import WeekAheadLSTM
 from networks.mlp import MLP
 from networks.resnet import ResNet
+from networks.simple_vit import SimpleViT
 from networks.vgg import VGG
 from networks.vit import ViT
 from runner import job
@@ -405,3 +418,15 @@ def test_the_first_evaluation_changes_no_buffer():
     with torch.no_grad():
         fused(torch.randn(16, 3, 16, 16))
     assert all(torch.equal(value, before[name]) for name, value in fused.named_buffers())
+
+
+def test_networks_of_other_experiments_are_fused_or_refused_by_name():
+    """As by callbacks=fuse_checkpoints, which tests/callbacks/test_fusion.py runs in a fit."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 16, 16)
+    for build in (lambda: CNN(10, 3, (8, 12)), lambda: CifarResNet(8), lambda: SimpleViT(10, 3, 16, 4, 32, 2, 4)):
+        networks = [build().eval() for _ in range(2)]
+        fused = fuse(networks, "nt_r", [x[:2]], [x]).model
+        build().load_state_dict(fused.state_dict(), strict=True)
+    with pytest.raises(UnsupportedNetworkError, match=r"LSTM \(lstm\) calls lstm.*register_module\(LSTM\)"):
+        fuse([WeekAheadLSTM(), WeekAheadLSTM()], "nt", [torch.zeros(2, 7, 1)])

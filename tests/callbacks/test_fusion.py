@@ -70,7 +70,9 @@ def test_unknown_networks_are_refused_by_name(tmp_path):
             return self.last(self.rnn(image[:, 0])[0][:, -1])
 
     with pytest.raises(UnsupportedNetworkError, match=r"LSTM \(rnn\) calls lstm"):
-        fit(tmp_path, Gated(), FusionCallback(tmp_path))
+        fit(tmp_path, Gated(), FusionCallback(tmp_path, method="nt"))
+    fit(tmp_path, Gated(), FusionCallback(tmp_path, method="average"))  # which needs no channels
+    assert (tmp_path / "fused.ckpt").is_file()
 
 
 def test_two_checkpoints_are_needed(tmp_path):
