@@ -134,9 +134,10 @@ def _sorted(array: SplitArray, axis: int, descending: bool, indexed: bool) -> tu
     width = columns.shape[1]
     if width <= _FEW_COLUMNS * array.comm.size:
         runs = [_sample_sort(c.contiguous(), array.map, array.comm, indexed) for c in columns.unbind(1)]
-        joined = torch.stack([r.keys for r in runs], 1) if runs else columns
-        index = torch.stack([r.places for r in runs], 1) if indexed and runs else columns.long()
         map_ = balanced(array.shape[axis], array.comm.size)
+        nothing = columns.new_zeros(map_[array.comm.rank], 0)  # without columns the rows are balanced all the same
+        joined = torch.stack([r.keys for r in runs], 1) if runs else nothing
+        index = torch.stack([r.places for r in runs], 1) if indexed and runs else nothing.long()
     else:  # whole columns to the ranks, and back
         there = array.like(columns.contiguous(), (array.shape[axis], width), 0, array.map).resplit(1)
         ordered, places = _along(there.local, 0, indexed)

@@ -210,19 +210,13 @@ def test_9_groups_and_shrinking_take_less_than_two_seconds(name: str) -> None:
     assert time.process_time() - begin < 2
 
 
-def test_9_torch_pruning_agrees_on_the_transformer_and_takes_fifty_times_as_long() -> None:
-    """The ratio of the search of torch-pruning; `benchmarks/pruning.py` has the networks for which it takes minutes."""
+def test_9_torch_pruning_agrees_on_the_transformer() -> None:
+    """What its search takes beside ours is in `benchmarks/pruning.py`, minutes for some of the networks."""
     torch_pruning = pytest.importorskip("torch_pruning")
     network = build("transformer", **SMALL)
-    begin = time.process_time()
     found = dim_groups(network)
-    ours = time.process_time() - begin
     example = tuple(windows(1).values())
-    begin = time.process_time()
     graph = torch_pruning.DependencyGraph().build_dependency(network, example_inputs=example)
-    list(graph.get_all_groups(root_module_types=[nn.Linear, nn.Conv1d]))
-    theirs = time.process_time() - begin
-    assert theirs >= 50 * ours
     # What its graph couples to the hidden channels of a feed-forward block is what the network declares.
     layer = network.encoder.layers[0].feed_forward
     group = graph.get_pruning_group(layer.expand, torch_pruning.prune_linear_out_channels, idxs=[0, 1])
