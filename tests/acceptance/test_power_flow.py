@@ -189,7 +189,7 @@ def test_series_of_case118():
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["case1354pegase", "case9241pegase"])
 def test_series_of_large_grids(name):
-    """0.31 and 0.26 of the time of the KLU loop; 0.86 and 0.55 of that of TimeSeriesCPP, which is not asked for."""
+    """0.35 and 0.25 of the time of the KLU loop; 0.86 and 0.55 of that of TimeSeriesCPP, which is not asked for."""
     pytest.importorskip("lightsim2grid")
     grid = plain(name)
     steps = bench.series(grid, 64)
