@@ -571,14 +571,15 @@ class Pruning(pl.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        variants = self._found(trainer, pl_module)
-        own = Variant("dense", 1.0, "none", _state(pl_module.net), list(self._cuts))
-        training = pl_module.training
-        try:
-            self.table = measure(self, trainer, pl_module, variants)
-        finally:
-            self._put(pl_module, own)
-            pl_module.train(training)
+        # Lightning tests in inference mode, whose tensors nothing could be loaded into afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            own = Variant("dense", 1.0, "none", _state(pl_module.net), list(self._cuts))
+            training = pl_module.training
+            try:
+                self.table = measure(self, trainer, pl_module, self._found(trainer, pl_module))
+            finally:
+                self._put(pl_module, own)
+                pl_module.train(training)
         for name, value in self.table.metrics().items():
             pl_module.log(name, value, batch_size=1, sync_dist=True, rank_zero_only=True)
 

@@ -48,6 +48,10 @@ def macs(network: nn.Module, batch: Batch) -> int:
 # ---------------------------------------------------------------------------------------------------------------- bytes
 
 
+RECORD_BYTES = 1024
+"""What a further tensor costs in a file of torch, about: its place in the archive, padding, its description."""
+
+
 def saved_bytes(state: Any) -> int:
     """Size of the file that ``torch.save`` writes."""
     buffer = io.BytesIO()
@@ -60,20 +64,16 @@ def plain_state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in network.state_dict().items() if not name.endswith("_mask")}
 
 
-_ENTRY_BYTES = 512
-"""What two tensors and a shape take in a file of torch more than one tensor: headers, alignment."""
-
-
 def sparse_state(network: nn.Module) -> dict[str, Any]:
     """The same with zeros left out: of a tensor of which a part is zero, a bit per entry and the values that are not.
 
-    `dense_state` restores it. A tensor stays whole where the bits and the entries of the file take more than they save.
+    `dense_state` restores it. Tensors that would save less than their second record in the file costs stay as they are.
     """
     found: dict[str, Any] = {}
     for name, value in plain_state(network).items():
         alive = value != 0
         saved = value.element_size() * (value.numel() - int(alive.sum())) - value.numel() // 8
-        if value.ndim > 1 and value.is_floating_point() and saved > _ENTRY_BYTES:
+        if value.ndim > 1 and value.is_floating_point() and saved > RECORD_BYTES:
             found[name] = {"shape": list(value.shape), "bits": pack(alive), "values": value[alive].detach().clone()}
         else:
             found[name] = value.detach().clone()
