@@ -381,7 +381,6 @@ class Pruning(pl.Callback):
             if hasattr(scheduler, "base_lrs"):
                 scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
 
-    @torch.inference_mode(False)  # a test puts its last network in; validation and prediction load others into it
     def _put(self, pl_module: pl.LightningModule, variant: Variant) -> None:
         """Put the network of a variant into the module."""
         self._reshape(pl_module, variant.cuts)

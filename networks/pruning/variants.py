@@ -47,7 +47,6 @@ class Variant:
             return self.stage
         return f"{self.method}_{self.density:.4g}" + ("_tuned" if self.stage == "tuned" else "")
 
-    @torch.inference_mode(False)  # a test may make networks that are loaded into and trained later
     def build(self, dense: nn.Module) -> nn.Module:
         """The network itself, made of a dense one of the original sizes, which stays as it is."""
         network = cut(dense, self.cuts)
@@ -79,7 +78,6 @@ def load_variant(path: Path | str) -> Variant:
     return Variant(**{name: content[name] for name in _FIELDS})
 
 
-@torch.inference_mode(False)
 def cut(network: nn.Module, cuts: Sequence[Mapping[str, Tensor]]) -> nn.Module:
     """A copy of a network without the channels that were removed one after the other."""
     if not cuts:
