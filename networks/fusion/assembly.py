@@ -7,6 +7,7 @@ zero, exists only where somebody asks for it.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -45,7 +46,8 @@ def require_members(networks: Sequence[nn.Module]) -> None:
         for name, tensor in state.items():
             if tensor.is_complex():
                 raise ValueError(f"member {k}: {name} is complex; real weights are known")
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            suspicious = tensor.is_floating_point() and not math.isfinite(float(tensor.sum()))  # one pass is enough
+            if suspicious and not bool(tensor.isfinite().all()):
                 raise ValueError(f"member {k}: {name} is not finite; a diverged network cannot be fused")
 
 
@@ -163,7 +165,9 @@ def assemble(
         if width < 1:
             raise ValueError(f"no channel is left of {known.groups[g].name}; use a larger width")
     states = [tensors(network) for network in networks]
-    fused = copy.deepcopy(networks[0])
+    # Its tensors are those of the first network until each is exchanged: they need not be copied first.
+    given = (*networks[0].parameters(), *networks[0].buffers())
+    fused = copy.deepcopy(networks[0], {id(tensor): tensor for tensor in given})
     aliases, learned = _aliases(fused), dict(fused.named_parameters())
     changed: set[str] = set()
     for name in states[0]:

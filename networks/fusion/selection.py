@@ -46,7 +46,9 @@ def importance(
         weight = state[slot.tensor]
         if any(not groups.is_free(axis) for axis in axes.values()):
             weight = weight * scale
-        power = weight.movedim(slot.dim, 0).reshape(weight.shape[slot.dim], -1).abs().pow(p).sum(1)
+        power = weight.square() if p == 2 else weight.abs().pow(p)
+        if weight.ndim > 1:
+            power = power.sum([d for d in range(weight.ndim) if d != slot.dim])
         for g, places in axes[slot.dim].places(widths):
             if g == group:
                 own = power[places.to(power.device)].sum(1)

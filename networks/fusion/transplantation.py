@@ -19,6 +19,9 @@ Order = Literal["joint", "iterative", "hierarchical", "prune_merge"]
 ORDERS = get_args(Order)
 
 
+_COMPARED = 8  # entries along the last axis that tell whether two rows may be equal
+
+
 class RedundancyWarning(UserWarning):
     """Channels that two members have in common were kept twice: there is nothing to gain from fusing equal networks."""
 
@@ -224,10 +227,17 @@ def redundant(networks: Sequence[nn.Module], groups: Sequence[ChannelGroups], fo
     slot = None if g is None else next((s for s in groups[0].groups[g].slots if s.role == "maker"), None)
     if slot is None:
         return 0
-    rows = []
-    for k, c in zip(*(part.tolist() for part in found.origin[g]), strict=True):
+    member, channel = found.origin[g]
+    few, rows = [], []
+    for k, network in enumerate(networks):
         places = next(p for i, p in groups[k].axes[slot.tensor][slot.dim].places(groups[k].widths) if i == g)
-        weight = tensors(networks[k])[slot.tensor].movedim(slot.dim, 0)
-        rows.append(weight[places[c].to(weight.device)].flatten())
-    stacked = torch.stack(rows)
-    return len(stacked) - len(torch.unique(stacked, dim=0))
+        weight = tensors(network)[slot.tensor].movedim(slot.dim, 0)
+        own = places[channel[member == k]].to(weight.device)
+        few.append(weight[..., :_COMPARED][own].flatten(1))
+        rows.append((weight, own))
+    _, group, counts = torch.unique(torch.cat(few), dim=0, return_inverse=True, return_counts=True)
+    alike = (counts[group] > 1).nonzero()[:, 0].tolist()  # whoever differs in a few weights differs
+    if not alike:
+        return 0
+    whole = torch.cat([weight[own].flatten(1) for weight, own in rows])[alike]
+    return len(whole) - len(torch.unique(whole, dim=0))
