@@ -177,7 +177,7 @@ def _row(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, v
     return row | {"macs": macs(network, resized(batch, 1))}
 
 
-@torch.inference_mode()  # as the test itself: metrics that a network updates live there
+@torch.inference_mode()  # as Lightning's own test: what modules count in it are its tensors
 def errors(pl_module: pl.LightningModule, loader: Any, limit: float = math.inf) -> dict[str, float]:
     """MSE, MAE, RMSE, MAPE and MSPE on the scaled axis over all valid windows of a loader.
 
