@@ -1,7 +1,7 @@
 """What F3 must achieve: the numbered lines of its acceptance list.
 
-Of line 5 the gap does not hold yet: 0.29 was measured for 0.40. Lines 5, 7 and 8 need the files of MNIST, line 6
-those of Wine Quality (WATTLIGHT_DATA names their folder). Speed, memory and energy at length are in ``benchmarks/feedback.py``.
+Of line 5 the gap does not hold yet: 0.29 was measured for 0.40. Lines 5, 7 and 8 need the files of MNIST, line 6 those
+of Wine Quality (WATTLIGHT_DATA names their folder). Speed, memory and energy are in ``benchmarks/feedback.py``.
 """
 
 from __future__ import annotations
