@@ -33,11 +33,19 @@ def load_run(run_dir: str | Path, checkpoint: str = "best", **model: Any) -> tup
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint {path}: the run has not saved one, or run_dir={run_dir} is not a run")
     content = torch.load(path, map_location="cpu", weights_only=True)
+    if "shards" in content:
+        from strategies.jigsaw import read_whole
+
+        content = read_whole(path)  # the model was cut over ranks
     module, datamodule, config = _built(content["config"], model)
     if layers := content.get("low_rank", {}).get("layers"):
         from networks.low_rank import rebuild
 
         rebuild(module, layers)  # the network was factorised in training
+    if "pruning" in content:
+        from networks.pruning.variants import rebuild as rebuild_pruned
+
+        rebuild_pruned(module, content["pruning"], content["state_dict"])  # channels were removed in training
     _set_masks(module, content["state_dict"])
     module.load_state_dict(content["state_dict"])
     return module.eval(), datamodule, config
