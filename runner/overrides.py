@@ -25,6 +25,8 @@ SHOWING = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "--res
 def prepare(argv: list[str]) -> tuple[list[str], list[str]]:
     """Prefix overrides of the open groups with ``++`` and take out unknown top-level keys.
 
+    ``run.dir=DIR`` names the folder of the run, or of the sweep: Hydra's own keys for these take its place.
+
     Returns:
         The arguments for Hydra, and one line for each unknown top-level key.
 
@@ -34,7 +36,10 @@ def prepare(argv: list[str]) -> tuple[list[str], list[str]]:
     groups = set(GROUPS) | _user_groups(argv)
     kept, mistakes = argv[:1], []
     for argument in argv[1:]:
-        key, equals, _ = argument.partition("=")
+        key, equals, value = argument.partition("=")
+        if key == "run.dir" and equals:  # the folder is Hydra's, which also keeps there what resume=DIR reads
+            kept += [f"hydra.run.dir={value}", f"hydra.sweep.dir={value}"]
+            continue
         if not equals or key.startswith(("-", "+", "~")):
             kept.append(argument)
             continue

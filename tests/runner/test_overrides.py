@@ -47,3 +47,10 @@ def test_groups_of_a_user_are_known(tmp_path, flags):
     arguments = [flag.format(tmp_path) for flag in flags]
     assert prepare(["run.py", *arguments, "augmentation=crop"]) == (["run.py", *arguments, "augmentation=crop"], [])
     assert prepare(["run.py", "augmentation=crop"])[1]
+
+
+def test_the_folder_of_a_run_is_that_of_hydra():
+    """Else ``.hydra`` lies elsewhere, and ``resume=DIR``, which the run prints at its end, finds no run."""
+    kept, mistakes = prepare(["run.py", "experiment=x", "run.dir=/a/b", "seed=1"])
+    assert kept == ["run.py", "experiment=x", "hydra.run.dir=/a/b", "hydra.sweep.dir=/a/b", "seed=1"]
+    assert not mistakes
