@@ -82,6 +82,8 @@ CUT = {
 GENERATED = ("blend", "grids", "latent", "rollout", "weak_scaling")
 FEW_DAYS = ("data.num_train=1", "data.records=24", "data.spin_up_days=0.5", "data.cache_dir=${run.dir}/cache")
 CUT |= {name: FEW_DAYS for name in ("weather", *(f"weather/{n}" for n in GENERATED))}
+FEW_ROTATIONS = ("data.num_train=1", "data.records=24", "data.cache_dir=${run.dir}/cache")
+CUT |= {f"energy_scaling/{name}": FEW_ROTATIONS for name in ("afno_pretrain", "afno_finetune")}
 CUT["pruning/paper"] = ("model.net.backbone.d_model=16", "model.net.backbone.feed_forward=32")
 CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -99,7 +101,7 @@ FEWER = ("debug=tiny", DATA_DIR, "callbacks.energy.figures=[]", "callbacks.energ
 
 
 def on_ranks(name: str, folder: str) -> dict[str, Any]:
-    return job.run(plain(composed(f"experiment={name}", *FEWER, run_dir=folder)))
+    return job.run(plain(composed(f"experiment={name}", *FEWER, *CUT.get(name, ()), run_dir=folder)))
 
 
 def leaves_what_several_processes_leave(folder: Path, world_size: int) -> None:
@@ -115,7 +117,7 @@ def leaves_what_several_processes_leave(folder: Path, world_size: int) -> None:
 
 def processes_and_data(name: str, folder: Path) -> int:
     """Processes of an experiment whose data are here, else the test is skipped."""
-    config = plain(composed(f"experiment={name}", *FEWER, run_dir=folder))
+    config = plain(composed(f"experiment={name}", *FEWER, *CUT.get(name, ()), run_dir=folder))
     if file := missing_file(config):
         pytest.skip(f"needs {file}, which does not ship with the program")
     assert config["trainer"]["accelerator"] == "cpu" and config["trainer"]["devices"] > 1
