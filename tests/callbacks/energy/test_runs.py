@@ -98,8 +98,8 @@ def test_sigkill_at_any_moment_loses_at_most_two_periods(tmp_path, stage):
     true = WATTS * (killed - start_of(energy_file(tmp_path)))
     found = sum(tally.total_j for tally in host.tallies.values())
     print(f"lost {(true - found) / WATTS:.3f} s of energy, a period is {period} s")
-    # One period, and what a busy machine is late: the clocks are read a moment apart.
-    assert true - 2 * period * WATTS <= found <= true + 0.05 * WATTS
+    # One period; the clocks are read a moment apart, and a busy machine may be late by less than another half of one.
+    assert true - 1.5 * period * WATTS <= found <= true + 0.05 * WATTS
     assert host.status == "killed"
     if wait > 2 * period:
         assert host.tallies[stage].total_j > 0
