@@ -77,9 +77,10 @@ def test_sigkill_in_training_keeps_the_last_summary(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["startup", "fit/train", "fit/val", "test", "predict"])
-def test_sigkill_at_any_moment_loses_at_most_two_periods(tmp_path, stage):
+def test_sigkill_at_any_moment_loses_at_most_one_period(tmp_path, stage, late_s=0.3):
+    """``late_s``: a busy machine may wake the thread that reads late; `test_4_deaths` allows a quiet one nothing."""
     seed = int(os.environ.get("WATTLIGHT_TEST_SEED", time.time_ns() % 10**9))
-    wait, period = random.Random(seed).uniform(0.0, 1.5), 0.4
+    wait, period = random.Random(seed).uniform(0.0, 3.0), 1.0  # the program's own period
     print(f"killed {wait:.3f} s after {stage} began; again with WATTLIGHT_TEST_SEED={seed}")
     long = f"{{_target_:tests.callbacks.energy.long_stage.LongStage,stage:{stage},mark:{tmp_path}/there}}"
     run = cli.Started(
@@ -98,8 +99,7 @@ def test_sigkill_at_any_moment_loses_at_most_two_periods(tmp_path, stage):
     true = WATTS * (killed - start_of(energy_file(tmp_path)))
     found = sum(tally.total_j for tally in host.tallies.values())
     print(f"lost {(true - found) / WATTS:.3f} s of energy, a period is {period} s")
-    # One period; the clocks are read a moment apart, and a busy machine may be late by less than another half of one.
-    assert true - 1.5 * period * WATTS <= found <= true + 0.05 * WATTS
+    assert true - (period + late_s) * WATTS <= found <= true + 0.05 * WATTS
     assert host.status == "killed"
     if wait > 2 * period:
         assert host.tallies[stage].total_j > 0
