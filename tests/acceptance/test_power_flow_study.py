@@ -190,8 +190,8 @@ def test_what_does_not_converge_is_named_with_its_worst_bus(tmp_path, caplog):
 
 
 def test_unknown_grids_list_the_choices(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.grid='case1l8' is unknown\. Did you mean 'case118'\? Embedded are"):
-        PowerGrids("case1l8").setup()
+    with pytest.raises(ValueError, match=r"data\.grid='cas118' is unknown\. Did you mean 'case118'\? Embedded are"):
+        PowerGrids("cas118").setup()
 
 
 def test_no_sparse_complex_tensor_is_needed(monkeypatch):
