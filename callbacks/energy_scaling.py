@@ -80,10 +80,20 @@ class ScalingReport(pl.Callback):
             print(text)
 
 
-def sweep_report(folder: Path, metric: str | None = None) -> str:
-    """The analysis of a sweep, as its end (``hydra.callbacks.sweep_table.epilogue``); what to print below the table."""
+def sweep_report(folder: Path, metric: str | None = None, metric_mode: str | None = None) -> str:
+    """The analysis of a sweep, as its end (``hydra.callbacks.sweep_table.epilogue``); what to print below the table.
+
+    Args:
+        folder: Of the sweep.
+        metric: Quality of a run; ``optimized_metric`` of the jobs without it.
+        metric_mode: Whether more (``max``) or less (``min``) of it is better; without it what the checkpoints of the
+            jobs say of the same metric, or less for what is called a loss or an error.
+    """
     folder = Path(folder)
-    records, skipped = read_runs(folder, metric or _metric(folder))
+    job = _first_job(folder)
+    metric = metric or job.get("optimized_metric")
+    records, skipped = read_runs(folder, metric)
+    mode = metric_mode or _mode(job, metric)
     if not records:
         return "no run of the sweep can be analysed: " + "; ".join(f"{k}: {v}" for k, v in skipped.items())
     out = []
@@ -95,7 +105,7 @@ def sweep_report(folder: Path, metric: str | None = None) -> str:
             out.append(str(error))
             continue
         name = "energy_scaling" if len({r.hardware for r in records}) == 1 else f"energy_scaling_{_slug(kind)}"
-        analysis = analyse(chosen)
+        analysis = analyse(chosen, metric_mode=mode)
         paths = write_report(analysis, folder / name, folder / "figures", skipped)
         out.append(f"{summary(analysis)}\n\n{paths[-1]}")
     return "\n\n".join(out)
@@ -113,7 +123,12 @@ def write_report(
             log.info("no figure %s: %s", name, error)
     captions = [(name.replace("_", " "), image) for name, image in images.items()]
     sections = report_sections(analysis, skipped)
-    rows = [{key: row[key] for key in row if key != "parts_kwh"} for row in analysis["rows"]]
+    names = dict.fromkeys(name for row in analysis["rows"] for name in row["phases_s"])
+    rows = [
+        {key: row[key] for key in row if key not in ("parts_kwh", "phases_s")}
+        | {f"{name}_s": row["phases_s"].get(name) for name in names}
+        for row in analysis["rows"]
+    ]
     files = {
         folder / "scaling.csv": _csv(rows).encode(),
         folder / "scaling.md": markdown(TITLE, sections).encode(),
@@ -257,12 +272,22 @@ def plans_section(forecasts: Sequence[Forecast]) -> Section:
     return Section("Forecasts", ["Intervals from the errors of left-out runs."], columns, rows)
 
 
-def _metric(folder: Path) -> str | None:
-    """``optimized_metric`` of the sweep's jobs, if they have one."""
+def _first_job(folder: Path) -> Mapping[str, Any]:
+    """Configuration of the first job of a sweep; empty if there is none."""
     for path in sorted(folder.rglob("results.json"))[:1]:
-        found = (json.loads(path.read_text()).get("config") or {}).get("optimized_metric")
-        return None if found is None else str(found)
-    return None
+        return json.loads(path.read_text()).get("config") or {}
+    return {}
+
+
+def _mode(job: Mapping[str, Any], metric: str | None) -> str:
+    """``max`` or ``min``: that of a checkpoint that watches the metric, or by the name of the metric."""
+    if metric is None:
+        return "max"
+    for callback in (job.get("callbacks") or {}).values():
+        if isinstance(callback, Mapping) and callback.get("monitor") == metric and callback.get("mode"):
+            return str(callback["mode"])
+    name = metric.rsplit("/", 1)[-1].lower()
+    return "min" if any(word in name for word in ("loss", "error", "mse", "mae", "nll", "crps")) else "max"
 
 
 def _symbol(term: str) -> str:

@@ -18,11 +18,11 @@ from typing_extensions import override
 
 from parallel.groups import Group, destroy, make_group
 from parallel.layout import global_groups, node_groups
+from parallel.phase_times import PhaseTimes
 from parallel.sample_collectives import all_gather
 from parallel.sample_layout import SampleShare, check_sample_parallel_size, mesh
 from parallel.sample_norm import share_statistics
 from strategies.cluster import ClusterStrategy
-from strategies.phase_times import PhaseTimes
 
 log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
 

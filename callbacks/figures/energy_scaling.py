@@ -37,6 +37,7 @@ FIGURES = (
     "forecast_errors",
     "time_and_energy",
     "metric_against_batch",
+    "step_phases",
 )
 """In the order of a report."""
 
@@ -260,6 +261,26 @@ def metric_against_batch(analysis: Analysis) -> Figure:
     axes.set_xlabel("global batch size")
     axes.set_ylabel("metric")
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def step_phases(analysis: Analysis) -> Figure:
+    """Milliseconds of a training step by its phases, a bar per configuration."""
+    rows = [row for row in analysis["rows"] if row["phases_s"]]
+    if not rows:
+        raise ValueError("no run has times of its phases: they need callbacks.step_phases")
+    figure, (axes,) = make_figure(7.4, 1.4 + 0.26 * len(rows))
+    left = np.zeros(len(rows))
+    for i, phase in enumerate(dict.fromkeys(name for row in rows for name in row["phases_s"])):
+        width = np.array([1e3 * row["phases_s"].get(phase, 0.0) for row in rows])
+        axes.barh(range(len(rows)), width, left=left, color=_color(i), label=phase, height=0.78)
+        left += width
+    names = [f"{row['series']}, {row['devices']} x {row['local_batch_size']}" for row in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize="small")
+    axes.invert_yaxis()
+    axes.set_xlabel("time of a training step [ms]")
+    axes.grid(visible=False, axis="y")
+    figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 

@@ -209,6 +209,7 @@ def _rows(means: Sequence[Record], found: dict[str, Any]) -> list[dict[str, Any]
                 "cost_error": cost["errors"][i] if i is not None else None,
                 "left_out_error": cost["left_out"][i] if i is not None and cost["left_out"] else None,
                 "parts_kwh": cost["parts_kwh"][i] if i is not None else None,
+                "phases_s": dict(record.phases),
             }
         )
     return rows

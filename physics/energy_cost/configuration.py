@@ -84,6 +84,7 @@ class Record:
         hardware: What it ran on: fits never mix two.
         estimated: Share of the energy that no instrument measured, 0 to 1.
         name: Of the run, for messages.
+        phases: (name, mean seconds of a step) of its parts, where they were timed.
 
     Raises:
         ValueError: If energy or time are not positive and finite.
@@ -107,6 +108,7 @@ class Record:
     hardware: str = ""
     estimated: float = 0.0
     name: str = ""
+    phases: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("energy_kwh", "device_hours", "samples", "updates", "devices", "nodes"):
@@ -158,6 +160,12 @@ def distinct(records: Iterable[Record]) -> list[Record]:
     return list(found.values())
 
 
+def _mean_phases(members: Sequence[Record]) -> tuple[tuple[str, float], ...]:
+    timed = [dict(member.phases) for member in members if member.phases]
+    names = timed[0] if timed else {}
+    return tuple((name, math.fsum(phases.get(name, 0.0) for phases in timed) / len(timed)) for name in names)
+
+
 def mean_over_seeds(records: Sequence[Record]) -> list[Record]:
     """Means and root mean square deviations (population form) of repetitions, in the order of configurations met."""
     groups: dict[tuple[object, ...], list[Record]] = {}
@@ -188,6 +196,7 @@ def mean_over_seeds(records: Sequence[Record]) -> list[Record]:
                 repetitions=count,
                 metric=math.fsum(metrics) / len(metrics) if metrics else None,
                 estimated=math.fsum(member.estimated for member in members) / count,
+                phases=_mean_phases(members),
                 seed=None,
             )
         )

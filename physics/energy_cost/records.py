@@ -133,6 +133,7 @@ def _read_run(name: str, result: Mapping[str, Any], metric: str | None) -> dict[
         "seed": config.get("seed"),
         "hardware": kinds,
         "estimated": float(stage.get("estimated_fraction") or 0.0),
+        "phases": tuple((result.get("phases") or {}).items()),
     }
 
 

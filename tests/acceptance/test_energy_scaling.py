@@ -147,7 +147,7 @@ def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
         assert stage["device_updates"] <= devices * 2 * math.ceil(images // devices / batch)
     assert "costs: P_node [kW]" in printed
     page = (folder / "energy_scaling" / "scaling.html").read_text()
-    assert page.count("data:image/png;base64") == 8
+    assert page.count("data:image/png;base64") == 9
     assert (folder / "energy_scaling" / "scaling.tex").read_text().count(r"\\") == 7
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from callbacks.communication import Communication
 from callbacks.gathering import gather_to_rank_zero, repeats_items
-from strategies.phase_times import PhaseTimes
+from parallel.phase_times import PhaseTimes
 from strategies.sampling_parallel import SamplingParallel, checksum
 from tests.ranks import Ranks
 from tests.strategies import nets, sampled
