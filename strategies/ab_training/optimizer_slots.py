@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from networks.ab_factors import ABFactor, Factors, project_state
+from strategies.ab_training.put_aside import bring_back, put_aside
 
 OptState = Literal["hold", "reset", "project"]
 
@@ -19,8 +20,9 @@ class OptimizerSlots:
     Args:
         optimizers: Of the training.
         layers: Whose weights come and go.
-        opt_state: ``hold``: the state of a weight waits, in host memory, until the weight is back, factors begin
-            without one; ``project``: they begin with its projection instead; ``reset``: both begin without.
+        opt_state: ``hold``: the state of a weight waits, in host memory or, without a device, in a file
+            (`strategies.ab_training.put_aside`), until the weight is back; factors begin without one. ``project``:
+            they begin with its projection instead. ``reset``: both begin without.
 
     Raises:
         ValueError: If the optimizers do not hold a weight exactly once.
@@ -50,7 +52,9 @@ class OptimizerSlots:
         optimizer = self.optimizers[i]
         state = optimizer.state.pop(layer.weight, None)
         if state and self.opt_state != "reset":
-            self.held[layer.path] = {key: _to(value, "cpu") for key, value in state.items()}
+            self.held[layer.path] = {
+                key: put_aside(value) if _is_large(value) else value for key, value in state.items()
+            }
         if state and self.opt_state == "project":
             optimizer.state[layer.trained] = project_state(state, layer.shape, start, layer.mode)
         optimizer.param_groups[j]["params"][k] = layer.trained
@@ -62,7 +66,10 @@ class OptimizerSlots:
         optimizer.state.pop(factor, None)
         optimizer.param_groups[j]["params"][k] = layer.weight
         if held := self.held.pop(layer.path, None):
-            optimizer.state[layer.weight] = {key: _to(value, layer.weight.device) for key, value in held.items()}
+            device = layer.weight.device
+            optimizer.state[layer.weight] = {
+                key: bring_back(value, device) if _is_large(value) else value for key, value in held.items()
+            }
 
     def plain_state(self, optimizer: Optimizer, layers: list[ABFactor]) -> dict[str, Any]:
         """The optimizer's ``state_dict`` as if the weights of these factored layers stood in it: fits any strategy."""
@@ -125,6 +132,6 @@ def _is_scalar(value: Any) -> bool:
     return not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
 
 
-def _to(value: Any, device: torch.device | str) -> Any:
-    """Move what is large: counts of steps stay where the optimizer keeps them."""
-    return value.to(device) if isinstance(value, Tensor) and value.dim() else value
+def _is_large(value: Any) -> bool:
+    """Whether it is worth moving: counts of steps stay where the optimizer keeps them."""
+    return isinstance(value, Tensor) and value.dim() > 0
