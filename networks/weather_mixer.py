@@ -144,6 +144,8 @@ class WeatherMixer(nn.Module):
             published model on two or four devices has two), whatever the grid.
         norm_groups: See ``norm``.
         blend: See `Blend`.
+        skip: How the recovery sees the embedding z0 beside the processed z: ``concat`` maps [LN(z), z0], ``add``
+            LN(z + z0), with half of the weights.
         positional: ``sinusoidal`` adds sines of latitude and longitude to the embedding; token mixing knows where its
             tokens are without.
         seed: Of initial weights and dropout.
@@ -175,6 +177,7 @@ class WeatherMixer(nn.Module):
         norm: Literal["exact", "grouped"] = "exact",
         norm_groups: int = 2,
         blend: Literal["linear", "residual", "reference"] = "linear",
+        skip: Literal["concat", "add"] = "concat",
         positional: Literal["none", "sinusoidal"] = "none",
         seed: int = 0,
         variant: Choice = "auto",
@@ -188,6 +191,7 @@ class WeatherMixer(nn.Module):
         self._check_choices(
             norm=(norm, ("exact", "grouped")),
             blend=(blend, ("linear", "residual", "reference")),
+            skip=(skip, ("concat", "add")),
             positional=(positional, ("none", "sinusoidal")),
             variant=(variant, ("auto", "weights", "activations")),
         )
@@ -209,7 +213,7 @@ class WeatherMixer(nn.Module):
         self._check_channels(grid, num_inputs)
         self.grid, self.height, self.width, self.patch = grid, height, width, patch
         self.num_inputs, self.num_outputs, self.dim = num_inputs, num_outputs, dim
-        self.dropout, self.positional = dropout, positional
+        self.dropout, self.skip, self.positional = dropout, skip, positional
         num_tokens = height * width // patch
         wanted = token_hidden if token_hidden is not None else int(token_hidden_fraction * num_tokens)
         name = "token_hidden" if token_hidden is not None else "token_hidden_fraction"
@@ -237,10 +241,17 @@ class WeatherMixer(nn.Module):
             for number in range(blocks)
         )  # fmt: skip
         self.norm = JigsawLayerNorm("norm", grid, [channels], groups)
+        labels = ("processed", "embedded") if skip == "concat" else ("processed",)
         self.recovery = ChannelLinear(
-            "recovery", grid, [channels, channels], patches(outputs), seed, bias_repeats=patch,
-            labels=("processed", "embedded"), **how,
-        )  # fmt: skip
+            "recovery",
+            grid,
+            [channels for _ in labels],
+            patches(outputs),
+            seed,
+            bias_repeats=patch,
+            labels=labels,
+            **how,
+        )
         self.blend = Blend(grid, blend, outputs, groups, seed, pipelined)
         # Training forward passes so far: the counter of dropout, equal on all ranks.
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
@@ -306,8 +317,7 @@ class WeatherMixer(nn.Module):
             draw = None if number is None else Draw(number, repetition, self._samples(batch, x.device))
             for block in self.blocks:
                 z = block(z, draw)
-        z = self.norm(z)
-        y = self._to_points(self.recovery(torch.cat([z, embedded.to(z.dtype)], -1)))
+        y = self._to_points(self.recovery(self._beside(embedded, z)))
         state = x[..., : self.output_width.local]
         if self._inputs_valid < self.output_width.local:  # what follows are static fields or padding
             state = nn.functional.pad(
@@ -315,6 +325,13 @@ class WeatherMixer(nn.Module):
             )
         flat = self.blend(y.flatten(1, 2), state.flatten(1, 2))
         return flat.view(batch, self.height, self.local_width, -1)
+
+    def _beside(self, embedded: Tensor, z: Tensor) -> Tensor:
+        """What the recovery maps."""
+        if self.skip == "add":
+            return self.norm(z + embedded)
+        z = self.norm(z)
+        return torch.cat([z, embedded.to(z.dtype)], -1)
 
     def _valid(self, outputs: Width) -> int:
         """Output channels of this rank that are not padding."""

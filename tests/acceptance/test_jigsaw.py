@@ -53,8 +53,9 @@ def ranks8():
 def test_1_identity(ranks2, ranks4, ranks8, grid):
     pool = {2: ranks2, 4: ranks4, 8: ranks8}[grid[0] * grid[1]]
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-11)):
-        for steps, blend, norm in itertools.product((1, 2), ("linear", "residual", "reference"), ("exact", "grouped")):
-            options = WIDE | {"blend": blend, "norm": norm}
+        forms = itertools.product((1, 2), ("linear", "residual", "reference"), ("exact", "grouped"), ("concat", "add"))
+        for steps, blend, norm, skip in forms:
+            options = WIDE | {"blend": blend, "norm": norm, "skip": skip}
             wanted = runs.pass_of(1, 1, steps, 2, dtype, options)
             for found in pool(runs.pass_of, *grid, steps, 2, dtype, options):
                 assert max(errors(found, wanted).values()) < limit, (options, steps, dtype)
@@ -225,11 +226,12 @@ def test_7_resharding(ranks2, ranks4, tmp_path):
 # ------------------------------------------------------------------------------------------------ 8 reference parity
 
 
+@pytest.mark.parametrize("skip", ["concat", "add"])
 @pytest.mark.parametrize(("norm", "groups"), [("exact", 1), ("grouped", 2)])
-def test_8_reference(norm, groups):
+def test_8_reference(norm, groups, skip):
     """Outputs and the published loss, in which weights count twice (model.weight_power=2)."""
     sizes = {"height": 6, "width": 16, "num_inputs": 10, "num_outputs": 8, "patch": 4, "dim": 40, "blocks": 3}
-    net = randomized(WeatherMixer(**sizes, blend="reference", norm=norm, norm_groups=2))
+    net = randomized(WeatherMixer(**sizes, blend="reference", norm=norm, norm_groups=2, skip=skip))
     ref = reference_of(net, groups)
     x, target = torch.randn(2, 6, 16, 10), torch.randn(2, 6, 16, 8)
     with torch.no_grad():

@@ -27,12 +27,12 @@ class ReferenceMixer(nn.Module):
     """Fields are ``(batch, channel, latitude, longitude)``; tokens are numbered latitude by latitude.
 
     Patches are embedded by a convolution along longitude and recovered by a transposed one, on the concatenation of the
-    processed and of the embedded tokens.
+    processed and of the embedded tokens, or on their normalised sum.
     """
 
     def __init__(
         self, height: int, width: int, num_inputs: int, num_outputs: int, patch: int, dim: int, blocks: int,
-        hidden: int, wide: int, groups: int,
+        hidden: int, wide: int, groups: int, concat: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         tokens = height * width // patch
@@ -43,7 +43,8 @@ class ReferenceMixer(nn.Module):
         self.token_out = nn.ModuleList(nn.Linear(hidden, tokens) for _ in range(blocks))
         self.channel_in = nn.ModuleList(nn.Linear(dim, wide) for _ in range(blocks))
         self.channel_out = nn.ModuleList(nn.Linear(wide, dim) for _ in range(blocks))
-        self.recover = nn.ConvTranspose1d(2 * dim, num_outputs, patch, patch)
+        self.concat = concat
+        self.recover = nn.ConvTranspose1d((1 + concat) * dim, num_outputs, patch, patch)
         self.norm_y, self.norm_pair = GroupedNorm(num_outputs, groups), GroupedNorm(2 * num_outputs, groups)
         self.mix = nn.Linear(2 * num_outputs, num_outputs)
 
@@ -60,7 +61,7 @@ class ReferenceMixer(nn.Module):
         ):
             z = z + b(F.gelu(a(self.norms[2 * n](z).transpose(1, 2)))).transpose(1, 2)
             z = z + d(F.gelu(c(self.norms[2 * n + 1](z))))
-        z = torch.cat([self.norms[-1](z), first], -1)
+        z = torch.cat([self.norms[-1](z), first], -1) if self.concat else self.norms[-1](z + first)
         y = self.norm_y(self.recover(z.transpose(1, 2)).transpose(1, 2))
         state = lines[:, : self.num_outputs].transpose(1, 2)
         out = self.mix(self.norm_pair(self.interleaved(y, state)))
@@ -72,8 +73,9 @@ def reference_of(net: WeatherMixer, groups: int) -> ReferenceMixer:
     height, width, patch = net.height, net.width, net.patch
     hidden, wide = net.blocks[0].token_in.outputs.size, net.blocks[0].channel_in.outputs.size
     ref = ReferenceMixer(
-        height, width, net.num_inputs, net.num_outputs, patch, net.dim, len(net.blocks), hidden, wide, groups
-    )
+        height, width, net.num_inputs, net.num_outputs, patch, net.dim, len(net.blocks), hidden, wide, groups,
+        net.skip == "concat",
+    )  # fmt: skip
     columns = width // patch
     token = torch.arange(height * columns)  # of the reference
     ours = (token % columns) * height + token // columns
@@ -90,7 +92,7 @@ def reference_of(net: WeatherMixer, groups: int) -> ReferenceMixer:
             ref.norms[2 * n].load_state_dict(block.token_norm.state_dict())
             ref.norms[2 * n + 1].load_state_dict(block.channel_norm.state_dict())
         ref.norms[-1].load_state_dict(net.norm.state_dict())
-        both = torch.cat([net.recovery.weight_processed, net.recovery.weight_embedded], 1)
+        both = torch.cat([getattr(net.recovery, name) for name in net.recovery.weights], 1)
         ref.recover.weight.copy_(both.view(net.num_outputs, patch, -1).permute(2, 0, 1))
         ref.recover.bias.copy_(net.recovery.bias)
         ref.norm_y.load_state_dict(net.blend.norm.state_dict())
