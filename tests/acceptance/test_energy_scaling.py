@@ -111,6 +111,7 @@ def sweep(tmp_path_factory):
         "model.net.width=0.0625",
         "test=false",
         cwd=folder,
+        timeout=800,
     )
     return folder, done.stdout
 
@@ -282,7 +283,7 @@ def test_10_a_fourier_network_learns_rotations_and_a_second_step(tmp_path):
         assert result["status"] == "completed", result.get("error")
         return result["metrics"]
 
-    first = run("energy_scaling/afno_pretrain", "trainer.max_steps=300")
+    first = run("energy_scaling/afno_pretrain", "trainer.limit_train_batches=300")
     for channel in range(4):
         assert first[f"test/persistence_ratio/c{channel}@6h"] <= 0.7
     weights = tmp_path / "energy_scaling/afno_pretrain/checkpoints/best.ckpt"
