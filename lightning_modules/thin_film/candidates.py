@@ -201,15 +201,25 @@ def _picked(found: Refined, where: Tensor) -> Refined:
     return Refined(**{name: getattr(found, name)[where] for name in fields})
 
 
-def diversity(tokens: Tensor, mae: Tensor, vocabulary: Vocabulary, factor: float = 1.5) -> tuple[Tensor, Tensor]:
+def diversity(
+    tokens: Tensor, mae: Tensor, vocabulary: Vocabulary, best: Tensor | None = None, factor: float = 1.5
+) -> tuple[Tensor, Tensor]:
     """How many really different answers a target got.
 
-    Counted are draws whose error is at most ``factor`` times that of the best one.
+    Counted are draws whose error is at most ``factor`` times the best one.
+
+    Args:
+        tokens: ``(B, N, L)``.
+        mae: ``(B, N)``.
+        vocabulary: Of the tokens.
+        best: The error that counts as the best, ``(B,)``; None: that of these draws. Two networks can only be compared
+            by a common one: the better the best draw of a network is, the fewer others come near it.
+        factor: See above.
 
     Returns:
         Distinct stacks ``(B,)``, and distinct orders of materials ``(B,)``.
     """
-    good = mae <= factor * mae.amin(1, keepdim=True)
+    good = mae <= factor * (mae.amin(1) if best is None else best)[:, None]
     material, _ = vocabulary.layers(tokens)
     # A draw that is not good cannot repeat a good one: give it a token that no stack has.
     marked = [x.masked_fill(~good[..., None], -2) for x in (tokens, material)]

@@ -80,7 +80,7 @@ class Comparison(StackTraining):
     def _columns(self) -> Iterator[str]:
         """Columns of the table of a test, ``<method>/<quantity>``."""
         for name in self.methods():
-            yield from (f"{name}/{what}" for what in ("first", "valid", "distinct", "distinct_orders"))
+            yield from (f"{name}/{what}" for what in ("first", "valid", "distinct", "distinct_orders", "alternatives"))
             for n in self.report_draws:
                 yield from (f"{name}/{what}_of_{n}" for what in ("best", "refined_top1", "refined"))
         for name in self.libraries:
@@ -102,8 +102,10 @@ class Comparison(StackTraining):
         outputs = {"loss": loss, "target": target, "weight": weight, "index": batch["index"]}
         outputs["origin"] = batch["index"]  # by which figures sort
         stacks: dict[str, Tensor] = {}
+        few: dict[str, tuple[Tensor, Tensor]] = {}
         for name, net in self.methods().items():
-            outputs |= self._test_network(name, net, batch, row, stacks)
+            outputs |= self._test_network(name, net, batch, row, stacks, few)
+        self._test_diversity(few, row)
         for name, library in self.libraries.items():
             found, _ = library.nearest(target, weight, max(self.refine_top, self.hybrid if "equal" in name else 0))
             hits = library.stacks(found)
@@ -123,9 +125,15 @@ class Comparison(StackTraining):
         return take(tokens, places).masked_fill(places[..., None] < 0, -1)
 
     def _test_network(
-        self, name: str, net: StackGenerator, batch: Batch, row: dict[str, Tensor], stacks: dict[str, Tensor]
+        self,
+        name: str,
+        net: StackGenerator,
+        batch: Batch,
+        row: dict[str, Tensor],
+        stacks: dict[str, Tensor],
+        few: dict[str, tuple[Tensor, Tensor]],
     ) -> dict[str, Tensor]:
-        """Draw from a network: fills a row of the table and the candidates to refine; what figures show."""
+        """Draw from a network: fills a row of the table, candidates to refine and a few draws; what figures show."""
         target, weight, vocabulary = batch["spectrum"], batch["weight"], self.data.vocabulary
         begin = time.perf_counter()
         tokens = self.draw(net, batch, range(self.num_draws))
@@ -137,8 +145,8 @@ class Comparison(StackTraining):
         mae = errors(spectra, target, weight)
         row[f"{name}/first"] = mae[:, 0]
         row[f"{name}/valid"] = (vocabulary.well_formed(tokens) & mae.isfinite()).double().mean(1)
-        few = slice(0, self.diversity_draws or 1)
-        row[f"{name}/distinct"], row[f"{name}/distinct_orders"] = diversity(tokens[:, few], mae[:, few], vocabulary)
+        first = slice(0, self.diversity_draws or 1)
+        few[name] = tokens[:, first], mae[:, first]
         for n in self.report_draws:
             row[f"{name}/best_of_{n}"] = mae[:, :n].amin(1)
             stacks[f"{name}/{n}"] = self._best(tokens[:, :n], mae[:, :n])
@@ -157,6 +165,14 @@ class Comparison(StackTraining):
             "trajectory": trajectory,
             "trajectory_mae": errors(self.data.simulate(trajectory), target, weight),
         }
+
+    def _test_diversity(self, few: Mapping[str, tuple[Tensor, Tensor]], row: dict[str, Tensor]) -> None:
+        """Different answers near the best of each network, and near the best of all of them (``alternatives``)."""
+        best = torch.stack([mae.amin(1) for _, mae in few.values()]).amin(0)
+        for name, (tokens, mae) in few.items():
+            vocabulary = self.data.vocabulary
+            row[f"{name}/distinct"], row[f"{name}/distinct_orders"] = diversity(tokens, mae, vocabulary)
+            row[f"{name}/alternatives"] = diversity(tokens, mae, vocabulary, best)[0]
 
     def _test_refined(
         self,

@@ -75,6 +75,9 @@ def test_diversity_counts_good_answers_that_differ():
     mae = torch.tensor([[0.010, 0.014, 0.010, 0.015, 0.016]])
     distinct, orders = diversity(tokens, mae, v)
     assert distinct.tolist() == [3] and orders.tolist() == [2]
+    distinct, orders = diversity(tokens, mae, v, best=torch.tensor([0.0101 / 1.5]))  # another network knows better
+    assert distinct.tolist() == [1] and orders.tolist() == [1]
+    assert diversity(tokens, mae, v, best=torch.tensor([1e-3]))[0].tolist() == [0]
 
 
 def test_recipes_that_are_alike():
