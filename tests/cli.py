@@ -64,7 +64,7 @@ class WarmStart:
         request = {"arguments": arguments, "cwd": str(cwd), "env": env, "stdout": str(stdout), "stderr": str(stderr)}
         self._server.stdin.write(json.dumps(request).encode() + b"\n")
         self._server.stdin.flush()
-        while (started := self._next(60)) is None:
+        while (started := self._next(180)) is None:
             continue
         return started
 
