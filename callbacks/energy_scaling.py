@@ -20,12 +20,13 @@ from callbacks.figures import energy_scaling as plots
 from physics.energy_cost import Forecast
 from physics.energy_cost.analysis import analyse, check_sources
 from physics.energy_cost.fitting import TERMS
-from physics.energy_cost.planning import TIME_TERMS
+from physics.energy_cost.planning import TIME_TERMS, better_is
 from physics.energy_cost.records import read_runs
 
 log = logging.getLogger(__name__)
 
 TITLE = "Energy of parallel training"
+UNTESTED = "as many costs as runs: nothing is tested; add runs at other batch sizes and numbers of devices"
 COLUMNS: dict[str, str] = {
     "series": "series",
     "devices": "n",
@@ -35,6 +36,7 @@ COLUMNS: dict[str, str] = {
     "num_samples": "samples",
     "energy_kwh": "E [kWh]",
     "energy_rms_kwh": "+-",
+    "estimated": "estimated [%]",
     "device_hours": "H [h]",
     "device_hours_rms": "+- ",
     "kappa_kw": "kappa [kW]",
@@ -47,6 +49,7 @@ COLUMNS: dict[str, str] = {
     "metric": "metric",
 }
 _PERCENT = ("proportional_error", "cost_error", "left_out_error")
+_NOT_FLAT = ("parts_kwh", "phases_s", "sources")
 _MERGED = {"node+device": "P_device + P_node / n_node [kW]", "samples+updates": "e_s + e_u / LBS [J per sample]"}
 
 
@@ -80,7 +83,9 @@ class ScalingReport(pl.Callback):
             print(text)
 
 
-def sweep_report(folder: Path, metric: str | None = None, metric_mode: str | None = None) -> str:
+def sweep_report(
+    folder: Path, metric: str | None = None, metric_mode: str | None = None, allow_mixed: bool = False
+) -> str:
     """The analysis of a sweep, as its end (``hydra.callbacks.sweep_table.epilogue``); what to print below the table.
 
     Args:
@@ -88,6 +93,7 @@ def sweep_report(folder: Path, metric: str | None = None, metric_mode: str | Non
         metric: Quality of a run; ``optimized_metric`` of the jobs without it.
         metric_mode: Whether more (``max``) or less (``min``) of it is better; without it what the checkpoints of the
             jobs say of the same metric, or less for what is called a loss or an error.
+        allow_mixed: Fit measured and estimated energies together.
     """
     folder = Path(folder)
     job = _first_job(folder)
@@ -100,7 +106,7 @@ def sweep_report(folder: Path, metric: str | None = None, metric_mode: str | Non
     for kind in sorted({record.hardware for record in records}):
         chosen = [record for record in records if record.hardware == kind]
         try:
-            check_sources(chosen)
+            check_sources(chosen, allow_mixed)
         except ValueError as error:
             out.append(str(error))
             continue
@@ -125,7 +131,7 @@ def write_report(
     sections = report_sections(analysis, skipped)
     names = dict.fromkeys(name for row in analysis["rows"] for name in row["phases_s"])
     rows = [
-        {key: row[key] for key in row if key not in ("parts_kwh", "phases_s")}
+        {key: row[key] for key in row if key not in _NOT_FLAT}
         | {f"{name}_s": row["phases_s"].get(name) for name in names}
         for row in analysis["rows"]
     ]
@@ -145,7 +151,8 @@ def write_report(
 
 def summary(analysis: Mapping[str, Any]) -> str:
     """A few lines for the console."""
-    lines = [
+    lines = [text] if (text := provenance(analysis)) else []
+    lines += [
         f"{name}: E = {fit['kappa_kw']:.4g} kW x device hours ({fit['low']:.4g} to {fit['high']:.4g}), errors up to "
         f"{100 * max(abs(e) for e in fit['errors']):.2g} %"
         for name, fit in analysis["series"].items()
@@ -153,11 +160,23 @@ def summary(analysis: Mapping[str, Any]) -> str:
     if cost := analysis["cost"]:
         terms = [f"{_symbol(term)} {number(cost['coefficients'][term])}" for term in cost["terms"]]
         left_out = f", left out {100 * cost['left_out_mean']:.2g} %" if cost["left_out_mean"] is not None else ""
-        lines.append(f"costs: {', '.join(terms)}; mean error {100 * cost['mean_error']:.2g} %{left_out}")
+        error = f"mean error {100 * cost['mean_error']:.2g} %{left_out}" if cost["left_out"] else UNTESTED
+        lines.append(f"costs: {', '.join(terms)}; {error}")
         lines += cost["warnings"]
     if quality := analysis["quality"]:
         lines.append(f"largest global batch within {100 * quality['tolerance']:g} % of the best: {quality['knee']}")
     return "\n".join([*lines, *(f"{what}: {why}" for what, why in analysis["refused"].items())])
+
+
+def provenance(analysis: Mapping[str, Any]) -> str:
+    """A warning where energies were not measured: simulated or estimated, from what; empty where they were."""
+    shares = [row["estimated"] for row in analysis["rows"]]
+    if max(shares) <= 0.01:
+        return ""
+    sources = sorted({source for row in analysis["rows"] for source in row["sources"]})
+    low, high = (f"{100 * share:.0f}" for share in (min(shares), max(shares)))
+    share = high if low == high else f"{low} to {high}"
+    return f"{share} % of the energy was NOT MEASURED: {'; '.join(sources) or 'estimated'}"
 
 
 def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> list[Section]:
@@ -165,7 +184,10 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
     sections = [
         Section(
             "Runs",
-            ["Ratios are to the fewest devices of the series; errors are (predicted - measured) / measured."],
+            [
+                *([text] if (text := provenance(analysis)) else []),
+                "Ratios are to the fewest devices of the series; errors are (predicted - measured) / measured.",
+            ],
             list(COLUMNS.values()),
             [[_cell(key, row[key]) for key in COLUMNS] for row in analysis["rows"]],
         )
@@ -194,13 +216,11 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
                 "Energy as a sum of costs",
                 [
                     "E = P_node M + P_device H + e_s S + e_u n U; non-negative least squares of relative errors.",
-                    f"Errors: mean {100 * cost['mean_error']:.2f} %, largest {100 * cost['max_error']:.2f} %"
-                    + (
-                        f"; each run predicted by the others: mean {100 * cost['left_out_mean']:.2f} %, largest "
-                        f"{100 * cost['left_out_max']:.2f} %."
-                        if cost["left_out_mean"] is not None
-                        else "; too few runs to leave any out."
-                    ),
+                    f"Errors: mean {100 * cost['mean_error']:.2f} %, largest {100 * cost['max_error']:.2f} %; each run "
+                    f"predicted by the others: mean {100 * cost['left_out_mean']:.2f} %, largest "
+                    f"{100 * cost['left_out_max']:.2f} %."
+                    if cost["left_out_mean"] is not None
+                    else f"{UNTESTED[0].upper()}{UNTESTED[1:]}.",
                     *cost["warnings"],
                 ],
                 ("cost", "value", "95 %"),
@@ -239,6 +259,11 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
         text = f"Device hours; each configuration predicted by the others: mean {100 * time['left_out_mean']:.2f} %."
         rows = [[TIME_TERMS[term], number(value, 4)] for term, value in time["coefficients"].items()]
         sections.append(Section("Time", [text], ("part", "value"), rows))
+    if quality := analysis["quality"]:
+        lost = f"{100 * quality['tolerance']:g} %"
+        text = f"The largest global batch, from the best one on, that loses at most {lost} of it: {quality['knee']}."
+        rows = [[str(size), number(value, 4)] for size, value in quality["points"]]
+        sections.append(Section("Quality", [text], ("global batch size", "metric"), rows))
     if analysis["refused"] or skipped:
         rows = [[what, why] for what, why in [*analysis["refused"].items(), *skipped.items()]]
         sections.append(Section("Left out", [], ("what", "why"), rows))
@@ -286,8 +311,7 @@ def _mode(job: Mapping[str, Any], metric: str | None) -> str:
     for callback in (job.get("callbacks") or {}).values():
         if isinstance(callback, Mapping) and callback.get("monitor") == metric and callback.get("mode"):
             return str(callback["mode"])
-    name = metric.rsplit("/", 1)[-1].lower()
-    return "min" if any(word in name for word in ("loss", "error", "mse", "mae", "nll", "crps")) else "max"
+    return better_is(metric)
 
 
 def _symbol(term: str) -> str:
@@ -301,6 +325,8 @@ def _slug(name: str) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return ""
+    if key == "estimated":
+        return f"{100 * value:.0f}"
     if key in _PERCENT:
         return f"{100 * value:+.2f}"
     if isinstance(value, float):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -46,9 +47,9 @@ class EnergyRecords(LightningDataModule):
 
     Args:
         source: ``published`` (ResNet-50 on up to 256 A100, embedded), a CSV file (columns as in the embedded one), or
-            the folder of a sweep.
+            the folder of a sweep; or a list of files and folders, whose runs are fitted together.
         metric: Quality of a run, by its name in results.json; None: not looked at.
-        devices_per_node: Of the machine, for tables and plans.
+        devices_per_node: Of the machine, for tables and plans; None: 4 for tables, the most of the runs for plans.
         allow_mixed: Fit measured and estimated energies together.
         hardware: Keep the runs on this one (a part of its name), where there are several.
         plans: Trainings to predict: mappings with ``devices``, ``num_samples``, ``epochs``, and one of
@@ -62,19 +63,19 @@ class EnergyRecords(LightningDataModule):
 
     def __init__(
         self,
-        source: str = "published",
+        source: str | Sequence[str] = "published",
         metric: str | None = None,
-        devices_per_node: int = 4,
+        devices_per_node: int | None = None,
         allow_mixed: bool = False,
         hardware: str | None = None,
         plans: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
-        if devices_per_node < 1:
+        if devices_per_node is not None and devices_per_node < 1:
             raise ValueError(f"data.devices_per_node={devices_per_node}: give a number of at least 1")
         self.source, self.metric, self.devices_per_node = source, metric, devices_per_node
         self.allow_mixed, self.hardware = allow_mixed, hardware
-        self.plans = [_plan(i, plan, devices_per_node) for i, plan in enumerate(plans)]
+        self.plans = [_plan(i, plan, devices_per_node or 4) for i, plan in enumerate(plans)]
         self.records: list[Record] = []
         self.means: list[Record] = []
         self.skipped: dict[str, str] = {}
@@ -96,21 +97,31 @@ class EnergyRecords(LightningDataModule):
             )
         check_sources(records, self.allow_mixed)
         self.records, self.means = records, mean_over_seeds(records)
+        if self.devices_per_node is None:
+            most = max(round(record.devices_per_node) for record in records)
+            self.plans = [replace(plan, devices_per_node=most) for plan in self.plans]
         for name, reason in self.skipped.items():
             log.warning("data.source: %s is left out: %s", name, reason)
 
     def _read(self) -> list[Record]:
-        if self.source == "published":
+        sources = [self.source] if isinstance(self.source, str) else list(self.source)
+        if not sources:
+            raise ValueError("data.source=[]: name at least one; choose published, CSV files or sweeps")
+        return [record for source in sources for record in self._read_one(source)]
+
+    def _read_one(self, source: str) -> list[Record]:
+        if source == "published":
             return read_table(PUBLISHED, devices_per_node=4, repetitions=5)
-        path = Path(self.source)
+        path = Path(source)
         if path.is_file():
-            return read_table(path, self.devices_per_node)
+            return read_table(path, self.devices_per_node or 4)
         if not path.is_dir():
-            raise ValueError(f"data.source={self.source}: no such file; choose published, a CSV file or a sweep")
-        records, self.skipped = read_runs(path, self.metric)
+            raise ValueError(f"data.source={source}: no such file; choose published, a CSV file or a sweep")
+        records, skipped = read_runs(path, self.metric)
         if not records:
-            reasons = "".join(f"\n  {name}: {reason}" for name, reason in self.skipped.items())
-            raise ValueError(f"data.source={self.source}: none of {len(self.skipped)} runs can be used:{reasons}")
+            reasons = "".join(f"\n  {name}: {reason}" for name, reason in skipped.items())
+            raise ValueError(f"data.source={source}: none of {len(skipped)} runs can be used:{reasons}")
+        self.skipped |= skipped
         return records
 
     @override

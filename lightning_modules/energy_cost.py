@@ -11,8 +11,9 @@ from torch import Tensor
 from typing_extensions import override
 
 from physics.energy_cost import Forecast, fit_cost, fit_time, forecast, leave_one_out
-from physics.energy_cost.analysis import analyse
+from physics.energy_cost.analysis import analyse, cost_terms
 from physics.energy_cost.configuration import distinct
+from physics.energy_cost.planning import better_is
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ class EnergyCostModel(pl.LightningModule):
     Args:
         draws: Of the bootstrap over repetitions, for intervals; 0: none.
         seed: Of the draws.
-        metric_mode: ``max`` where more of ``data.metric`` is better, else ``min``.
+        metric_mode: ``max`` where more of ``data.metric`` is better, else ``min``; None: by its name (loss, error).
         tolerance: Share of the best metric that the largest useful batch may lose.
         carbon_intensity: Of the electricity, g/kWh, for the plans; None: no carbon dioxide.
 
@@ -43,15 +44,15 @@ class EnergyCostModel(pl.LightningModule):
         self,
         draws: int = 1000,
         seed: int = 0,
-        metric_mode: str = "max",
+        metric_mode: str | None = None,
         tolerance: float = 0.01,
         carbon_intensity: float | None = None,
     ) -> None:
         super().__init__()
         if draws < 0:
             raise ValueError(f"model.draws={draws}: give 0 or more")
-        if metric_mode not in ("max", "min"):
-            raise ValueError(f"model.metric_mode={metric_mode}: choose max or min")
+        if metric_mode not in (None, "max", "min"):
+            raise ValueError(f"model.metric_mode={metric_mode}: choose max, min or null")
         if not 0 <= tolerance < 1:
             raise ValueError(f"model.tolerance={tolerance}: give a share from 0 to 1")
         self.draws, self.seed, self.metric_mode, self.tolerance = draws, seed, metric_mode, tolerance
@@ -60,9 +61,9 @@ class EnergyCostModel(pl.LightningModule):
         self.forecasts: list[Forecast] = []
 
     def _analyse(self) -> None:
-        self.analysis = analyse(
-            self.trainer.datamodule.records, self.draws, self.seed, self.metric_mode, self.tolerance
-        )
+        data = self.trainer.datamodule
+        mode = self.metric_mode or better_is(data.metric or "")
+        self.analysis = analyse(data.records, self.draws, self.seed, mode, self.tolerance)
         for what, reason in self.analysis["refused"].items():
             log.warning("no fit of %s: %s", what, reason)
         for warning in (self.analysis["cost"] or {}).get("warnings", []):
@@ -99,8 +100,9 @@ class EnergyCostModel(pl.LightningModule):
     def on_predict_start(self) -> None:
         datamodule = self.trainer.datamodule
         records = distinct(datamodule.means)
-        cost, time = fit_cost(records), fit_time(records)
-        left_out = leave_one_out(records)
+        terms = cost_terms(records)  # those of the test
+        cost, time = fit_cost(records, terms), fit_time(records)
+        left_out = leave_one_out(records, terms) if len(records) > len(cost.terms) else []
         kg = None if self.carbon_intensity is None else self.carbon_intensity / 1000
         self.forecasts = [forecast(plan, cost, time, records, left_out, kg) for plan in datamodule.plans]
 

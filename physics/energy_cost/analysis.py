@@ -19,8 +19,9 @@ from physics.energy_cost.fitting import (
 )
 from physics.energy_cost.planning import TIME_TERMS, TimeFit, fit_time, knee
 
-MIXED = 0.01
-"""Shares of estimated energy that differ by more than this are not fitted together."""
+MIXED = 0.3
+"""Shares of estimated energy that differ by more than this are not fitted together: processors and memory beside
+measured GPUs are often estimated, and their part changes with the number of GPUs."""
 
 
 def check_sources(records: Sequence[Record], allow_mixed: bool = False) -> None:
@@ -29,10 +30,12 @@ def check_sources(records: Sequence[Record], allow_mixed: bool = False) -> None:
     Raises:
         ValueError: Names the runs of the smaller part.
     """
-    estimated = [record for record in records if record.estimated > 0.5]
-    measured = [record for record in records if record.estimated <= 0.5]
-    if allow_mixed or not (estimated and measured):
+    shares = [record.estimated for record in records]
+    if allow_mixed or max(shares, default=0.0) - min(shares, default=0.0) <= MIXED:
         return
+    middle = (max(shares) + min(shares)) / 2
+    estimated = [record for record in records if record.estimated > middle]
+    measured = [record for record in records if record.estimated <= middle]
     fewer = min(estimated, measured, key=len)
     kind = "estimated" if fewer is estimated else "measured"
     names = ", ".join(record.name or record.series for record in fewer[:5])
@@ -113,15 +116,36 @@ def _fit_costs(found: dict[str, Any], unique: Sequence[Record], draws_of: _Draws
             }
         )
     found["models"] = models
-    for terms in (tuple(TERMS), ("node", "device", "samples"), ("node", "device"), ("device",)):
-        try:
-            fit = fit_cost(unique, terms, draws_of(unique))
-        except ValueError as error:
-            found["refused"].setdefault("cost", str(error))
-            continue
-        left_out = leave_one_out(unique, terms) if len(unique) > len(fit.terms) else []
-        found["cost"] = _cost(fit, unique, left_out)
+    try:
+        terms = cost_terms(unique)
+    except ValueError as error:
+        found["refused"]["cost"] = str(error)
         return
+    if terms != tuple(TERMS):
+        found["refused"]["cost"] = _refusal(unique, tuple(TERMS))
+    fit = fit_cost(unique, terms, draws_of(unique))
+    left_out = leave_one_out(unique, terms) if len(unique) > len(fit.terms) else []
+    found["cost"] = _cost(fit, unique, left_out)
+
+
+def cost_terms(records: Sequence[Record]) -> tuple[str, ...]:
+    """The most costs that there are runs for: all four, or fewer of them in a fixed order.
+
+    Raises:
+        ValueError: If there are runs for none.
+    """
+    for terms in (tuple(TERMS), ("node", "device", "samples"), ("node", "device"), ("device",)):
+        if not _refusal(records, terms):
+            return terms
+    raise ValueError(_refusal(records, ("device",)))
+
+
+def _refusal(records: Sequence[Record], terms: tuple[str, ...]) -> str:
+    try:
+        fit_cost(records, terms)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def _cost(fit: CostFit, records: Sequence[Record], left_out: Sequence[float]) -> dict[str, Any]:
@@ -154,6 +178,11 @@ def _time(fit: TimeFit) -> dict[str, Any]:
 
 def _quality(means: Sequence[Record], mode: str, tolerance: float) -> dict[str, Any]:
     known = [record for record in means if record.metric is not None]
+    # Batches are compared on one set: with more data (constant samples per device) larger ones would look better.
+    counts = [sum(abs(other.num_samples - r.num_samples) <= 0.1 * r.num_samples for other in known) for r in known]
+    if known:
+        base = known[counts.index(max(counts))].num_samples
+        known = [record for record in known if abs(record.num_samples - base) <= 0.1 * base]
     sizes: dict[int, list[float]] = {}
     for record in known:
         sizes.setdefault(record.global_batch_size, []).append(record.metric)  # type: ignore[arg-type]
@@ -204,6 +233,7 @@ def _rows(means: Sequence[Record], found: dict[str, Any]) -> list[dict[str, Any]
                 "device_hours_ratio": record.device_hours / base.device_hours,
                 "hours_ratio": record.hours / base.hours,
                 "estimated": record.estimated,
+                "sources": list(record.sources),
                 "metric": record.metric,
                 "proportional_error": series["kappa_kw"] / record.kappa_kw - 1 if series else None,
                 "cost_error": cost["errors"][i] if i is not None else None,

@@ -84,6 +84,7 @@ class Record:
         hardware: What it ran on: fits never mix two.
         estimated: Share of the energy that no instrument measured, 0 to 1.
         name: Of the run, for messages.
+        sources: What the energy was read from.
         phases: (name, mean seconds of a step) of its parts, where they were timed.
 
     Raises:
@@ -108,6 +109,7 @@ class Record:
     hardware: str = ""
     estimated: float = 0.0
     name: str = ""
+    sources: tuple[str, ...] = ()
     phases: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -196,6 +198,7 @@ def mean_over_seeds(records: Sequence[Record]) -> list[Record]:
                 repetitions=count,
                 metric=math.fsum(metrics) / len(metrics) if metrics else None,
                 estimated=math.fsum(member.estimated for member in members) / count,
+                sources=tuple(sorted({source for member in members for source in member.sources})),
                 phases=_mean_phases(members),
                 seed=None,
             )

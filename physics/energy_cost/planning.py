@@ -6,6 +6,7 @@ communication per device update (also as it grows with the number of devices), a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from physics.energy_cost.configuration import Configuration, Record
-from physics.energy_cost.fitting import CostFit
+from physics.energy_cost.fitting import COLLINEAR, CostFit
 
 TIME_TERMS: dict[str, str] = {
     "samples": "t_s [s per sample]",
@@ -32,15 +33,33 @@ class TimeFit:
         coefficients: In seconds, in the order of `TIME_TERMS`, >= 0.
         errors: Of each record, (predicted - measured) / measured.
         left_out: The same when the others predict it.
+        unidentified: Directions of the weighted columns that no run has anything of.
+        scale: Factors of the columns.
     """
 
     coefficients: tuple[float, ...]
     errors: tuple[float, ...]
     left_out: tuple[float, ...]
+    unidentified: tuple[tuple[float, ...], ...] = ()
+    scale: tuple[float, ...] = ()
 
     def device_hours(self, plan: Configuration) -> float:
-        """H of a plan."""
-        row = _time_row(plan.devices, plan.samples, plan.updates, plan.epochs)
+        """H of a plan.
+
+        Raises:
+            ValueError: If the runs cannot tell apart what such a plan needs, as communication per step and its growth
+                with the number of devices where all have one or two; names them.
+        """
+        row = np.array(_time_row(plan.devices, plan.samples, plan.updates, plan.epochs))
+        scaled = row * np.array(self.scale) if self.scale else row
+        for direction in self.unidentified:
+            if abs(float(scaled @ np.array(direction))) > 10 * COLLINEAR * float(np.linalg.norm(scaled)):
+                names = [t for t, d in zip(TIME_TERMS.values(), direction, strict=True) if abs(d) > 0.1]
+                raise ValueError(
+                    f"the runs say too little about {' and '.join(names)} to predict the hours of {plan.devices} "
+                    f"devices with {plan.local_batch_size} samples each; add runs with more numbers of devices and "
+                    "batch sizes"
+                )
         return float(np.dot(row, self.coefficients)) / 3600
 
     @property
@@ -85,9 +104,17 @@ def fit_time(records: Sequence[Record]) -> TimeFit:
     rows = np.array([_time_row(r.devices, r.samples, r.updates, r.epochs) for r in records])
     matrix = rows / 3600 / np.array([record.device_hours for record in records])[:, None]
     coefficients = _solve(matrix)
+    lengths = np.linalg.norm(matrix, axis=0)
+    lengths[lengths == 0] = 1.0
+    _, values, directions = np.linalg.svd(matrix / lengths, full_matrices=True)
+    weak = [directions[i] for i in range(matrix.shape[1]) if i >= len(values) or values[i] < COLLINEAR]
     left_out = [float(row @ _solve(np.delete(matrix, i, axis=0)) - 1) for i, row in enumerate(matrix)]
     return TimeFit(
-        tuple(float(c) for c in coefficients), tuple(float(e) for e in matrix @ coefficients - 1), tuple(left_out)
+        tuple(float(c) for c in coefficients),
+        tuple(float(e) for e in matrix @ coefficients - 1),
+        tuple(left_out),
+        tuple(tuple(float(x) for x in direction) for direction in weak),
+        tuple(float(1 / length) for length in lengths),
     )
 
 
@@ -151,7 +178,9 @@ def as_record(plan: Configuration, device_hours: float) -> Record:
 
 
 def knee(batch_sizes: Sequence[int], metrics: Sequence[float], mode: str = "max", tolerance: float = 0.01) -> int:
-    """The largest batch whose metric is within ``tolerance`` of the best (relative), all smaller ones included.
+    """The largest batch up to which the metric stays within ``tolerance`` of the best (relative), from the best one on.
+
+    A training that diverged (NaN) is as bad as can be.
 
     Args:
         batch_sizes: Global batch sizes.
@@ -166,16 +195,22 @@ def knee(batch_sizes: Sequence[int], metrics: Sequence[float], mode: str = "max"
         raise ValueError(f"mode={mode!r}: choose max or min")
     if not batch_sizes:
         raise ValueError("no run has a metric; set optimized_metric or the metric of the analysis")
-    pairs = sorted(zip(batch_sizes, metrics, strict=True))
-    best = max(metrics) if mode == "max" else min(metrics)
-    found = pairs[0][0]
-    for size, value in pairs:
-        if (best - value if mode == "max" else value - best) > tolerance * abs(best):
-            if value == best or size == pairs[0][0]:
-                continue
-            break
-        found = size
-    return found
+    if all(math.isnan(value) for value in metrics):
+        raise ValueError("the metric of every run is NaN: all of them diverged")
+    sign = 1.0 if mode == "max" else -1.0
+    pairs = sorted(
+        (size, -math.inf if math.isnan(v) else sign * v) for size, v in zip(batch_sizes, metrics, strict=True)
+    )
+    best = max(value for _, value in pairs)
+    first = next(i for i, (_, value) in enumerate(pairs) if value == best)
+    good = itertools.takewhile(lambda pair: best - pair[1] <= tolerance * abs(best), pairs[first:])
+    return [size for size, _ in good][-1]
+
+
+def better_is(metric: str) -> str:
+    """``min`` for what its name calls a loss or an error, else ``max``."""
+    name = metric.rsplit("/", 1)[-1].lower()
+    return "min" if any(word in name for word in ("loss", "error", "mse", "mae", "rmse", "nll", "crps")) else "max"
 
 
 def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:

@@ -114,9 +114,12 @@ def _read_run(name: str, result: Mapping[str, Any], metric: str | None) -> dict[
     if not updates:
         raise ValueError("no optimizer step was taken")
     hardware = result.get("hardware") or {}
-    kinds = ", ".join(hardware.get("cuda") or []) or str(hardware.get("cpu") or "")
-    epochs = float(result.get("epoch") or 1) or 1.0
     config = result.get("config") or {}
+    # A job sees as many GPUs as it asked for: their kinds count, not how many; a run on the CPU has none.
+    gpus = sorted(set(hardware.get("cuda") or []))
+    on_cpu = (config.get("trainer") or {}).get("accelerator") == "cpu"
+    kinds = str(hardware.get("cpu") or "") if on_cpu or not gpus else ", ".join(gpus)
+    epochs = float(result.get("epoch") or 1) or 1.0
     return {
         "name": name,
         "experiment": f"{config.get('name') or result.get('name')}",
@@ -133,6 +136,9 @@ def _read_run(name: str, result: Mapping[str, Any], metric: str | None) -> dict[
         "seed": config.get("seed"),
         "hardware": kinds,
         "estimated": float(stage.get("estimated_fraction") or 0.0),
+        "sources": tuple(
+            sorted({str(c["source"]) for c in (energy.get("channels") or {}).values() if c.get("source")})
+        ),
         "phases": tuple((result.get("phases") or {}).items()),
     }
 

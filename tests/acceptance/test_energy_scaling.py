@@ -127,6 +127,8 @@ def test_2_a_sweep_finds_the_costs_that_were_put_in(sweep):
     expected = {"node": 0.2153, "device": 0.069, "samples": 0.4525, "updates": 1.781}
     for term, value in expected.items():
         assert cost["coefficients"][term] == pytest.approx(value, rel=0.05), cost
+        low, high = cost["intervals"][term]
+        print(f"{term}: {cost['coefficients'][term]:.4f} in {low:.4f} to {high:.4f}, put in {value}")
     # A configuration that the others have not seen.
     assert max(map(abs, cost["left_out"])) <= 0.03
 
@@ -178,7 +180,7 @@ def losses(experiment: str, folder: str, devices: int, *overrides: str) -> list[
         ),
         pytest.param(
             "energy_scaling/resnet_cds_gbs",
-            ("trainer=multi_gpu", "trainer.devices=2", "data.batch_size=32", "trainer.sync_batchnorm=true"),
+            ("trainer=multi_gpu", "data.batch_size=32", "trainer.sync_batchnorm=true"),
             marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="batch norms are synchronised on GPUs only"),
         ),
     ],

@@ -8,14 +8,15 @@ import json
 import pytest
 
 from callbacks.energy_scaling import sweep_report
+from physics.energy_cost.records import read_runs
 
-METRIC = {64: 0.95, 128: 0.948, 256: 0.90}  # by global batch size: 128 is the last good one if more is better
+METRIC = {64: 0.95, 128: 0.948, 256: 0.90}  # by global batch size: if more is better, 128 is the last good one
 
 
-def write_sweep(folder, metric, **config):
+def write_sweep(folder, metric, estimated=0.0, counts=(1, 2, 4), batches=(64, 128, 256), **config):
     job = 0
-    for devices in (1, 2, 4):
-        for batch in (64, 128, 256):
+    for devices in counts:
+        for batch in batches:
             epochs, samples = 2, 2 * 4096
             updates = samples // batch
             hours = 1e-6 * samples + 1e-5 * devices * updates
@@ -24,11 +25,12 @@ def write_sweep(folder, metric, **config):
             )
             stage = {
                 "it_kwh": joules, "device_hours": hours, "node_hours": hours / devices, "samples": samples,
-                "updates": updates, "estimated_fraction": 0.0,
+                "updates": updates, "estimated_fraction": estimated,
             }  # fmt: skip
             result = {
-                "status": "completed", "world_size": devices, "epoch": epochs, "hardware": {"cpu": "one kind"},
-                "energy": {"stages": {"fit/train": stage}}, "metrics": {metric: METRIC[batch]},
+                "status": "completed", "world_size": devices, "epoch": epochs,
+                "hardware": {"cpu": "host", "cuda": devices * ["GPU"]}, "metrics": {metric: METRIC[batch]},
+                "energy": {"stages": {"fit/train": stage}, "channels": {"node": {"source": "the meter"}}},
                 "config": {"name": "mine", "seed": 0, "optimized_metric": metric, **config},
                 "phases": {"loading": 1e-3, "forward": 1e-5 * batch / devices},
             }  # fmt: skip
@@ -42,8 +44,8 @@ def write_sweep(folder, metric, **config):
     ("metric", "config", "expected"),
     [
         ("val/accuracy", {}, 128),
-        ("val/loss", {}, 64),
-        ("val/skill", {"callbacks": {"checkpoint": {"monitor": "val/skill", "mode": "min"}}}, 64),
+        ("val/loss", {}, 256),
+        ("val/skill", {"callbacks": {"checkpoint": {"monitor": "val/skill", "mode": "min"}}}, 256),
         ("val/skill", {"callbacks": {"checkpoint": {"monitor": "val/other", "mode": "min"}}}, 128),
     ],
 )
@@ -67,3 +69,34 @@ def test_phases_of_a_step_are_in_the_table_and_drawn(tmp_path):
         assert float(row["loading_s"]) == pytest.approx(1e-3)
         assert float(row["forward_s"]) == pytest.approx(1e-5 * int(row["local_batch_size"]))
     assert (tmp_path / "figures" / "step_phases.png").stat().st_size > 5000
+
+
+def test_jobs_that_see_as_many_gpus_as_they_use_are_on_one_hardware(tmp_path):
+    write_sweep(tmp_path, "val/accuracy")
+    assert "costs: P_node" in sweep_report(tmp_path)
+    assert {record.hardware for record in read_runs(tmp_path)[0]} == {"GPU"}
+    write_sweep(tmp_path / "cpu", "val/accuracy", trainer={"accelerator": "cpu"})
+    assert {record.hardware for record in read_runs(tmp_path / "cpu")[0]} == {"host"}
+
+
+def test_what_was_not_measured_is_told_everywhere(tmp_path):
+    write_sweep(tmp_path / "measured", "val/accuracy")
+    assert "NOT MEASURED" not in sweep_report(tmp_path / "measured")
+    write_sweep(tmp_path / "simulated", "val/accuracy", estimated=1.0)
+    assert "100 % of the energy was NOT MEASURED: the meter" in sweep_report(tmp_path / "simulated")
+    page = (tmp_path / "simulated" / "energy_scaling" / "scaling.html").read_text()
+    assert "NOT MEASURED: the meter" in page
+
+
+def test_a_fit_of_as_many_costs_as_runs_says_that_nothing_was_tested(tmp_path):
+    write_sweep(tmp_path / "few", "val/accuracy", counts=(1, 8), batches=(64, 256))
+    assert "nothing is tested" in sweep_report(tmp_path / "few")
+    write_sweep(tmp_path / "more", "val/accuracy")
+    assert "nothing is tested" not in sweep_report(tmp_path / "more")
+
+
+def test_measured_and_estimated_runs_are_refused_together(tmp_path):
+    write_sweep(tmp_path / "a", "val/accuracy")
+    write_sweep(tmp_path / "b", "val/accuracy", estimated=0.45)
+    assert "data.allow_mixed=true" in sweep_report(tmp_path)
+    assert "costs:" in sweep_report(tmp_path, allow_mixed=True)

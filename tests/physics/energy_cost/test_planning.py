@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from physics.energy_cost import Configuration, fit_cost, fit_time, forecast, knee, leave_one_out, pareto_front
@@ -53,7 +55,36 @@ def test_the_largest_batch_that_loses_nothing(metrics, mode, expected):
     assert knee([64, 128, 256, 512, 1024], metrics, mode) == expected
 
 
+@pytest.mark.parametrize(
+    ("metrics", "expected"),
+    [
+        ([0.5, 0.6, 0.9, 0.9, 0.5], 512),  # small batches that are worse end nothing
+        ([0.9, 0.9, math.nan, math.nan, math.nan], 128),  # diverged
+        ([math.nan, 0.9, 0.9, 0.8, 0.9], 256),
+    ],
+)
+def test_the_knee_begins_at_the_best_and_ends_where_training_diverges(metrics, expected):
+    assert knee([64, 128, 256, 512, 1024], metrics) == expected
+    assert knee([64, 128, 256, 512, 1024], [-value for value in metrics], "min") == expected
+
+
+def test_hours_that_the_runs_say_nothing_about_are_refused():
+    """On one and two devices communication per step and its growth are one column; on one there is neither."""
+    two = fit_time([record(n, b, growth=0.0) for n in (1, 2) for b in (16, 64, 256)])
+    assert two.device_hours(Configuration(2, 32, 40_000, 10)) == pytest.approx(
+        record(2, 32, growth=0.0).device_hours, rel=0.03
+    )
+    with pytest.raises(ValueError, match=r"say too little about t_u .* and t_r .* 64 devices"):
+        two.device_hours(Configuration(64, 32, 40_000, 10))
+    one = fit_time([record(1, b, growth=0.0) for b in (16, 64, 256)])
+    with pytest.raises(ValueError, match="say too little about"):
+        one.device_hours(Configuration(2, 32, 40_000, 10))
+    fit_time(RUNS).device_hours(Configuration(64, 32, 40_000, 10))
+
+
 def test_a_knee_needs_something_to_compare():
+    with pytest.raises(ValueError, match="all of them diverged"):
+        knee([1, 2], [math.nan, math.nan])
     with pytest.raises(ValueError, match="no run has a metric"):
         knee([], [])
     with pytest.raises(ValueError, match="mode='up'"):
