@@ -337,7 +337,10 @@ def test_13_a_model_in_parts_learns_more_in_an_epoch(ranks2, tmp_path):
         ("strategy.token=2 strategy.chanel=2", "Did you mean 'channel'?"),
         ("strategy.data=2 data.batch_size=5", "data.batch_size=5"),
         ("strategy.token=2 trainer.precision=16-mixed", "bf16-mixed"),
-        ("strategy.token=2 model.net.blend=sum", "model.net.blend=sum: networks.weather_mixer.WeatherMixer expects 'linear'"),
+        (
+            "strategy.token=2 model.net.blend=sum",
+            "model.net.blend=sum: networks.weather_mixer.WeatherMixer expects 'linear'",
+        ),
     ],
 )
 def test_15_mistakes_take_one_line(tmp_path, change, words):
