@@ -5,11 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -17,31 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.image_set import (
-    ImageBatches,
-    ImageSet,
-    block_means,
-    moments,
-    stratified,
-    stratified_subset,
-    whole_batch,
-)
-from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS, gaussian_noise, num_draws, shift_images
+from datamodules.image_choice import ImageChoice, grown
+from datamodules.image_files import FilePart, ImageFiles
+from datamodules.image_input import Augmentation, Normalization, channel_statistics, shifted
+from datamodules.image_predictions import prediction_table
+from datamodules.image_set import ImageBatches, ImageSet, whole_batch
+from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS
 from datamodules.loading import make_loader
-from datamodules.random_views import (
-    NUM_DRAWS,
-    SIZE_DRAWS,
-    cut_out,
-    random_views,
-    resized_views,
-    uniform_per_sample,
-)
-from datamodules.readers.digits import read_digits
-from datamodules.readers.idx import read_idx_pair
-from datamodules.readers.image_folder import read_image_folder
-from datamodules.readers.image_npz import read_image_npz
-from datamodules.readers.stored_images import StoredImages, first_of_each_class, require_md5
-from datamodules.synthetic_images import synthetic_images
+from datamodules.readers.stored_images import StoredImages
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,10 +31,8 @@ log = logging.getLogger(__name__)
 
 Part = Literal["train", "val", "test"]
 Reader = Literal["digits", "idx", "image_folder", "npz", "synthetic"]
-
-_NUM_FILES: dict[str, int] = {"digits": 0, "idx": 4, "image_folder": 1, "npz": 1, "synthetic": 0}
-# Draws of the shifted test images: an epoch that no training reaches.
-_SHIFT_EPOCH = 2**31
+Normalize = Literal["dataset", "legacy", "none"]
+TestFrom = Literal["end", "random"]
 
 
 class Images(LightningDataModule):
@@ -158,7 +137,7 @@ class Images(LightningDataModule):
         test_folder: str | None = "test",
         stored_size: int | None = None,
         test_size: int | None = None,
-        test_from: Literal["end", "random"] = "end",
+        test_from: TestFrom = "end",
         val_fraction: float = 0.1,
         split_seed: int = 0,
         classes: Sequence[int] | None = None,
@@ -168,7 +147,7 @@ class Images(LightningDataModule):
         num_channels: int | None = None,
         num_classes: int | None = None,
         to_rgb: bool = False,
-        normalize: Literal["dataset", "legacy", "none"] = "dataset",
+        normalize: Normalize = "dataset",
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         augment: bool = False,
@@ -193,22 +172,49 @@ class Images(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.reader, self.source, self.data_dir = reader, source, Path(data_dir)
-        self.files = [] if file is None else [file] if isinstance(file, str) else list(file)
-        self.md5 = None if md5 is None else [md5] if isinstance(md5, str) else list(md5)
-        self.cache_dir = _default_cache() if cache_dir is None else Path(cache_dir).expanduser()
-        self.train_folder, self.test_folder, self.stored_size = train_folder, test_folder, stored_size
-        self.test_size, self.test_from = test_size, test_from
-        self.val_fraction, self.split_seed = val_fraction, split_seed
-        self.classes = None if classes is None else list(classes)
-        self.max_images = {"train": max_train, "test": max_test}
-        self.image_size, self.to_rgb = image_size, to_rgb
-        self._wanted_channels, self._wanted_classes = num_channels, num_classes
+        choices = {"reader": (reader, Reader), "predict_part": (predict_part, Part)}
+        choices |= {"normalize": (normalize, Normalize), "test_from": (test_from, TestFrom)}
+        for key, (value, kind) in choices.items():
+            if value not in get_args(kind):
+                raise ValueError(f"data.{key}={value!r} is unknown; use one of {', '.join(get_args(kind))}")
+        self._files = ImageFiles(
+            reader=reader,
+            data_dir=Path(data_dir),
+            files=[] if file is None else [file] if isinstance(file, str) else list(file),
+            source=source,
+            md5=None if md5 is None else [md5] if isinstance(md5, str) else list(md5),
+            cache_dir=_default_cache() if cache_dir is None else Path(cache_dir).expanduser(),
+            train_folder=train_folder,
+            test_folder=test_folder,
+            stored_size=stored_size,
+            num_channels=1 if to_rgb else num_channels,
+            num_classes=num_classes if classes is None else None,
+        )
+        self._choice = ImageChoice(
+            name=self._files.name,
+            classes=None if classes is None else list(classes),
+            num_classes=num_classes,
+            num_channels=num_channels,
+            to_rgb=to_rgb,
+            max_images={"train": max_train, "test": max_test},
+            image_size=image_size,
+            test_size=test_size,
+            test_from=test_from,
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+        )
+        self._augmentation = Augmentation(
+            flip_probability=flip_probability,
+            rotation_degrees=rotation_degrees,
+            padding=padding,
+            crop_scale=None if crop_scale is None else tuple(crop_scale),
+            crop_ratio=tuple(crop_ratio),
+            cutout=cutout,
+            noise=noise,
+            seed=seed,
+        )
+        self.augment, self.split_seed, self.to_rgb = augment, split_seed, to_rgb
         self.normalize, self._given = normalize, {"mean": mean, "std": std}
-        self.augment, self.flip_probability, self.rotation_degrees = augment, flip_probability, rotation_degrees
-        self.padding, self.cutout, self.noise = padding, cutout, noise
-        self.crop_scale = None if crop_scale is None else tuple(crop_scale)
-        self.crop_ratio = tuple(crop_ratio)
         self.shift, self.severity, self.ood = shift, severity, ood
         self.predict_part = predict_part
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
@@ -219,66 +225,34 @@ class Images(LightningDataModule):
         self._statistics: dict[str, list[float]] = {}
 
     def _check_arguments(self) -> None:
-        choices = {"reader": Reader, "predict_part": Part}
-        known = {key: get_args(kind) for key, kind in choices.items()}
-        known |= {"normalize": ("dataset", "legacy", "none"), "test_from": ("end", "random")}
-        for key, values in known.items():
-            if getattr(self, key) not in values:
-                raise ValueError(f"data.{key}={getattr(self, key)!r} is unknown; use one of {', '.join(values)}")
+        """Refuse what the parts of this class have not looked at."""
         if self.shift is not None and self.shift not in SHIFTS:
             raise ValueError(f"data.shift={self.shift!r} is unknown; use one of {', '.join(SHIFTS)}, or null")
         if not 1 <= self.severity <= NUM_SEVERITIES:
             raise ValueError(f"data.severity={self.severity}: must be 1 to {NUM_SEVERITIES}")
-        values = {"max_train": self.max_images["train"], "max_test": self.max_images["test"]}
-        values |= {"num_channels": self._wanted_channels, "num_classes": self._wanted_classes}
-        values |= {key: getattr(self, key) for key in ("stored_size", "test_size", "image_size")}
-        values |= {key: getattr(self, key) for key in ("local_batch_size", "samples_per_device")}
-        for key, value in {**values, "batch_size": self.batch_size, "eval_batch_size": self.eval_batch_size}.items():
+        sizes = {key: getattr(self, key) for key in ("local_batch_size", "samples_per_device")}
+        sizes |= {key: getattr(self, key) for key in ("batch_size", "eval_batch_size")}
+        for key, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key}={value}: must be at least 1")
-        for key in ("padding", "cutout", "noise", "num_workers", "rotation_degrees"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"data.{key}={getattr(self, key)}: must not be negative")
-        self._check_crops()
+        if self.num_workers < 0:
+            raise ValueError(f"data.num_workers={self.num_workers}: must not be negative")
         if self.ood is not None and self.ood.ood is not None:
             raise ValueError("data.ood.ood: unknown images have no unknown images of their own; set it to null")
-        if not 0 <= self.flip_probability <= 1:
-            raise ValueError(f"data.flip_probability={self.flip_probability}: must be between 0 and 1")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"data.val_fraction={self.val_fraction}: must be at least 0 and below 1")
-        if len(self.files) != (wanted := _NUM_FILES[self.reader]):
-            raise ValueError(f"data.file={self.files or None}: data.reader={self.reader} needs {wanted} file(s)")
-        if self.md5 is not None and len(self.md5) != wanted:
-            raise ValueError(f"data.md5 has {len(self.md5)} checksums for {wanted} file(s); give one for each, or null")
-        if self.classes is not None and (len(set(self.classes)) < len(self.classes) or not self.classes):
-            raise ValueError(f"data.classes={self.classes}: name every class once, at least one")
-        if self.to_rgb and self._wanted_channels not in (None, 3):
-            raise ValueError(f"data.num_channels={self._wanted_channels}: data.to_rgb=true gives 3; set it to 3")
-        if self.reader == "synthetic":
-            keys = ("max_train", "max_test", "num_classes", "num_channels", "image_size")
-            needed = values | {"image_size": self.image_size}
-            if missing := [f"data.{key}" for key in keys if needed[key] is None]:
+        if self._files.reader == "synthetic":
+            needed = {f"max_{part}": number for part, number in self._choice.max_images.items()}
+            needed |= {"num_classes": self._choice.num_classes, "num_channels": self._choice.num_channels}
+            needed |= {"image_size": self._choice.image_size}
+            if missing := [f"data.{key}" for key, value in needed.items() if value is None]:
                 raise ValueError(f"data.reader=synthetic needs {', '.join(missing)}: how many images of what kind")
-
-    def _check_crops(self) -> None:
-        for key, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
-            values = getattr(self, key)
-            if values is not None and not (len(values) == 2 and 0 < values[0] <= values[1] <= most):
-                limit = " and at most 1: parts of the area" if key == "crop_scale" else ": width over height"
-                raise ValueError(f"data.{key}={list(values)}: give the least and the largest, both positive{limit}")
-        if self.crop_scale is not None and self.padding:
-            raise ValueError(
-                f"data.padding={self.padding} and data.crop_scale={list(self.crop_scale)} are two ways to cut: set "
-                "data.padding=0, or data.crop_scale=null"
-            )
 
     # -------------------------------------------------------------------------------------------------------- parts
 
     @override
     def prepare_data(self) -> None:
         """Report missing files and decode image files, once for all processes of a machine."""
-        self._missing_files()
-        if self.reader == "image_folder":
+        self._files.require()
+        if self._files.reader == "image_folder":
             self._open()
         if self.ood is not None:
             self.ood.prepare_data()
@@ -301,184 +275,29 @@ class Images(LightningDataModule):
                 f"data.ood.num_channels={here}"
             )
 
-    def _path(self, file: str) -> Path:
-        """The file, compressed or not, whichever there is."""
-        path = self.data_dir / file
-        other = path.with_suffix("") if path.suffix == ".gz" else path.with_name(f"{path.name}.gz")
-        return other if self.reader == "idx" and not path.exists() and other.is_file() else path
-
-    def _missing_files(self) -> None:
-        for file in self.files:
-            if not self._path(file).exists():
-                obtain = f" It can be obtained from: {self.source}" if self.source else ""
-                raise FileNotFoundError(
-                    f"no file {self.data_dir / file} (data.data_dir={self.data_dir}, data.file={file}): set "
-                    f"data.data_dir to the folder that holds it.{obtain}"
-                )
-
-    def _read(self, part: Literal["train", "test"]) -> StoredImages | None:
-        """A part as the files have it; None: they have no test part."""
-        paths = [self._path(file) for file in self.files]
-        if self.reader == "digits":
-            return read_digits() if part == "train" else None
-        num_classes = None if self.classes is not None else self._wanted_classes
-        if self.reader == "synthetic":
-            return synthetic_images(
-                self.max_images[part],
-                num_classes=self._wanted_classes if self.classes is None else max(self.classes) + 1,
-                num_channels=1 if self.to_rgb else self._wanted_channels,
-                size=self.image_size,
-                part=part,
-                seed=self.split_seed,
-            )
-        if self.reader == "idx":
-            pair = slice(0, 2) if part == "train" else slice(2, 4)
-            md5 = None if self.md5 is None else tuple(self.md5[pair])
-            return read_idx_pair(*paths[pair], part=part, num_classes=num_classes, md5=md5)
-        if self.reader == "npz":
-            return read_image_npz(paths[0], part, num_classes=num_classes, md5=self.md5 and self.md5[0])
-        return self._read_folder(paths[0], part)
-
-    def _read_folder(self, root: Path, part: Literal["train", "test"]) -> StoredImages | None:
-        if self.md5 is not None and part == "train":
-            if root.is_dir():
-                raise ValueError(f"data.md5: {root} is a folder, which has no checksum; set data.md5=null")
-            require_md5(root, None, self.md5[0])
-        folder = self.train_folder if part == "train" else self.test_folder
-        if folder is None:
-            return None
-        read = partial(
-            read_image_folder,
-            root,
-            cache_dir=self.cache_dir,
-            num_channels=1 if self.to_rgb else self._wanted_channels,
-            stored_size=self.stored_size,
-        )
-        train = read(self.train_folder)
-        return train if part == "train" else read(folder, class_names=train.class_names)
+    def _read(self, part: FilePart) -> StoredImages | None:
+        """A part as it is stored; None: there is no test part."""
+        return self._choice.generated(part) if self._files.reader == "synthetic" else self._files.read(part)
 
     def _open(self) -> dict[str, ImageSet]:
         """All parts."""
-        self._missing_files()
+        self._files.require()
         train, test = self._read("train"), self._read("test")
-        if (test is None) != (self.test_size is not None):
-            raise ValueError(
-                f"{self.name}: there is no test part; set data.test_size to the number of images it shall have"
-                if test is None
-                else f"data.test_size={self.test_size}: {self.name} has a test part; set data.test_size=null"
-            )
-        self._check_classes(train.class_names)
-        rows = self._rows_of_classes(train.labels)
-        if test is None:
-            if len(rows) <= self.test_size:
-                raise ValueError(
-                    f"data.test_size={self.test_size}: {self.name} has {len(rows)} images; leave some to train on"
-                )
-            if self.test_from == "random":
-                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.split_seed))
-                rows = rows[order.numpy()]
-            rows, test_rows = rows[: -self.test_size], rows[-self.test_size :]
-            test = train
-        else:
-            test_rows = self._rows_of_classes(test.labels)
-        sets = {"test": self._load(test, self._limited(test, test_rows, "test"))}
-        chosen = self._load(train, self._limited(train, rows, "train"))
-        in_val = stratified(chosen.labels, self.val_fraction, self.split_seed)
-        if self.val_fraction and not in_val.any():
-            raise ValueError(f"data.val_fraction={self.val_fraction} leaves no image for validation; increase it")
-        for part, mask in (("train", ~in_val), ("val", in_val)):
-            places = np.flatnonzero(mask)
-            names = [chosen.names[i] for i in places]
-            sets[part] = ImageSet(chosen.pixels, chosen.rows[places], chosen.labels[places], names)
-        if not len(sets["train"].rows) or not len(sets["test"].rows):
-            raise ValueError(f"{self.name}: nothing is left to train on or to test; see data.classes and data.max_test")
-        self._peak, self._class_names = train.peak, train.class_names
-        if self.classes is not None:
-            self._class_names = [train.class_names[c] for c in self.classes]
-        self._check_shape(sets["train"].pixels.shape[1:], sets["test"].pixels.shape[1:])
+        sets = self._choice.parts(train, test)
+        self._peak, self._class_names = train.peak, self._choice.class_names(train.class_names)
+        self._shape = self._choice.checked_shape(sets)
         log.info("%s: %s", self.name, ", ".join(f"{len(images.rows)} {part}" for part, images in sets.items()))
         return sets
 
-    def _check_classes(self, names: list[str]) -> None:
-        if self.classes is not None and (unknown := [c for c in self.classes if not 0 <= c < len(names)]):
-            raise ValueError(f"data.classes: {self.name} has no class {unknown[0]}; it has 0 to {len(names) - 1}")
-        number = len(names if self.classes is None else self.classes)
-        if self._wanted_classes not in (None, number):
-            chosen = f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-            raise ValueError(
-                f"data.num_classes={self._wanted_classes}, but {self.name} has {number} classes"
-                + (f" ({chosen})" if self.classes is None else f" (data.classes={self.classes})")
-                + f": set data.num_classes={number}"
-            )
-
-    def _rows_of_classes(self, labels: np.ndarray) -> np.ndarray:
-        if self.classes is None:
-            return np.arange(len(labels))
-        return np.flatnonzero(np.isin(labels, self.classes))
-
-    def _limited(self, stored: StoredImages, rows: np.ndarray, part: Literal["train", "test"]) -> np.ndarray:
-        number = self.max_images[part]
-        if number is None:
-            return rows
-        if number > len(rows):
-            raise ValueError(
-                f"data.max_{part}={number} is larger than the {part} part of {self.name} ({len(rows)} images); use at "
-                f"most {len(rows)}, or null for all"
-            )
-        return rows[first_of_each_class(stored.labels[rows], number)]
-
-    def _load(self, stored: StoredImages, rows: np.ndarray) -> ImageSet:
-        """Pixels of the chosen images at ``image_size``, with the labels they have here."""
-        labels = stored.labels[rows]
-        if self.classes is not None:
-            new = np.full(len(stored.class_names), -1, dtype=np.int64)
-            new[self.classes] = np.arange(len(self.classes))
-            labels = new[labels]
-        pixels = stored.load(rows)
-        if self.image_size is not None and pixels.shape[1] != self.image_size:
-            pixels = self._averaged(pixels)
-        return ImageSet(pixels, np.arange(len(rows)), labels, [stored.names[i] for i in rows])
-
-    def _averaged(self, pixels: np.ndarray) -> np.ndarray:
-        """Means over blocks, so that ``image_size`` is left."""
-        size, stored = self.image_size, pixels.shape[1]
-        if stored % size:
-            fitting = [str(n) for n in range(1, stored + 1) if stored % n == 0]
-            raise ValueError(
-                f"data.image_size={size} does not divide the {stored} pixels of {self.name}; use one of "
-                f"{', '.join(fitting)}, or null"
-            )
-        return block_means(pixels, size)
-
-    def _check_shape(self, shape: tuple[int, ...], test_shape: tuple[int, ...]) -> None:
-        if shape != test_shape:
-            raise ValueError(f"{self.name}: training images have the shape {shape}, test images {test_shape}")
-        self._shape = (shape[2], *shape[:2])
-        if self.to_rgb and shape[2] != 1:
-            raise ValueError(f"data.to_rgb=true: {self.name} has {shape[2]} channels already; set data.to_rgb=false")
-        if self._wanted_channels not in (None, self.num_channels):
-            remedy = "set data.to_rgb=true, or " if (shape[2], self._wanted_channels) == (1, 3) else ""
-            raise ValueError(
-                f"the model expects {self._wanted_channels} channels (data.num_channels), {self.name} has {shape[2]}: "
-                f"{remedy}set data.num_channels={self.num_channels}"
-            )
-
     def _compute_statistics(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of each channel over the training images, in units of the white value."""
+        """Mean and standard deviation of each channel, those that are given and the others of the training images."""
         for key, value in self._given.items():
             if value is not None and len(value) != self._shape[0]:
                 raise ValueError(f"data.{key}={list(value)}: {self.name} has {self._shape[0]} channels, one value each")
-        if self._given["mean"] is not None and self._given["std"] is not None:
-            return {key: list(value) for key, value in self._given.items()}
-        first, second = moments(self._set("train"))
-        if self.normalize == "legacy":
-            std = np.sqrt(np.maximum(second - first**2, 0)).mean(0)
-        else:
-            std = np.sqrt(np.maximum(second.mean(0) - first.mean(0) ** 2, 0))
-        if not (std > 0).all():
-            raise ValueError(f"{self.name}: a channel has one value everywhere; set data.normalize=none")
-        found = {"mean": (first.mean(0) / self._peak).tolist(), "std": (std / self._peak).tolist()}
-        return found | {key: list(value) for key, value in self._given.items() if value is not None}
+        given = {key: list(value) for key, value in self._given.items() if value is not None}
+        if len(given) == 2:
+            return given
+        return channel_statistics(self._set("train"), self._peak, self.normalize == "legacy", self.name) | given
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -488,9 +307,8 @@ class Images(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Normalise as the run did that wrote the checkpoint, whatever the training part at hand is."""
         if self.normalize != "none":
-            self._statistics = state_dict | {
-                key: list(value) for key, value in self._given.items() if value is not None
-            }
+            given = {key: list(value) for key, value in self._given.items() if value is not None}
+            self._statistics = state_dict | given
 
     # ------------------------------------------------------------------------------------------------------ loaders
 
@@ -523,15 +341,7 @@ class Images(LightningDataModule):
         images = self._set("train")
         if self.samples_per_device is None:
             return images
-        wanted = self.samples_per_device * devices
-        if wanted > len(images.rows):
-            raise ValueError(
-                f"data.samples_per_device={self.samples_per_device} on {devices} devices: {self.name} has "
-                f"{len(images.rows)} training images; use at most {len(images.rows) // devices}"
-            )
-        places = stratified_subset(images.labels, wanted, self.split_seed)
-        names = [images.names[i] for i in places]
-        return ImageSet(images.pixels, images.rows[places], images.labels[places], names)
+        return grown(images, self.samples_per_device, devices, self.split_seed, self.name)
 
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -570,24 +380,31 @@ class Images(LightningDataModule):
             return self.shifted(batch)
         return self.normalized(batch)
 
+    @property
+    def _normalize(self) -> Normalization:
+        """With the statistics of this moment: those of a checkpoint replace those of the files."""
+        mean, std = (None, None) if self.normalize == "none" else (self.mean, self.std)
+        return Normalization(self._peak, mean, std, self.to_rgb)
+
     def normalized(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn stored values into the input of a network."""
-        return batch | {"image": self._normalized(self._unit(batch))}
+        normalize = self._normalize
+        return batch | {"image": normalize(normalize.unit(batch["image"]))}
 
     def shifted(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same with the shift of the test images, if there is one."""
-        image = self._unit(batch)
+        normalize = self._normalize
+        image = normalize.unit(batch["image"])
         if self.shift is not None:
-            draws = self._draws(_SHIFT_EPOCH, batch, num_draws(self.shift, image.shape[1:]), self.split_seed)
-            image = shift_images(image, draws, self.shift, self.severity)
-        return batch | {"image": self._normalized(image)}
+            image = shifted(image, batch["index"], self.shift, self.severity, self.split_seed)
+        return batch | {"image": normalize(image)}
 
     def unknown(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Turn images of ``ood`` into what a network takes for images of this data set."""
-        image = self.ood._unit(batch)
+        image = self.ood._normalize.unit(batch["image"])
         if image.shape[-1] != self._shape[-1]:
             image = F.interpolate(image, self._shape[1:], mode="bilinear", align_corners=False, antialias=True)
-        return batch | {"image": self._normalized(image)}
+        return batch | {"image": self._normalize(image)}
 
     def augmented(self, batch: dict[str, Tensor], epoch: int, streams: Sequence[int] = (0,)) -> dict[str, Tensor]:
         """Turn stored values into random views of an epoch, normalised.
@@ -598,51 +415,18 @@ class Images(LightningDataModule):
             streams: Stream of the views of every sample of the weights. If all are equal there is one view of an image
                 for all of them, else the views lie one sample after the other, (samples x batch, channel, S, S).
         """
-        unit = self._unit(batch)
-        views = {stream: self._view(unit, batch, epoch, stream) for stream in sorted(set(streams))}
+        normalize = self._normalize
+        image, view = normalize.unit(batch["image"]), self._augmentation.view
+        views = {stream: view(image, batch["index"], normalize, epoch, stream) for stream in sorted(set(streams))}
         images = list(views.values()) if len(views) == 1 else [views[stream] for stream in streams]
         return batch | {"image": images[0] if len(images) == 1 else torch.cat(images)}
-
-    def _view(self, image: Tensor, batch: dict[str, Tensor], epoch: int, stream: int) -> Tensor:
-        pixels = image[0].numel() if self.noise else 0
-        sizes = 0 if self.crop_scale is None else SIZE_DRAWS
-        draws = self._draws(epoch, batch, NUM_DRAWS + 2 + pixels + sizes, self.seed, stream)
-        how = {"flip_probability": self.flip_probability, "rotation_degrees": self.rotation_degrees}
-        size = image.shape[-1]
-        if self.crop_scale is not None:
-            of_view = torch.cat([draws[:, :NUM_DRAWS], draws[:, -SIZE_DRAWS:]], 1)
-            image = resized_views(image, of_view, size=size, scale=self.crop_scale, ratio=self.crop_ratio, **how)
-        elif self.padding or any(how.values()):
-            image = random_views(image, draws[:, :NUM_DRAWS], size=size, padding=self.padding, **how)
-        if self.noise:
-            image = gaussian_noise(image, draws[:, NUM_DRAWS + 2 : NUM_DRAWS + 2 + pixels], self.noise)
-        image = self._normalized(image)
-        return cut_out(image, draws[:, NUM_DRAWS : NUM_DRAWS + 2], self.cutout) if self.cutout else image
-
-    @staticmethod
-    def _draws(epoch: int, batch: dict[str, Tensor], number: int, seed: int, stream: int = 0) -> Tensor:
-        return torch.from_numpy(uniform_per_sample(seed, epoch, batch["index"].cpu().numpy(), number, stream))
-
-    def _unit(self, batch: dict[str, Tensor]) -> Tensor:
-        """Values in [0, 1]; the gathered pixels have their channels last in memory, a batch has them first."""
-        return batch["image"].contiguous().float() / self._peak
-
-    def _normalized(self, image: Tensor) -> Tensor:
-        if self.to_rgb:
-            image = image.expand(-1, 3, -1, -1)
-        if self.normalize == "none":
-            return image
-        mean, std = (image.new_tensor(self._statistics[key]).view(-1, 1, 1) for key in ("mean", "std"))
-        return (image - mean) / std
 
     # ------------------------------------------------------------------------------------------- what modules know
 
     @property
     def name(self) -> str:
         """What error messages call the source."""
-        if self.reader in ("digits", "synthetic"):
-            return {"digits": "the embedded digits", "synthetic": "synthetic images"}[self.reader]
-        return str(self.data_dir / self.files[0])
+        return self._files.name
 
     @property
     def num_classes(self) -> int:
@@ -686,40 +470,8 @@ class Images(LightningDataModule):
         return self._set(part)
 
     def prediction_table(self, outputs: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """Tabulate predict outputs, one row per image.
-
-        Args:
-            outputs: Outputs of a predict step, or a list of them: ``prediction`` (batch,) class, ``probability``
-                (batch, class), ``index`` (batch,), and where known ``target``, ``entropy`` and ``mutual_information``,
-                (batch,) each.
-
-        Returns:
-            Columns image (its name), prediction (name of the class), probability (of that class), entropy and
-            mutual_information (nats) where the module delivers them, label where it is known, and origin, the number of
-            the image in its part, by which the rows are sorted.
-        """
-        import pandas as pd
-
-        frames = [self._table_of_batch(batch) for batch in ([outputs] if isinstance(outputs, Mapping) else outputs)]
-        return pd.concat(frames, ignore_index=True)
-
-    def _table_of_batch(self, outputs: Mapping[str, Any]) -> pd.DataFrame:
-        import pandas as pd
-
-        names, index = self._set(self.predict_part).names, outputs["index"].tolist()
-        prediction = outputs["prediction"].cpu()
-        probability = outputs["probability"].cpu().gather(1, prediction[:, None])[:, 0]
-        columns: dict[str, Any] = {
-            "image": [names[i] for i in index],
-            "prediction": [self.class_names[c] for c in prediction.tolist()],
-            "probability": probability.double().numpy().round(6),
-        }
-        for name in ("entropy", "mutual_information"):
-            if outputs.get(name) is not None:
-                columns[name] = outputs[name].cpu().double().numpy().round(6)
-        if outputs.get("target") is not None:
-            columns["label"] = [self.class_names[c] for c in outputs["target"].tolist()]
-        return pd.DataFrame(columns | {"origin": index})
+        """Tabulate predict outputs, one row per image; see `datamodules.image_predictions.prediction_table`."""
+        return prediction_table(outputs, self._set(self.predict_part).names, self.class_names)
 
 
 def _default_cache() -> Path:

@@ -322,8 +322,8 @@ def test_cuts_of_random_size(tmp_path):
     noisy = ready("train", **options | {"normalize": "none"})
     noise = noisy.on_after_batch_transfer(batch, 0)["image"] - quiet.on_after_batch_transfer(batch, 0)["image"]
     assert noise.std() > 0.05 and abs(noise.mean()) < 0.02
-    whole = ready("train", **options | {"crop_scale": [1.0, 1.0], "crop_ratio": [1, 1], "noise": 0.0})
-    whole.flip_probability = 0.0
+    uncut = {"crop_scale": [1.0, 1.0], "crop_ratio": [1, 1], "noise": 0.0, "flip_probability": 0.0}
+    whole = ready("train", **options | uncut)
     seen = whole.on_after_batch_transfer(batch, 0)["image"]
     torch.testing.assert_close(seen, whole.normalized(batch)["image"], rtol=0, atol=1e-5)
 
