@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,17 +12,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
 from typing_extensions import override
 
 from callbacks.energy import identity
-from callbacks.energy.accounting import Tally
-from callbacks.energy.meters import registry
+from callbacks.energy.batch_size import first_dimension
+from callbacks.energy.epochs import EpochBook
+from callbacks.energy.machines import gather, left_behind
 from callbacks.energy.meters.base import Meter, Progress
 from callbacks.energy.node import NodeProfile
-from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_file, read_folder, start_record
+from callbacks.energy.output import draw, log_power, log_row
+from callbacks.energy.record import Counts, HostEnergy, RecordFile, read_folder, start_record
 from callbacks.energy.recorder import Recorder
-from callbacks.energy.selection import Selection, describe, select
+from callbacks.energy.selection import Selection, check_choice, describe, meter_options, select
+from callbacks.energy.stage_end import StageEnd
 from callbacks.energy.summary import (
     IDLE,
     J_PER_KWH,
@@ -32,33 +33,17 @@ from callbacks.energy.summary import (
     STARTUP,
     TRAIN,
     VALIDATION,
-    Facility,
+    facility_of,
     main_metrics_of,
     metrics_of,
     summarize,
 )  # fmt: skip
 from callbacks.figures import energy as plots
-from callbacks.gathering import gather_to_rank_zero
 from callbacks.run_record import RunRecord, scalars, write_json
 
 log = logging.getLogger(__name__)
 
 STAGES = {"fit": OTHER, "validate": "validate", "test": "test", "predict": "predict"}
-
-
-class StageEnd(pl.Callback):
-    """Stands last among the callbacks of a Trainer and ends the stage of an `EnergyCallback`.
-
-    What the others do in ``teardown`` (predictions are written there) belongs to the stage, wherever in the list the
-    energy callback stands.
-    """
-
-    def __init__(self, energy: EnergyCallback) -> None:
-        self.energy = energy
-
-    @override
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.energy.end_stage(trainer)
 
 
 class EnergyCallback(pl.Callback):
@@ -116,32 +101,14 @@ class EnergyCallback(pl.Callback):
         node: NodeProfile | None = None,
     ) -> None:
         Recorder([], period_s, overhead_w=overhead_w)  # refuses impossible values
-        if gpu_scope not in ("auto", "job", "node"):
-            raise ValueError(f"callbacks.energy.gpu_scope={gpu_scope!r} is unknown; choose auto, job or node.")
-        if isinstance(meters, str) and meters not in ("auto", "estimates"):
-            raise ValueError(
-                f"callbacks.energy.meters={meters!r} is unknown; choose auto, estimates, or a list: [{meters}]."
-            )
-        if not meters and not extra_meters:
-            raise ValueError(
-                "callbacks.energy.meters is empty: nothing would be read; use auto, or remove the callback."
-            )
-        if unknown := [name for name in options or {} if name not in registry.names()]:
-            raise ValueError(
-                f"callbacks.energy.options: no meter {', '.join(unknown)}; there are {', '.join(registry.names())}."
-            )
-        if wrong := [name for name, meter in (extra_meters or {}).items() if not isinstance(meter, Meter)]:
-            raise ValueError(
-                f"callbacks.energy.extra_meters.{wrong[0]} is no meter; give an object of a class that derives from "
-                "callbacks.energy.meters.base.Meter (_target_: ...)."
-            )
+        check_choice(meters, extra_meters or {}, options or {}, gpu_scope)
         if missing := [name for name in figures if not hasattr(plots, name)]:
             raise ValueError(f"callbacks.energy.figures: callbacks/figures/energy.py has no {', '.join(missing)}.")
         self.dirpath = Path(dirpath)
         self.meters, self.extra_meters, self.options = meters, dict(extra_meters or {}), dict(options or {})
         self.period_s, self.gpu_scope, self.node = period_s, gpu_scope, node
         self.overhead_w = overhead_w if node is None or overhead_w else node.base_w
-        self.facility = Facility(pue, *_intensity(carbon_intensity, country))
+        self.facility = facility_of(pue, carbon_intensity, country)
         self.country, self.codecarbon, self.synchronize, self.log_power = country, codecarbon, synchronize, log_power
         self.figures, self.figures_dir = tuple(figures), Path(figures_dir or dirpath)
         self._reset()
@@ -149,7 +116,7 @@ class EnergyCallback(pl.Callback):
     def _reset(self) -> None:
         """Begin anew: nothing measured, nothing open."""
         self.counts = Counts()  # of this rank
-        self.epochs: list[dict[str, Any]] = []
+        self._book = EpochBook()
         self.summary: dict[str, Any] = {}
         self.record: RunRecord | None = None
         self._recorder: Recorder | None = None
@@ -166,17 +133,13 @@ class EnergyCallback(pl.Callback):
         self._begun_at = 0.0
         self._loggers: list[Any] = []
         self._host_name = ("", "")
-        self._epoch_samples = 0
         self._trained = False
         self._written_counts: dict[str, Any] = {}
         self._num_nodes = 1
-        self._summed_epochs = 0
         self._pid = os.getpid()
         self._batch_size: Callable[[Any], int] = first_dimension
         self._global_step: Callable[[], int] = lambda: 0
         self._updates_before = 0
-        self._epoch_begin: dict[str, Tally] = {}
-        self._epoch_number: int | None = None
         self._cuda = False
 
     # ----------------------------------------------------------------------------------------- beginning and end
@@ -207,7 +170,7 @@ class EnergyCallback(pl.Callback):
         for meter in self.extra_meters.values():
             meter.follow(self._progress)
         try:
-            selection = select(self.meters, self.extra_meters, self._meter_options())
+            selection = select(self.meters, self.extra_meters, meter_options(self.options, self.node, self.gpu_scope))
             self._recorder = Recorder(selection.meters, self.period_s, file.write, self.overhead_w)
             channels = [channel for meter in selection.meters for channel in meter.open()]
             world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", 1)))
@@ -236,18 +199,6 @@ class EnergyCallback(pl.Callback):
             return None
         self._recorder.read()
         return sum(tally.total_j for tally in self._recorder.tallies().values())
-
-    def _meter_options(self) -> dict[str, Mapping[str, Any]]:
-        from callbacks.energy.meters.nvml import job_devices
-
-        options = dict(self.options)
-        if self.node is not None:
-            options["cpu_model"] = {"tdp_w": self.node.sockets * self.node.cpu_tdp_w, **options.get("cpu_model", {})}
-            if self.node.dram_w:
-                power = {"watts_per_gib": self.node.dram_w, "memory_gib": 1.0}
-                options["dram_model"] = {**power, **options.get("dram_model", {})}
-        options["nvml"] = {"devices": job_devices(self.gpu_scope, os.environ), **options.get("nvml", {})}
-        return options
 
     def _start_codecarbon(self) -> None:
         from callbacks.energy.meters.codecarbon import CodecarbonTotals
@@ -291,6 +242,11 @@ class EnergyCallback(pl.Callback):
             return {}
         self._written_counts = counts
         return counts
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """What every epoch has used, see `callbacks.energy.epochs.EpochBook`."""
+        return self._book.epochs
 
     # ------------------------------------------------------------------------------------------------- boundaries
 
@@ -342,10 +298,8 @@ class EnergyCallback(pl.Callback):
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._end_epoch(trainer)
-        self._epoch_number = trainer.current_epoch
-        if self._recorder is not None:
-            self._epoch_begin = self._recorder.tallies()
-        self._epoch_samples = self.counts.samples.get(TRAIN, 0)
+        tallies = {} if self._recorder is None else self._recorder.tallies()
+        self._book.begin(trainer.current_epoch, tallies, self.counts.samples.get(TRAIN, 0))
         self._await_training()
 
     def _await_training(self) -> None:
@@ -412,7 +366,7 @@ class EnergyCallback(pl.Callback):
             self._publish("running")
         if self.summary:
             self._log_power(trainer)
-            _log(trainer.loggers, metrics_of(self.summary), trainer.global_step)
+            log_row(trainer.loggers, metrics_of(self.summary), trainer.global_step)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -451,28 +405,10 @@ class EnergyCallback(pl.Callback):
 
     def _gather(self) -> None:
         """Collect machines and counts of all ranks; every rank comes here at the end of a stage."""
-        parts = gather_to_rank_zero((self._host("running"), self.counts, self.epochs))
-        if parts is None:
-            return
-        counts = Counts()
-        for rank, (_, theirs, _) in enumerate(parts):
-            counts.add(theirs, updates=rank == 0)
-        if self._data_shares < self._world_size:  # ranks that share something else count the same samples
-            factor = self._world_size // self._data_shares
-            counts.samples = {label: number // factor for label, number in counts.samples.items()}
-        self._gathered = [host for host, _, _ in parts[1:] if host is not None], counts
-        self._add_epochs([epochs for host, _, epochs in parts[1:] if host is not None])
-
-    def _add_epochs(self, others: list[list[dict[str, Any]]]) -> None:
-        """Add what the other machines used in each epoch."""
-        for epochs in others:
-            theirs = {epoch["epoch"]: epoch for epoch in epochs}
-            for epoch in self.epochs[self._summed_epochs :]:
-                if (other := theirs.get(epoch["epoch"])) is not None:
-                    for key in ("it_kwh", "train_kwh", "val_kwh", "mean_w", "cumulative_kwh"):
-                        epoch[key] += other[key]
-                    epoch["j_per_sample"] = (epoch["j_per_sample"] + other["j_per_sample"]) / 2
-        self._summed_epochs = len(self.epochs)
+        found = gather(self._host("running"), self.counts, self.epochs, self._world_size // self._data_shares)
+        if found is not None:
+            self._gathered = found.hosts, found.counts
+            self._book.add(found.epochs)
 
     def _state(self, status: str) -> tuple[list[HostEnergy], Counts, bool]:
         """All machines, counts of all ranks, and whether every rank has confirmed them."""
@@ -487,10 +423,8 @@ class EnergyCallback(pl.Callback):
         if not self._ended:  # the others are at work; what they use is gathered at the end of the stage
             return hosts, shares, False
         # Ranks that died cannot be asked: their machines' files can, and ranks do equal shares of the work.
-        for path in sorted(self.dirpath.glob("*.jsonl")):
-            if (own is None or self._file.path != path) and path.stat().st_mtime >= self._begun_at:
-                hosts += read_file(path)[-1:]
-        return hosts, shares, False
+        others = left_behind(self.dirpath, None if own is None else self._file.path, self._begun_at)
+        return hosts + others, shares, False
 
     def _publish(self, status: str, write: bool = True) -> None:
         """Make the summary, and put it into the run's record and ``summary.json``."""
@@ -505,8 +439,10 @@ class EnergyCallback(pl.Callback):
             "epochs": self.epochs,
         }
         if write and self._tracker is not None:  # asking it makes it measure, which takes a millisecond
+            from callbacks.energy.meters.codecarbon import compare
+
             self.summary["codecarbon"] = self._tracker.totals()
-            self._compare_with_codecarbon()
+            compare(self.summary["codecarbon"], self.summary)
         if write:
             try:
                 write_json(self.dirpath / "summary.json", self.summary)
@@ -517,129 +453,38 @@ class EnergyCallback(pl.Callback):
             self.record.costs = main_metrics_of(self.summary)
             self.record.record["energy"] = shown | {"costs": self.record.costs}
 
-    def _compare_with_codecarbon(self) -> None:
-        """Warn if two readings of the same instrument differ: models may, measurements must not."""
-        theirs, seconds = self.summary["codecarbon"], self.summary["duration_s"]
-        measured = {c["component"] for c in self.summary["channels"].values() if c["measured"]}
-        pairs = [("gpu", "gpu_j")] + ([("cpu", "cpu_j")] if "rapl" in str(theirs.get("cpu_mode", "")) else [])
-        for component, key in pairs:
-            ours = self.summary[f"{component}_kwh"] * J_PER_KWH
-            # codecarbon starts two seconds later, which short runs notice.
-            if component in measured and seconds > 300 and theirs.get(key) and abs(theirs[key] / ours - 1) > 0.05:
-                log.warning(
-                    "energy: %s: %.5g J here, %.5g J by codecarbon; one of the two reads something else",
-                    component, ours, theirs[key],
-                )  # fmt: skip
-
     def _end_epoch(self, trainer: pl.Trainer) -> None:
         """Book the energy since the epoch began, its validation and its checkpoints included."""
-        number, self._epoch_number = self._epoch_number, None
-        if number is None or self._recorder is None:
+        if self._recorder is None or not self._book.running:
             return
         self._recorder.read()
         self._write_counts()
-        used: dict[str, Tally] = {}
-        for label, tally in self._recorder.tallies().items():
-            used[label] = tally.minus(self._epoch_begin.get(label, Tally()))
-        whole = Tally()
-        for tally in used.values():
-            whole.add(tally)
-        # Of this machine's ranks, which do equal shares of the work.
-        samples = (self.counts.samples.get(TRAIN, 0) - self._epoch_samples) * self._data_shares / self._num_nodes
-        epoch = {
-            "epoch": number,
-            "it_kwh": whole.total_j / J_PER_KWH,
-            "train_kwh": used.get(TRAIN, Tally()).total_j / J_PER_KWH,
-            "val_kwh": used.get(VALIDATION, Tally()).total_j / J_PER_KWH,
-            "duration_s": whole.seconds,
-            "mean_w": whole.total_j / whole.seconds if whole.seconds else 0.0,
-            "j_per_sample": whole.total_j / samples if samples else 0.0,
-            # Earlier parts of a resumed run are known to rank 0, of all machines.
-            "cumulative_kwh": (
-                self._earlier_j + math.fsum(tally.total_j for tally in self._recorder.tallies().values())
-            )
-            / J_PER_KWH,
-        }
+        tallies, samples = self._recorder.tallies(), self.counts.samples.get(TRAIN, 0)
+        epoch = self._book.end(tallies, samples, self._data_shares, self._num_nodes, self._earlier_j)
         self._file.write({"kind": "epoch", **epoch})
         if not self._global_zero:
-            self.epochs.append(epoch)
+            self._book.note(epoch)
             return
         if not trainer.fast_dev_run:
             row = {f"energy/epoch/{key}": value for key, value in epoch.items() if key != "epoch"}
-            _log(trainer.loggers, row, trainer.global_step)
-        self.epochs.append(epoch | {"metrics": scalars(trainer.callback_metrics)})
+            log_row(trainer.loggers, row, trainer.global_step)
+        self._book.note(epoch | {"metrics": scalars(trainer.callback_metrics)})
         self._publish("running", write=False)  # the record has every reading; waiting for a disk is for ends of stages
 
     def _log_power(self, trainer: pl.Trainer) -> None:
-        """Hand the power since the last time to the loggers, at most 2,000 points."""
+        """Hand the power since the last time to the loggers."""
         if not self.log_power or self._recorder is None or not trainer.loggers:
             return
         points = self._recorder.trace.points(self._logged_until)
-        for logger in trainer.loggers:
-            if type(logger).__name__ == "WandbLogger" and not self._logged_until:
-                logger.experiment.define_metric("energy/time_s")
-                logger.experiment.define_metric("energy/power_w/*", step_metric="energy/time_s")
-        for point in points:
-            watts = {f"energy/power_w/{name}": value for name, value in point.watts.items()}
-            row = {"energy/time_s": point.time_s, "energy/power_w/total": point.total_w, **watts}
-            _log(trainer.loggers, row, point.step)
+        log_power(trainer.loggers, points, first=not self._logged_until)
         if points:
             self._logged_until = points[-1].time_s
 
     def _draw(self) -> None:
         """Draw the figures of the run; one that fails costs nothing else."""
-        if not self.figures or self._recorder is None:
-            return
-        from callbacks.figures.callback import hand_over
-
-        points = self._recorder.trace.points()
-        for name in self.figures:
-            try:
-                figure = getattr(plots, name)(self.summary, points)
-                if figure is None:
-                    continue
-                self.figures_dir.mkdir(parents=True, exist_ok=True)
-                path = self.figures_dir / f"{name}.png"
-                figure.savefig(path, dpi=150)
-                for logger in self._loggers:
-                    hand_over(logger, f"figures/{name}", figure, [path], self._recorder.step())
-            except Exception as error:
-                log.warning("energy: figure %s was not drawn: %s: %s", name, type(error).__name__, error)
-
-
-def first_dimension(batch: Any) -> int:
-    """Samples of a batch: the first dimension of its first tensor; 0 if it has none."""
-    kind = type(batch)
-    if kind is dict or kind is list or kind is tuple:  # nearly always, and this is called at every step
-        for part in batch.values() if kind is dict else batch:
-            # A tensor is asked once: behind a step, which has emptied the processor's caches, this is the dearest part.
-            if type(part) is Tensor and (shape := part.shape):
-                return shape[0]
-            break
-    if isinstance(batch, Tensor):
-        return batch.shape[0] if batch.ndim else 0
-    if isinstance(batch, str | bytes) or not hasattr(batch, "__iter__"):
-        return 0
-    if isinstance(batch, Mapping):
-        return next((size for part in batch.values() if (size := first_dimension(part))), 0)
-    parts = list(batch)
-    if parts and all(isinstance(part, Mapping) for part in parts):  # a list of samples, as detectors take it
-        return len(parts)
-    return next((size for part in parts if (size := first_dimension(part))), 0)
-
-
-def _log(loggers: Sequence[Any], values: Mapping[str, float], step: int) -> None:
-    for logger in loggers:
-        logger.log_metrics(dict(values), step=step)
-
-
-def _intensity(carbon_intensity: float | None, country: str | None) -> tuple[float, str]:
-    from callbacks.energy.meters.codecarbon import intensity
-
-    grams, source, year = intensity(country)  # refuses unknown countries
-    if carbon_intensity is not None:
-        return carbon_intensity, "callbacks.energy.carbon_intensity"
-    return grams, f"{source}, {year}"
+        if self.figures and self._recorder is not None:
+            points, step = self._recorder.trace.points(), self._recorder.step()
+            draw(self.figures, self.summary, points, self.figures_dir, self._loggers, step)
 
 
 def _is_stop(exception: BaseException) -> bool:

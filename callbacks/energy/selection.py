@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from callbacks.energy.meters import registry
 from callbacks.energy.meters.base import Channel, Meter, MeterError
+from callbacks.energy.node import NodeProfile
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,58 @@ class Selection:
         """Close all meters."""
         for meter in self.meters:
             meter.close()
+
+
+def check_choice(
+    meters: str | Sequence[str],
+    extra_meters: Mapping[str, Meter],
+    options: Mapping[str, Mapping[str, Any]],
+    gpu_scope: str,
+) -> None:
+    """Refuse settings of `callbacks.energy.callback.EnergyCallback` that name no meter.
+
+    Raises:
+        ValueError: Names the setting and the remedy.
+    """
+    if gpu_scope not in ("auto", "job", "node"):
+        raise ValueError(f"callbacks.energy.gpu_scope={gpu_scope!r} is unknown; choose auto, job or node.")
+    if isinstance(meters, str) and meters not in ("auto", "estimates"):
+        raise ValueError(
+            f"callbacks.energy.meters={meters!r} is unknown; choose auto, estimates, or a list: [{meters}]."
+        )
+    if not meters and not extra_meters:
+        raise ValueError("callbacks.energy.meters is empty: nothing would be read; use auto, or remove the callback.")
+    if unknown := [name for name in options if name not in registry.names()]:
+        raise ValueError(
+            f"callbacks.energy.options: no meter {', '.join(unknown)}; there are {', '.join(registry.names())}."
+        )
+    if wrong := [name for name, meter in extra_meters.items() if not isinstance(meter, Meter)]:
+        raise ValueError(
+            f"callbacks.energy.extra_meters.{wrong[0]} is no meter; give an object of a class that derives from "
+            "callbacks.energy.meters.base.Meter (_target_: ...)."
+        )
+
+
+def meter_options(
+    given: Mapping[str, Mapping[str, Any]], node: NodeProfile | None, gpu_scope: str
+) -> dict[str, Mapping[str, Any]]:
+    """Constructor arguments by name of the meter: what is given, then what follows from node and scope.
+
+    Args:
+        given: As the user has set them.
+        node: What kind of machine this is, for the models.
+        gpu_scope: GPUs that count, ``auto``, ``job`` or ``node``.
+    """
+    from callbacks.energy.meters.nvml import job_devices
+
+    options = dict(given)
+    if node is not None:
+        options["cpu_model"] = {"tdp_w": node.sockets * node.cpu_tdp_w, **options.get("cpu_model", {})}
+        if node.dram_w:
+            power = {"watts_per_gib": node.dram_w, "memory_gib": 1.0}
+            options["dram_model"] = {**power, **options.get("dram_model", {})}
+    options["nvml"] = {"devices": job_devices(gpu_scope, os.environ), **options.get("nvml", {})}
+    return options
 
 
 def select(

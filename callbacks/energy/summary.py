@@ -39,6 +39,25 @@ class Facility:
             )
 
 
+def facility_of(pue: float, carbon_intensity: float | None, country: str | None) -> Facility:
+    """A building in a country, or one whose electricity is known.
+
+    Args:
+        pue: Power usage effectiveness.
+        carbon_intensity: CO2 equivalents, g/kWh; None: that of the country.
+        country: ISO 3166 code of three letters; None: the mean of the world.
+
+    Raises:
+        ValueError: If a number is impossible or the country is unknown.
+    """
+    from callbacks.energy.meters.codecarbon import intensity
+
+    grams, source, year = intensity(country)  # refuses unknown countries
+    if carbon_intensity is not None:
+        return Facility(pue, carbon_intensity, "callbacks.energy.carbon_intensity")
+    return Facility(pue, grams, f"{source}, {year}")
+
+
 def summarize(hosts: Sequence[HostEnergy], counts: Counts, facility: Facility) -> dict[str, Any]:
     """Everything about a run's energy, as plain data.
 

@@ -15,7 +15,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +27,7 @@ OLDEST = (3, 3, 2)
 """Before, ``output_methods=[]`` switched the power monitor off and the load of the processors was read as 0."""
 
 J_PER_KWH = 3.6e6
+log = logging.getLogger(__name__)
 _constructing = threading.Lock()
 
 
@@ -403,3 +404,22 @@ def _end(scheduler: Any) -> None:
             timer.join(2)
         if timer is getattr(scheduler, "_timer", None) and not timer.is_alive():
             return
+
+
+def compare(theirs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Warn if two readings of the same instrument differ: models may, measurements must not.
+
+    Args:
+        theirs: Of `CodecarbonTotals.totals`.
+        summary: Of the run (`callbacks.energy.summary.summarize`).
+    """
+    measured = {c["component"] for c in summary["channels"].values() if c["measured"]}
+    pairs = [("gpu", "gpu_j")] + ([("cpu", "cpu_j")] if "rapl" in str(theirs.get("cpu_mode", "")) else [])
+    for component, key in pairs:
+        ours = summary[f"{component}_kwh"] * J_PER_KWH
+        long_enough = summary["duration_s"] > 300  # codecarbon starts two seconds later, which short runs notice
+        if component in measured and long_enough and theirs.get(key) and abs(theirs[key] / ours - 1) > 0.05:
+            log.warning(
+                "energy: %s: %.5g J here, %.5g J by codecarbon; one of the two reads something else",
+                component, ours, theirs[key],
+            )  # fmt: skip
