@@ -116,3 +116,52 @@ def _fields(components: Tensor, patterns: Tensor, root: Tensor) -> Tensor:
     """Fields (..., H, W, V) of principal components (..., K)."""
     flat = components @ patterns.flatten(0, 2).mT
     return flat.unflatten(-1, patterns.shape[:-1]) / root.clamp(min=1e-6)
+
+
+@dataclass
+class FittedBaselines:
+    """Those that are fitted to the training part.
+
+    Attributes:
+        damped: Damped persistence.
+        linear: The linear inverse model; None: it is left out.
+    """
+
+    damped: DampedPersistence
+    linear: LinearInverseModel | None
+
+    @classmethod
+    def fit(
+        cls,
+        anomalies: Iterable[Tensor],
+        weight: Tensor,
+        patterns: int,
+        ridge: float,
+        sum_over_instance: Sum,
+        sum_over_tokens: Sum,
+    ) -> FittedBaselines:
+        """Fit both to the same samples.
+
+        Args:
+            anomalies: At an origin and at the leads, (1 + L, H, W, V), of every sample.
+            weight: ``a(phi)``, (H,).
+            patterns: Of the linear model; 0: leave it out.
+            ridge: Of the linear model.
+            sum_over_instance: Adds over all ranks of an instance.
+            sum_over_tokens: Adds over the bands of longitudes.
+        """
+        if patterns:  # it needs all of them at once
+            anomalies = list(anomalies)
+        damped, linear = DampedPersistence.fit(((a[0], a[1:]) for a in anomalies), weight, sum_over_tokens), None
+        if patterns:
+            whole = torch.stack(anomalies)
+            first, later = whole[:, 0], whole[:, 1:]
+            linear = LinearInverseModel.fit(first, later, weight, patterns, ridge, sum_over_instance, sum_over_tokens)
+        return cls(damped, linear)
+
+    def anomalies(self, anomaly: Tensor, sum_over_instance: Sum) -> dict[str, Tensor]:
+        """Forecast anomalies at the leads by name, (B, L, H, W, V) each, from (B, H, W, V)."""
+        found = {"damped_persistence": self.damped(anomaly)}
+        if self.linear is not None:
+            found["linear"] = self.linear(anomaly, sum_over_instance)
+        return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -14,17 +14,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.metrics.forecast import SumRatio
-from lightning_modules.metrics.weather import (
-    WeatherScores,
-    ZonalSpectrum,
-    anomaly_correlation,
-    products,
-    zonal_coefficients,
-    zonal_power,
-)
+from lightning_modules.metrics.weather import products
 from lightning_modules.supervised import Supervised
-from lightning_modules.weather.baselines import DampedPersistence, LinearInverseModel
+from lightning_modules.weather.baselines import FittedBaselines
+from lightning_modules.weather.blocks import Blocks
 from lightning_modules.weather.loss import channel_weights, squared_error
+from lightning_modules.weather.rollout import Rollouts
+from lightning_modules.weather.scoring import OfBatch, Scoring, logged, skill
 from parallel.sharding import clip_grad_norm_, grid_of
 
 Batch = dict[str, Tensor]
@@ -135,9 +131,8 @@ class WeatherMixerModule(Supervised):
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"model.weights={weights}: no such file; name a checkpoint of an earlier run, or null")
         self.losses = nn.ModuleDict({stage: SumRatio() for stage in ("val_", "test_")})
-        self._scores: dict[str, dict[str, WeatherScores]] = {}
-        self._spectra: dict[str, ZonalSpectrum] = {}
-        self._fitted: tuple[DampedPersistence, LinearInverseModel | None] | None = None
+        self._scoring: dict[str, Scoring] = {}
+        self._fitted: FittedBaselines | None = None
         self._constants: dict[str, Tensor] = {}
         self._validation_s = 0.0  # in the running epoch of training
 
@@ -199,39 +194,9 @@ class WeatherMixerModule(Supervised):
         """Normalised channels after some steps, this rank's block, (B, H, W, V)."""
         return self.net(x, steps)
 
-    def _advance(self, x: Tensor, output: Tensor, step: Tensor | None) -> Tensor:
-        """The input after a step: forecast channels of this rank, then what does not change.
-
-        Args:
-            x: (B, H, W, V_in), the input before.
-            output: (B, H, W, V), the forecast.
-            step: Length of the coming step as the network is told, (B,), or None.
-        """
-        out = torch.cat([output[..., : self.own_count], x[..., self.own_count :]], -1)
-        return out if step is None else self._told(out, step)
-
-    def _told(self, x: Tensor, step: Tensor) -> Tensor:
-        """The input with the length of the coming step in the last of its channels, if this rank has that."""
-        place = self.data.num_inputs - 1
-        own = self.net.grid.channels(self.data.num_inputs)
-        if not self.data.step_input or place not in range(self.data.num_inputs)[own]:
-            return x
-        at = place - own.start
-        filled = step.to(x)[:, None, None, None].expand(*x.shape[:-1], 1)
-        return torch.cat([x[..., :at], filled, x[..., at + 1 :]], -1)
-
     def _roll(self, batch: Batch, steps: Sequence[int], kind: Rollout) -> list[Tensor]:
         """Forecasts after some numbers of steps, in increasing order."""
-        x, lengths, found = self._told(batch["input"], batch["step"][:, 0]), batch["step"], []
-        if kind == "latent":
-            return [self(x, step) for step in steps]
-        for step in range(1, steps[-1] + 1):
-            output = self(x)
-            if step in steps:
-                found.append(output)
-            if step < steps[-1]:
-                x = self._advance(x, output, lengths[:, step])
-        return found
+        return Rollouts(self, self.blocks, self.data.step_input)(batch["input"], batch["step"], steps, kind)
 
     # ---------------------------------------------------------------------------------------------------------- data
 
@@ -241,19 +206,9 @@ class WeatherMixerModule(Supervised):
         return self.trainer.datamodule
 
     @property
-    def own(self) -> slice:
-        """Which channels are this rank's."""
-        return self.net.grid.channels(self.data.num_outputs, self.data.num_inputs)
-
-    @property
-    def own_count(self) -> int:
-        """How many these are."""
-        return len(range(self.data.num_outputs)[self.own])
-
-    @property
-    def first_of_instance(self) -> bool:
-        """Whether this rank counts the samples of its instance."""
-        return self.net.grid.token == 0 and self.net.grid.channel == 0
+    def blocks(self) -> Blocks:
+        """Which block of the fields is this rank's."""
+        return Blocks(self.net.grid, self.data.num_outputs, self.data.num_inputs, self.data.width)
 
     @property
     def forecasts(self) -> list[str]:
@@ -327,7 +282,7 @@ class WeatherMixerModule(Supervised):
         if not self.latitude_weighted:
             latitude = torch.ones_like(latitude)
         count = len(target) * self.data.height * self.data.width * self.data.num_outputs
-        own = slice(0, self.own_count)
+        own = slice(0, self.blocks.own_count)
         return squared_error(
             prediction[..., own], target[..., own], latitude, self._constant("channel"), self.weight_power, count
         )
@@ -341,7 +296,7 @@ class WeatherMixerModule(Supervised):
             outputs = self._roll(batch, list(range(1, steps + 1)), "autoregressive")
             loss = sum(self._loss(output, batch["target"][:, i]) for i, output in enumerate(outputs)) / steps
         size = len(batch["target"])
-        self._add_to_epoch("loss", loss.detach() * size, size if self.first_of_instance else 0)
+        self._add_to_epoch("loss", loss.detach() * size, size if self.blocks.first_of_instance else 0)
         self._worked[0] += (
             3
             * self.net.flops(size, steps if self.rollout == "latent" else 1)
@@ -380,9 +335,7 @@ class WeatherMixerModule(Supervised):
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def _start_stage(self, stage: Stage) -> None:
-        leads, channels = len(self.data.lead_steps), self.data.num_outputs
-        self._scores[stage] = {name: WeatherScores(leads, channels).to(self.device) for name in self.forecasts}
-        self._spectra[stage] = ZonalSpectrum(leads, channels, self.data.width // 2 + 1).to(self.device)
+        self._scoring[stage] = Scoring(self.forecasts, len(self.data.lead_steps), self.blocks, self.device)
         self.losses[f"{stage}_"].reset()
         self._began = time.perf_counter()
 
@@ -403,119 +356,66 @@ class WeatherMixerModule(Supervised):
         return self._evaluate(batch, "test", batch_idx)
 
     def _evaluate(self, batch: Batch, stage: Stage, batch_idx: int) -> dict[str, Tensor]:
-        grid, count = self.net.grid, self.own_count
-        own, size = slice(0, count), len(batch["target"])
+        blocks = self.blocks
+        own, size = slice(0, blocks.own_count), len(batch["target"])
         outputs = self._roll(batch, self.data.lead_steps, self.eval_rollout)
         loss = self._loss(outputs[0], batch["target"][:, 0])
-        self.losses[f"{stage}_"].update(loss * size, size if self.first_of_instance else 0)
+        self.losses[f"{stage}_"].update(loss * size, size if blocks.first_of_instance else 0)
         forecast, truth = torch.stack(outputs, 1)[..., own], batch["target"][..., own]
         climatology = self._climatology(batch["valid_h"][:, 1:])
         every = {"model": forecast} | self._baselines(batch, climatology, truth)
-        latitude, width = self._constant("latitude"), self.data.width
-        sums = torch.stack([products(every[name], truth, climatology, latitude, width) for name in self.forecasts])
-        whole = grid.sum_over_tokens(sums)  # (forecast, 4, B, L, V)
-        correlations = torch.stack([anomaly_correlation(part) for part in whole])
-        for name, part, correlation in zip(self.forecasts, sums, correlations, strict=True):
-            self._scores[stage][name].update(part[0], correlation, self.own, grid.token == 0, self.first_of_instance)
-        power = self._power(torch.stack([forecast, truth], 1))  # (B, 2, L, V, M)
-        self._spectra[stage].update(power[:, 0], power[:, 1], self.own, grid.token == 0)
-        out = {"loss": grid.sum_over_instance(loss)}
+        latitude = self._constant("latitude")
+        sums = [products(every[name], truth, climatology, latitude, blocks.width) for name in self.forecasts]
+        power = blocks.zonal_power(torch.stack([forecast, truth], 1), latitude)  # (B, 2, L, V, M)
+        of_batch = self._scoring[stage].update(torch.stack(sums), power)
+        out = {"loss": blocks.grid.sum_over_instance(loss)}
         if stage == "test":
-            out |= self._for_figures(batch, whole[:, 0], correlations, power, (forecast, truth), batch_idx)
+            out |= self._for_figures(batch, of_batch, power, (forecast, truth), batch_idx)
         return out
 
     def _baselines(self, batch: Batch, climatology: Tensor, truth: Tensor) -> dict[str, Tensor]:
         """Forecasts of the baselines, (B, L, H, W, V) each."""
-        now = batch["input"][..., : self.own_count]
+        now = batch["input"][..., : self.blocks.own_count]
         found = {
             "persistence": now[:, None].expand_as(truth),
             "climatology": climatology.expand_as(truth),
         }
         if not self.trainer.testing:
             return found
-        damped, linear = self._fit_baselines()
-        anomaly = now - self._climatology(batch["valid_h"][:, :1])[:, 0]
-        found["damped_persistence"] = climatology + damped(anomaly)
-        if linear is not None:
-            found["linear"] = climatology + linear(anomaly, self.net.grid.sum_over_instance)
-        return found
-
-    def _fit_baselines(self) -> tuple[DampedPersistence, LinearInverseModel | None]:
-        """Fit what is fitted to the training part, once; all ranks together."""
         if self._fitted is None:
-            grid = self.net.grid
-            columns, hours = self.data.training_pairs(self.data.lead_steps, self.baseline_samples)
-            anomalies: Iterable[Tensor] = (
-                self.data.block.fields(row).to(self.device) - self._climatology(torch.from_numpy(hour)[None])[0]
-                for row, hour in zip(columns, hours, strict=True)
-            )
-            latitude, linear = self._constant("latitude"), None
-            if self.linear_patterns:  # it needs all of them at once
-                anomalies = list(anomalies)
-            damped = DampedPersistence.fit(((a[0], a[1:]) for a in anomalies), latitude, grid.sum_over_tokens)
-            if self.linear_patterns:
-                whole = torch.stack(anomalies)
-                first, later = whole[:, 0], whole[:, 1:]
-                linear = LinearInverseModel.fit(
-                    first, later, latitude, self.linear_patterns, self.linear_ridge,
-                    grid.sum_over_instance, grid.sum_over_tokens,
-                )  # fmt: skip
-            self._fitted = damped, linear
-        return self._fitted
+            self._fitted = self._fit_baselines()
+        anomaly = now - self._climatology(batch["valid_h"][:, :1])[:, 0]
+        fitted = self._fitted.anomalies(anomaly, self.net.grid.sum_over_instance)
+        return found | {name: climatology + later for name, later in fitted.items()}
 
-    def _power(self, fields: Tensor) -> Tensor:
-        """Zonal power (..., V, M) of fields (..., H, W, V) of this rank."""
-        grid, width = self.net.grid, self.data.width
-        first = grid.longitudes(width).start or 0
-        coefficients = zonal_coefficients(fields, width, first)
-        if grid.token_size > 1:
-            coefficients = torch.view_as_complex(grid.sum_over_tokens(torch.view_as_real(coefficients).contiguous()))
-        return zonal_power(coefficients, self._constant("latitude"), width)
+    def _fit_baselines(self) -> FittedBaselines:
+        """Fit what is fitted to the training part; all ranks together."""
+        columns, hours = self.data.training_pairs(self.data.lead_steps, self.baseline_samples)
+        anomalies = (
+            self.data.block.fields(row).to(self.device) - self._climatology(torch.from_numpy(hour)[None])[0]
+            for row, hour in zip(columns, hours, strict=True)
+        )
+        grid, latitude = self.net.grid, self._constant("latitude")
+        return FittedBaselines.fit(
+            anomalies, latitude, self.linear_patterns, self.linear_ridge, grid.sum_over_instance, grid.sum_over_tokens
+        )
 
     def _for_figures(
-        self,
-        batch: Batch,
-        squared: Tensor,
-        correlations: Tensor,
-        power: Tensor,
-        blocks: tuple[Tensor, Tensor],
-        batch_idx: int,
+        self, batch: Batch, of_batch: OfBatch, power: Tensor, fields: tuple[Tensor, Tensor], batch_idx: int
     ) -> dict[str, Tensor]:
         """What figures show of the samples, from all channels, on the first rank of an instance."""
-        scale = self._scale.to(self.device)
-        mse = self._all_channels(squared.movedim(0, 1)) * scale**2
+        blocks, scale = self.blocks, self._scale.to(self.device)
         found = {
-            "mse": mse,
-            "acc": self._all_channels(correlations.movedim(0, 1)),
-            "power": self._all_channels(power, -2) * scale[:, None] ** 2,
+            "mse": blocks.all_channels(of_batch.squared.movedim(0, 1)) * scale**2,
+            "acc": blocks.all_channels(of_batch.correlations.movedim(0, 1)),
+            "power": blocks.all_channels(power, -2) * scale[:, None] ** 2,
             "valid_h": batch["valid_h"],
         }
         shown = slice(0, 1 if batch_idx == 0 else 0)
         mean, std = (value.to(self.device) for value in self.data.scale)
-        for name, block in zip(("map_forecast", "map_truth"), blocks, strict=True):
-            found[name] = (self._gather(block[shown]).double() * std + mean).float()
-        return found if self.first_of_instance else {name: value[:0] for name, value in found.items()}
-
-    def _all_channels(self, own: Tensor, dim: int = -1) -> Tensor:
-        """Values (..., V) of all channels, of which each rank has its own."""
-        grid = self.net.grid
-        if grid.channel_size == 1:
-            return own
-        shape = list(own.shape)
-        shape[dim] = self.data.num_outputs
-        whole = own.new_zeros(shape)
-        whole.movedim(dim, -1)[..., self.own] = own.movedim(dim, -1)
-        return grid.sum_over_channels(whole)
-
-    def _gather(self, block: Tensor) -> Tensor:
-        """Whole fields (..., H, W, V) of the blocks (..., H, W, own channels) of an instance."""
-        grid, data = self.net.grid, self.data
-        if grid.is_serial:
-            return block
-        if not len(block):
-            return block.new_zeros(0, *block.shape[1:-2], data.width, data.num_outputs)
-        padded = grid.pad_channels(block, data.num_outputs, data.num_inputs).contiguous()
-        return grid.gather(padded, data.num_outputs, data.num_inputs)
+        for name, field in zip(("map_forecast", "map_truth"), fields, strict=True):
+            found[name] = (blocks.gather(field[shown]).double() * std + mean).float()
+        return found if blocks.first_of_instance else {name: value[:0] for name, value in found.items()}
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -527,40 +427,19 @@ class WeatherMixerModule(Supervised):
         self._log_scores("test")
 
     def _log_scores(self, stage: Stage) -> None:
-        found = {name: scores.compute() for name, scores in self._scores[stage].items()}
-        scale = self._scale.to(self.device)
-        values: dict[str, Tensor] = {f"{stage}/loss": self.losses[f"{stage}_"].compute()}
-        small = self._spectra[stage].compute()
-        ratios = {"persistence": "persistence_ratio", "climatology": "climatology_ratio"}
-        ratios |= {"damped_persistence": "damped_ratio", "linear": "linear_ratio"}
-        for i, lead in enumerate(self.data.lead_names):
-            for j, channel in enumerate(self.data.names):
-                if self.logged_channels is not None and channel not in self.logged_channels:
-                    continue
-                at = f"{channel}@{lead}"
-                values[f"{stage}/rmse/{at}"] = found["model"]["rmse"][i, j] * scale[j]
-                values[f"{stage}/acc/{at}"] = found["model"]["acc"][i, j]
-                values[f"{stage}/small_scales/{at}"] = small[i, j]
-                for name, ratio in ratios.items():
-                    if name in found:
-                        values[f"{stage}/{ratio}/{at}"] = found["model"]["rmse"][i, j] / found[name]["rmse"][i, j]
-        self._log_exact(values)
-        self.skill = [
-            {
-                "forecast": name, "channel": channel, "lead": lead,
-                "rmse": float(scores["rmse"][i, j] * scale[j]), "acc": float(scores["acc"][i, j]),
-            }
-            for name, scores in found.items()
-            for j, channel in enumerate(self.data.names)
-            for i, lead in enumerate(self.data.lead_names)
-        ]  # fmt: skip
+        found, scale = self._scoring[stage].compute(), self._scale.to(self.device)
+        values = {"loss": self.losses[f"{stage}_"].compute()}
+        values |= logged(found, scale, self.data.names, self.data.lead_names, self.logged_channels)
+        self._log_exact({f"{stage}/{name}": value for name, value in values.items()})
+        self.skill = skill(found, scale, self.data.names, self.data.lead_names)
 
     # ---------------------------------------------------------------------------------------------------- prediction
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         outputs = self._roll(batch, self.data.lead_steps, self.eval_rollout)
-        block = torch.stack(outputs, 1)[..., : self.own_count]
-        mean, std = (value[self.own].to(self.device) for value in self.data.scale)
+        blocks = self.blocks
+        block = torch.stack(outputs, 1)[..., : blocks.own_count]
+        mean, std = (value[blocks.own].to(self.device) for value in self.data.scale)
         prediction = (block.double() * std + mean).float()
         return {"prediction": prediction, "index": batch["index"], "valid_h": batch["valid_h"]}
