@@ -205,6 +205,19 @@ def with_spectrum(weight: Tensor, init: Init, generator: torch.Generator | None 
     return from_tall((u * values) @ vh, weight.shape, is_transposed(weight.shape)).to(weight.dtype)
 
 
+def set_spectra(module: nn.Module, init: Init) -> None:
+    """Replace all trained weights with two axes or more by those of `with_spectrum`, equally on all ranks of a seed.
+
+    Args:
+        module: What is trained.
+        init: Of the singular values.
+    """
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
+    for parameter in module.parameters():
+        if parameter.requires_grad and sum(size > 1 for size in parameter.shape) >= 2:
+            parameter.data.copy_(with_spectrum(parameter, init, generator))
+
+
 # ---------------------------------------------------------------------------------------------------- optimizer state
 
 # What torch's optimizers keep per parameter: averages of gradients, averages of their squares, numbers.

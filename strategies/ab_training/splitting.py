@@ -13,6 +13,8 @@ from networks.tall_view import tall_shape
 from parallel.collectives import Interconnect
 from parallel.flat import FlatTensors
 from parallel.groups import Group
+from strategies.ab_training.ab_phase import Start
+from strategies.ab_training.ranks import full_rank
 
 
 @dataclass(frozen=True)
@@ -94,3 +96,18 @@ def _empty(layer: ABFactor, rank: int) -> list[Tensor]:
     m, n = tall_shape(layer.shape)
     dtype = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
     return [torch.empty(shape, dtype=dtype, device=layer.weight.device) for shape in ((m, rank), (rank, n), (rank,))]
+
+
+def starts_of(splits: Sequence[Split], with_roots: bool) -> list[Start]:
+    """The layers that are trained in factors, with these.
+
+    Args:
+        splits: Of all weights.
+        with_roots: Whether the trained factor takes all of the singular values.
+    """
+    return [(s.layer, s.start, s.root if with_roots else None) for s in splits if s.start is not None]
+
+
+def ranks_of(splits: Sequence[Split]) -> dict[str, int]:
+    """Rank of every weight by path, the full one where it stays whole."""
+    return {s.layer.path: full_rank(s.layer) if s.start is None else s.rank for s in splits}

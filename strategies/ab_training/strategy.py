@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -16,56 +15,30 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from networks.ab_factors import (
-    ABFactor,
-    Decomposition,
-    Factors,
-    Init,
-    SigmaSplit,
-    Sync,
-    num_factored,
-    num_kept,
-    with_spectrum,
-)
-from networks.tall_view import tall_shape
+from networks.ab_factors import ABFactor, Decomposition, Init, SigmaSplit, Sync, num_kept, set_spectra
 from parallel.ab_layout import ABLayout, ab_layout
-from parallel.collectives import Interconnect, gather_objects
+from parallel.collectives import gather_objects
 from parallel.groups import Group, destroy, make_group
 from parallel.layout import global_groups
 from parallel.ledger import Ledger
 from strategies.ab_training.ab_phase import ABPhase, Groups, Start
 from strategies.ab_training.cutoff import Cutoff
+from strategies.ab_training.grouped_interconnect import GroupedInterconnect
+from strategies.ab_training.levelling import level_states
 from strategies.ab_training.optimizer_slots import OptimizerSlots, OptState
 from strategies.ab_training.phases import Phase, Rule, check_lengths, make_schedule
+from strategies.ab_training.ranks import compression, full_rank, in_words, whole_rank
 from strategies.ab_training.rebound import Rebound
+from strategies.ab_training.restart import check_agreement, stored_starts
 from strategies.ab_training.selection import select
-from strategies.ab_training.splitting import split_weights
+from strategies.ab_training.settings import WIRE_TYPES, check_choices
+from strategies.ab_training.splitting import ranks_of, split_weights, starts_of
+from strategies.ab_training.step_times import StepTimes
 from strategies.cluster import ClusterStrategy
 
 log = logging.getLogger(__name__)
 
-_WIRE_TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "sync": ("only-learned", "with-stale", "full", "only-b"),
-    "sigma_split": ("both", "trained"),
-    "opt_state": ("hold", "reset", "project"),
-    "init": ("unified", "ortho-sigma", "rand-sigma", "sloped-sigma"),
-    "eval_model": ("consensus", "group"),
-    "resume": ("exact", "consensus"),
-    "wire_dtype": tuple(_WIRE_TYPES),
-}
 _PHASE_NUMBERS = {"warmup": 0, "ab": 1, "full": 2}
-
-
-class _GroupedInterconnect(Interconnect):
-    """Also counts what crosses from group to group, where groups are not nodes."""
-
-    between: Ledger
-
-    @override
-    def book(self, operation: str, group: Group, payload: int, sharing: int = 1) -> float:
-        self.between.record(operation, group.ranks, payload)
-        return super().book(operation, group, payload, sharing)
 
 
 class ABTrainingStrategy(ClusterStrategy):
@@ -152,11 +125,10 @@ class ABTrainingStrategy(ClusterStrategy):
         resume: Literal["exact", "consensus"] = "exact",
         **cluster: Any,
     ) -> None:
-        chosen = {"sync": sync, "sigma_split": sigma_split, "opt_state": opt_state, "init": init}
-        chosen |= {"eval_model": eval_model, "resume": resume, "wire_dtype": wire_dtype}
-        for name, value in chosen.items():
-            if value not in _CHOICES[name]:
-                raise ValueError(f"strategy.{name}={value!r}: choose one of {', '.join(_CHOICES[name])}")
+        check_choices(
+            sync=sync, sigma_split=sigma_split, opt_state=opt_state, init=init, eval_model=eval_model, resume=resume,
+            wire_dtype=wire_dtype,
+        )  # fmt: skip
         self.cutoff = Cutoff(cutoff, final_cutoff, tuple(cutoff_rise))
         if not 0 <= max_drop <= 1:
             raise ValueError(f"strategy.max_drop={max_drop}: a fraction of the rank, between 0 and 1")
@@ -173,8 +145,7 @@ class ABTrainingStrategy(ClusterStrategy):
         self.group_size, self.eval_model, self.wire_dtype, self.resume = group_size, eval_model, wire_dtype, resume
         self.rebound = Rebound(rebound_steps, rebound_lr)
         self.seconds = {"svd": 0.0, "sync": 0.0, "rewrap": 0.0}
-        self._taken: dict[Phase, list[float]] = {"warmup": [0.0, 0], "ab": [0.0, 0], "full": [0.0, 0]}
-        self._step_begin = 0.0
+        self._step_times = StepTimes()
         self.phase: Phase = "warmup"
         self.phase_begin = 0  # optimizer step at which the running phase began
         self.cycles = 0  # AB phases begun
@@ -205,7 +176,7 @@ class ABTrainingStrategy(ClusterStrategy):
                 f"strategy.sync={self.sync} needs two processes or more: one alone trains B in AB phases, as by "
                 "strategy.sync=only-b"
             )
-        self.interconnect = _GroupedInterconnect(self.local_size, self.network, self.interconnect.ledger)
+        self.interconnect = GroupedInterconnect(self.local_size, self.network, self.interconnect.ledger)
         self.interconnect.between = Ledger(self.global_rank, self.layout.group_size)
         self._own_groups: list[Group] = []
         self.group, self._peers = self.groups.node, self.groups.across  # peers: one rank of each group
@@ -232,14 +203,8 @@ class ABTrainingStrategy(ClusterStrategy):
             self.phase, self.phase_begin, self.cycles, self.ranks = "warmup", self.steps, 0, {}
             self._layers = select(self.lightning_module, self.keep_full, self.min_dim, self.factor_embeddings)
             if self.init != "unified" and not self._loaded:
-                self._set_spectra()
+                set_spectra(self.lightning_module, self.init)
         super().setup(trainer)
-
-    def _set_spectra(self) -> None:
-        generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-        for parameter in self.lightning_module.parameters():
-            if parameter.requires_grad and sum(size > 1 for size in parameter.shape) >= 2:
-                parameter.data.copy_(with_spectrum(parameter, self.init, generator))
 
     @override
     def check_module(self) -> None:
@@ -254,15 +219,9 @@ class ABTrainingStrategy(ClusterStrategy):
         have read that state before.
         """
         total = self.lightning_module.trainer.estimated_stepping_batches
-        self.schedule = make_schedule(
-            self.warmup_steps,
-            self.ab_steps,
-            self.full_steps,
-            self.final_full_steps,
-            int(total) if 0 <= total < math.inf else None,
-            self.rule,
-            self.cut_short,
-        )
+        steps = int(total) if 0 <= total < math.inf else None
+        lengths = self.warmup_steps, self.ab_steps, self.full_steps, self.final_full_steps
+        self.schedule = make_schedule(*lengths, steps, self.rule, self.cut_short)
         _ = self.cutoff_now  # its length may be unknown
 
     def _from_all(self, value: Any) -> list[Any]:
@@ -285,7 +244,7 @@ class ABTrainingStrategy(ClusterStrategy):
                 "steps of warm-up: all ranks train whole weights together, as by strategy=ddp"
             )
         self._switch_if_due()  # there may be no warm-up, and a resumed run may have become longer
-        self._step_begin = time.perf_counter()
+        self._step_times.begin()
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
@@ -297,11 +256,10 @@ class ABTrainingStrategy(ClusterStrategy):
 
     @override
     def after_step(self, last: bool) -> None:
-        taken = self._taken[self.phase]
-        taken[0], taken[1] = taken[0] + time.perf_counter() - self._step_begin, taken[1] + 1
+        self._step_times.end(self.phase)
         self.rebound.restore()  # a switch begins from the scheduled rates
         self._switch_if_due()
-        self._step_begin = time.perf_counter()
+        self._step_times.begin()
 
     def _switch_if_due(self) -> None:
         while (end := self.schedule.end(self.phase, self.phase_begin)) is not None and self.steps >= end:
@@ -316,21 +274,20 @@ class ABTrainingStrategy(ClusterStrategy):
         self.lightning_module.zero_grad(set_to_none=True)
         uncut = not self.first_cut and self.cycles == 0
         splits = split_weights(
-            self._layers, self._whole_rank if uncut else self._cut_rank, uncut, self.interconnect, self.groups.world,
+            self._layers, whole_rank if uncut else self._cut_rank, uncut, self.interconnect, self.groups.world,
             self.global_rank,
         )  # fmt: skip
         self.seconds["svd"] += time.perf_counter() - begin
-        starts = [(s.layer, s.start, self._root(s.root)) for s in splits if s.start is not None]
+        starts = starts_of(splits, with_roots=self.sigma_split == "trained")
         if not starts:
             rank_zero_warn(
                 f"no factors would be smaller than their weight at a cutoff of {self.cutoff_now:.3g}: the groups train "
                 "whole weights in this AB phase; raise strategy.cutoff, or train longer before (strategy.warmup_steps)"
             )
-        whole = {s.layer.path for s in splits if s.start is None}
-        self.ranks = {s.layer.path: _full_rank(s.layer) if s.layer.path in whole else s.rank for s in splits}
+        self.ranks = ranks_of(splits)
         self.cycles += 1
         self._enter("ab", starts)
-        self._say(f"AB phase {self.cycles}: {self._ranks_in_words()}")
+        self._say(f"AB phase {self.cycles}: {in_words(self._layers, self.ranks, self.compression())}")
 
     def _cut_rank(self, layer: ABFactor, parts: Decomposition) -> int:
         return num_kept(parts.sigma, self.cutoff_now, self.ranks.get(layer.path), self.max_drop)
@@ -340,17 +297,13 @@ class ABTrainingStrategy(ClusterStrategy):
         """Of a split at this moment."""
         return self.cutoff.at(self.steps, self.schedule.total)
 
-    def _whole_rank(self, layer: ABFactor, parts: Decomposition) -> int:
-        return len(parts.sigma)
-
-    def _root(self, root: Tensor | None) -> Tensor | None:
-        return root if self.sigma_split == "trained" else None
-
     def _to_full(self, train_on: bool = True) -> None:
         """Combine what the groups have learned, and train together."""
         begin = time.perf_counter()
         self.lightning_module.zero_grad(set_to_none=True)
-        self._level_states()
+        if self.layout.num_groups > 1:
+            world, device = self.groups.world, self.root_device
+            level_states(self.slots, self.ab.common, self.scaler, self.interconnect, world, device)
         self._angle = self.ab.end(self._all_reduce)
         self.seconds["sync"] += time.perf_counter() - begin
         self.ab = None
@@ -359,24 +312,6 @@ class ABTrainingStrategy(ClusterStrategy):
         else:
             self.phase, self.phase_begin = "full", self.steps
         self._say("synchronised")
-
-    def _level_states(self) -> None:
-        """Make alike what optimizers have counted and begun to keep of the parameters that all groups train.
-
-        Groups may have used a part of the network in different steps, or left out steps whose scaled gradients have
-        overflown. Of the latter the scale is levelled too, or gradients of different scales would be averaged.
-        """
-        if self.layout.num_groups == 1:
-            return
-        counts = self.slots.counts(self.ab.common)
-        state = self.scaler.state_dict() if self.scaler is not None else {"scale": 0.0, "_growth_tracker": 0}
-        scale = torch.tensor([-state["scale"], -state["_growth_tracker"]], dtype=torch.float64)
-        largest = torch.cat([scale, counts.flatten(), -counts.flatten()]).to(self.root_device)
-        self.interconnect.all_reduce(largest, self.groups.world, op=dist.ReduceOp.MAX).wait()
-        scale, high, low = largest.cpu().split([2, counts.numel(), counts.numel()])
-        if self.scaler is not None:
-            self.scaler.load_state_dict(state | {"scale": -float(scale[0]), "_growth_tracker": -int(scale[1])})
-        self.slots.level(self.ab.common, -low.view_as(counts), high.view_as(counts))
 
     def _enter(self, phase: Phase, starts: Sequence[Start] = ()) -> None:
         self.phase, self.phase_begin = phase, self.steps
@@ -388,7 +323,7 @@ class ABTrainingStrategy(ClusterStrategy):
     def _make_phase(self, starts: Sequence[Start]) -> ABPhase:
         num_ranks = {"a": self.layout.num_ranks_on("a"), "b": self.layout.num_ranks_on("b")}
         sync = self.sync if self.layout.num_groups > 1 else "only-b"
-        groups = Groups(self.side, num_ranks, sync, _WIRE_TYPES[self.wire_dtype])
+        groups = Groups(self.side, num_ranks, sync, WIRE_TYPES[self.wire_dtype])
         return ABPhase(self.lightning_module, self.slots, groups, starts)
 
     def _join_group(self) -> None:
@@ -499,30 +434,15 @@ class ABTrainingStrategy(ClusterStrategy):
             self.phase, self.phase_begin = "full", self.steps
             self.rebound.switch(self.steps, self.optimizers)
         else:
-            self._check_agreement(state)
+            mine = {"processes": self.groups.world.size} | self._must_agree()
+            theirs = {"processes": state["world_size"]} | {name: ab[name] for name in self._must_agree()}
+            check_agreement(mine, theirs, ab["starts"], self._layers)
             self._resume_ab(ab)
-
-    def _check_agreement(self, state: Mapping[str, Any]) -> None:
-        here = {"processes": self.groups.world.size} | self._must_agree()
-        there = {"processes": state["world_size"]} | {name: state["ab"][name] for name in self._must_agree()}
-        differing = [f"{name}={there[name]} (here {here[name]})" for name in here if here[name] != there[name]]
-        if missing := sorted(set(state["ab"]["starts"]) - {layer.path for layer in self._layers}):
-            differing.append(f"factors of {', '.join(missing)} (here kept whole)")
-        if differing:
-            raise ValueError(
-                f"the checkpoint was written within an AB phase with {', '.join(differing)}: continue with the same, "
-                "or begin with a full-rank phase by strategy.resume=consensus"
-            )
 
     def _resume_ab(self, ab: Mapping[str, Any]) -> None:
         """Go on within an AB phase: with the state of this rank's group, where the file's weights are the consensus."""
-        starts: list[Start] = []
-        for layer in self._layers:
-            if layer.path in ab["starts"]:
-                a, b, *root = (t.to(self.root_device) for t in ab["starts"][layer.path])
-                starts.append((layer, Factors(a, b), root[0] if root else None))
         begin = self.phase_begin
-        self._enter("ab", starts)
+        self._enter("ab", stored_starts(ab["starts"], self._layers, self.root_device))
         mine = ab["groups"][self.global_rank // self.layout.group_size]
         self.ab.load_group_state(mine)
         if self.scaler is not None and "scaler" in mine:
@@ -552,23 +472,12 @@ class ABTrainingStrategy(ClusterStrategy):
 
     def compression(self) -> float:
         """Numbers of the whole network over those of its factors and other parameters, as of the last AB phase."""
-        whole = {layer.path: math.prod(layer.shape) for layer in self._layers}
-        names = {*whole, *(f"{path}_{side}" for path in whole for side in "ab")}
-        others = sum(p.numel() for name, p in self.lightning_module.named_parameters() if name not in names)
-        small = sum(
-            min(num_factored(layer.shape, self.ranks.get(layer.path, _full_rank(layer))), whole[layer.path])
-            for layer in self._layers
-        )
-        return (sum(whole.values()) + others) / (small + others)
+        return compression(self.lightning_module, self._layers, self.ranks)
 
     @property
     def full_ranks(self) -> dict[str, int]:
         """Of the weights that are factorised; callbacks look for this."""
-        return {layer.path: _full_rank(layer) for layer in self._layers}
-
-    def _ranks_in_words(self) -> str:
-        ranks = [f"{layer.path} {self.ranks[layer.path]} of {_full_rank(layer)}" for layer in self._layers]
-        return f"ranks {', '.join(ranks)}; {self.compression():.2f} times smaller"
+        return {layer.path: full_rank(layer) for layer in self._layers}
 
     def _say(self, text: str) -> None:
         if self.global_rank == 0:
@@ -585,11 +494,6 @@ class ABTrainingStrategy(ClusterStrategy):
         if self._angle is not None:
             values["ab/cosine_of_halves"], values["ab/relative_change"] = self._angle
         values |= {f"time/ab_{name}_s": value for name, value in self.seconds.items()}
-        # From step to step, with whatever callbacks and evaluations do in between, without switches.
-        values |= {f"time/step_{phase}_s": taken / steps for phase, (taken, steps) in self._taken.items() if steps}
+        values |= {f"time/step_{phase}_s": mean for phase, mean in self._step_times.means().items()}
         values["comm/between_groups_bytes"] = self.interconnect.between.totals()["inter_node_bytes"]
         return values
-
-
-def _full_rank(layer: ABFactor) -> int:
-    return min(tall_shape(layer.shape))
