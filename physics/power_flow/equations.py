@@ -7,72 +7,20 @@ equation.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import numpy as np
 import torch
-from scipy.sparse import csc_matrix, csr_matrix
+from scipy.sparse import csc_matrix
 from torch import Tensor
 
 from physics.power_flow.admittance import BranchAdmittances, admittances, shunts
+from physics.power_flow.batch import Batch, Changes, State
 from physics.power_flow.buffers import Buffers
-from physics.power_flow.factorization import csr_tensor, multiplies_csr
-from physics.power_flow.flows import branch_flows, shunt_power
 from physics.power_flow.grid import BusType, Grid
+from physics.power_flow.jacobian_pattern import JacobianPattern
+from physics.power_flow.mismatch import residual
+from physics.power_flow.product import Product, add_changes
 from physics.power_flow.scenarios import Scenarios
 
-
-class State(NamedTuple):
-    """Voltages of a batch in the order of an `Equations`: magnitude and angle ``[n, B]``, shared imbalance ``[1, B]``.
-
-    ``share`` has no rows (``[0, B]``) if the slack is not distributed.
-    """
-
-    vm: Tensor
-    va: Tensor
-    share: Tensor
-
-    def select(self, columns: Tensor) -> State:
-        """Some scenarios, as a copy."""
-        return State(*(value[:, columns] for value in self))
-
-    def clone(self) -> State:
-        """A copy."""
-        return State(*(value.clone() for value in self))
-
-
-class Changes(NamedTuple):
-    """How branches of a scenario differ from those of the grid: ``K`` changes, ends and admittances ``[K, B]``."""
-
-    branch: Tensor
-    f: Tensor
-    t: Tensor
-    ff: Tensor
-    ft: Tensor
-    tf: Tensor
-    tt: Tensor
-
-    def select(self, columns: Tensor) -> Changes:
-        """Some scenarios."""
-        return Changes(*(value[:, columns] for value in self))
-
-
-class Batch(NamedTuple):
-    """What is given for a batch in the order of an `Equations`: scheduled powers ``[n, B]``, changes of branches."""
-
-    p: Tensor
-    q: Tensor
-    changes: Changes | None = None
-
-    def narrow(self, columns: slice) -> Batch:
-        """Scenarios that follow each other, not copied."""
-        changes = None if self.changes is None else Changes(*(value[:, columns] for value in self.changes))
-        return Batch(self.p[:, columns], self.q[:, columns], changes)
-
-    def select(self, columns: Tensor) -> Batch:
-        """Some scenarios."""
-        changes = None if self.changes is None else self.changes.select(columns)
-        return Batch(self.p[:, columns], self.q[:, columns], changes)
+__all__ = ["Batch", "Changes", "Equations", "JacobianPattern", "Product", "State", "residual"]
 
 
 class Equations:
@@ -230,7 +178,7 @@ class Equations:
         torch.sin(state.va, out=ef[n:]).mul_(state.vm)
         current = self.product(ef, buffers("current", 2 * n, count))
         if changes is not None:
-            _add_changes(current, ef, changes)
+            add_changes(current, ef, changes)
         return ef, current
 
     def mismatch(self, state: State, batch: Batch, buffers: Buffers | None = None) -> Tensor:
@@ -388,7 +336,7 @@ class Equations:
         torch.mul(z_q, e, out=w[n:]).addcmul_(z_p, f, value=-1)
         back = self.transposed_product(w, buffers("back", 2 * n, count))
         if changes is not None:
-            _add_changes(back, w, changes._replace(ft=changes.tf, tf=changes.ft))
+            add_changes(back, w, changes._replace(ft=changes.tf, tf=changes.ft))
         # h V = conj(z) S + V (Y^T w)
         real = torch.mul(z_p, p, out=buffers("real", n, count)).addcmul_(z_q, q)
         real.addcmul_(e, back[:n]).addcmul_(f, back[n:], value=-1)
@@ -409,7 +357,7 @@ class Equations:
             parts = torch.cat([x.real, x.imag])
             out = self.product(parts, torch.empty_like(parts))
             if changes is not None:
-                _add_changes(out, parts, changes)
+                add_changes(out, parts, changes)
             return torch.complex(out[:n], out[n:])
 
         ds = dv * current(v).conj() + v * current(dv).conj()
@@ -418,135 +366,3 @@ class Equations:
             rows = [ds.real[1:] - self.weights[1:, None] * du[a + m :], rows[1]]
             rows.append(ds.real[:1] - self.weights[:1, None] * du[a + m :])
         return torch.cat(rows)
-
-
-class Product:
-    """``Y V`` in real arithmetic: one real sparse matrix ``[[G, -B], [B, G]]`` on ``[e; f]``.
-
-    This is faster than complex sparse products, and needs no device that has them.
-
-    Args:
-        rows: Of the entries of ``Y``.
-        columns: Of the entries of ``Y``, each pair once.
-        y: Their complex values.
-        n: Number of buses.
-        dense: Keep a dense matrix.
-    """
-
-    def __init__(self, rows: Tensor, columns: Tensor, y: Tensor, n: int, dense: bool = False) -> None:
-        row = torch.cat([rows, rows, rows + n, rows + n]).cpu().numpy()
-        column = torch.cat([columns, columns + n, columns, columns + n]).cpu().numpy()
-        value = torch.cat([y.real, -y.imag, y.imag, y.real]).cpu().numpy()
-        matrix = csr_matrix((value, (row, column)), shape=(2 * n, 2 * n))
-        matrix.sort_indices()
-        self._matrix = matrix
-        self._tensor = torch.from_numpy(matrix.toarray()).to(y.device) if dense else csr_tensor(matrix, y.device)
-        self._by_torch = y.device.type != "cpu" or multiplies_csr()
-
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """The product with ``[2n, B]``, written to ``out``."""
-        if not self._by_torch:
-            return out.copy_(torch.from_numpy(self._matrix @ x.numpy()))
-        return torch.addmm(out, self._tensor, x, beta=0, alpha=1, out=out)
-
-
-def _add_changes(current: Tensor, ef: Tensor, changes: Changes) -> None:
-    """Add the currents of changed branches to ``[2n, B]`` in place."""
-    n = len(ef) // 2
-    v_f = torch.complex(ef[:n].gather(0, changes.f), ef[n:].gather(0, changes.f))
-    v_t = torch.complex(ef[:n].gather(0, changes.t), ef[n:].gather(0, changes.t))
-    at_f, at_t = changes.ff * v_f + changes.ft * v_t, changes.tf * v_f + changes.tt * v_t
-    for place, value in ((changes.f, at_f), (changes.t, at_t)):
-        current[:n].scatter_add_(0, place, value.real)
-        current[n:].scatter_add_(0, place, value.imag)
-
-
-class JacobianPattern:
-    """Where the derivatives of the entries of ``Y`` go in the Jacobian, by columns (CSC).
-
-    Args:
-        equations: Whose Jacobian.
-    """
-
-    def __init__(self, equations: Equations) -> None:
-        eq = equations
-        a, m = eq.num_angles, eq.num_magnitudes
-        self.size = eq.num_unknowns
-        i, k = eq.rows.cpu().numpy(), eq.columns.cpu().numpy()
-        # Index of a bus among the angles (also of its P) and among the magnitudes (also of its Q); negative: none.
-        angle, magnitude = np.arange(eq.num_buses) - eq.num_slack, np.arange(eq.num_buses) - eq.first_pq
-        p_row, q_row = np.where(angle < 0, -1, angle), np.where(magnitude < 0, -1, magnitude + a)
-        va_column, vm_column = p_row.copy(), q_row
-        if eq.distributed:
-            p_row[0] = a + m
-        blocks = [(p_row, va_column), (p_row, vm_column), (q_row, va_column), (q_row, vm_column)]
-        row = np.concatenate([r[i] for r, _ in blocks])
-        column = np.concatenate([c[k] for _, c in blocks])
-        self.constant = np.zeros(0)
-        if eq.distributed:
-            row = np.concatenate([row, p_row])
-            column = np.concatenate([column, np.full(eq.num_buses, a + m)])
-            self.constant = -eq.weights.cpu().numpy()
-        there = np.flatnonzero((row >= 0) & (column >= 0))
-        there = there[np.lexsort((row[there], column[there]))]
-        self.rows, self.columns = row[there], column[there]
-        self.indptr = np.concatenate([[0], np.cumsum(np.bincount(self.columns, minlength=self.size))])
-        self._taken = torch.from_numpy(there).to(eq.device)
-        self._constant = torch.from_numpy(self.constant).to(eq.device, eq.dtype)[:, None]
-
-    @property
-    def nnz(self) -> int:
-        """Number of entries."""
-        return len(self.rows)
-
-    def arranged(self, p_va: Tensor, p_vm: Tensor, q_va: Tensor, q_vm: Tensor) -> Tensor:
-        """Derivatives at the entries of ``Y`` as entries of the Jacobian, ``[nnz, B]``."""
-        constant = self._constant.expand(-1, p_va.shape[1])
-        return torch.cat([p_va, p_vm, q_va, q_vm, constant])[self._taken]
-
-    def matrix(self, values: np.ndarray) -> csc_matrix:
-        """The Jacobian with given entries ``[nnz]``."""
-        return csc_matrix((np.ascontiguousarray(values), self.rows, self.indptr), shape=(self.size, self.size))
-
-    def dense(self, values: Tensor) -> Tensor:
-        """Jacobians with given entries ``[nnz, B]``, ``[B, N_u, N_u]``."""
-        place = torch.from_numpy(self.rows * self.size + self.columns).to(values.device)
-        out = values.new_zeros(values.shape[1], self.size * self.size)
-        return out.index_copy_(1, place, values.mT).view(-1, self.size, self.size)
-
-
-def residual(
-    grid: Grid,
-    vm: Tensor,
-    va: Tensor,
-    s: Tensor,
-    status: Tensor | None = None,
-    share: Tensor | None = None,
-    **parameters: Tensor,
-) -> Tensor:
-    """Mismatch ``F = [Re(S_calc - S) at pv, pq; Im(S_calc - S) at pq]``, per unit, ``[N_u, B]``.
-
-    Differentiable, as often as one likes, with respect to every argument and every tensor of the grid.
-
-    Args:
-        grid: The grid.
-        vm: Voltage magnitudes, per unit, ``[n, B]``.
-        va: Voltage angles, rad, ``[n, B]``.
-        s: Complex injections, per unit, ``[n, B]``.
-        status: Weights of the branches, ``[L, B]``; None: the grid's.
-        share: With a distributed slack, the imbalance that is shared, per unit, ``[1, B]``.
-        parameters: Branch parameters other than the grid's, ``[L]`` or ``[B, L]``.
-    """
-    flows = branch_flows(grid, vm, va, status, **parameters)
-    drawn = shunt_power(grid, vm)
-    total = drawn.index_add(0, grid.from_bus, flows.s_from).index_add(0, grid.to_bus, flows.s_to)
-    difference = total - s
-    if grid.slack_weights is None:
-        pvpq = torch.cat([grid.pv, grid.pq])
-        return torch.cat([difference.real[pvpq], difference.imag[grid.pq]])
-    active = difference.real
-    if share is not None:
-        active = active - grid.slack_weights[:, None] * share
-    held = torch.cat([grid.pv, grid.slack[1:]]).sort().values
-    pvpq = torch.cat([held, grid.pq])
-    return torch.cat([active[pvpq], difference.imag[grid.pq], active[grid.slack[:1]]])

@@ -53,12 +53,12 @@ def test_singular(kind):
 
 def test_products_without_mkl(monkeypatch):
     """Where torch cannot multiply CSR tensors, SciPy does."""
-    from physics.power_flow import equations, solve
+    from physics.power_flow import product, solve
     from tests.physics.power_flow.grids import embedded, noisy
 
     grid = embedded("case57")
     scenarios = noisy(grid, 3)
     expected = solve(grid, scenarios, tol=1e-11)
-    monkeypatch.setattr(equations, "multiplies_csr", lambda: False)
+    monkeypatch.setattr(product, "multiplies_csr", lambda: False)
     monkeypatch.setattr(factorization, "_solves_csr", lambda: False)
     assert float((solve(grid, scenarios, tol=1e-11).v - expected.v).abs().max()) < 1e-9
