@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -20,13 +19,13 @@ from datamodules.calendar import clock_marks, country_per_series, day_calendar
 from datamodules.gaps import fill_gaps, mask_leading_zeros
 from datamodules.loading import make_loader
 from datamodules.readers.time_axis import RegularSeries
+from datamodules.series_parts import Part, SeriesParts
+from datamodules.series_predictions import prediction_table
+from datamodules.series_scaling import Scaling, count_before, mean_absolute_change, training_scale
 from datamodules.series_windows import SeriesArrays, SeriesWindows, same_batch
 from networks.recycle.profile import RecentHistoricProfile
 
 log = logging.getLogger(__name__)
-
-Scaling = Literal["z", "min_max", "abs_max", "none"]
-Part = Literal["train", "val", "test"]
 
 
 class WindowedSeries(LightningDataModule):
@@ -73,6 +72,7 @@ class WindowedSeries(LightningDataModule):
         self.num_workers, self.seed = num_workers, seed
         self.report: dict[str, Any] = {}
         self._arrays: SeriesArrays | None = None
+        self._parts = SeriesParts(self.splits, cycle_length, history_length, horizon)
         self._check_arguments()
         self.day_start = _time_of_day(day_start)
         self.countries = country_per_series(country, len(self.targets))
@@ -120,24 +120,7 @@ class WindowedSeries(LightningDataModule):
         for key in ("max_gap", "max_steps", "num_workers"):
             if (value := getattr(self, key)) is not None and value < 0:
                 raise ValueError(f"data.{key}={value} must not be negative")
-        if len(self.splits) != 3 or min(self.splits) < 0 or self.splits[0] <= 0:
-            raise ValueError(f"data.splits={self.splits} must be three numbers: training, validation, test")
-        if self._fractional:
-            if sum(self.splits) > 1 + 1e-9:
-                raise ValueError(
-                    f"data.splits={self.splits} add up to more than 1: use fractions such as 0.6, 0.2, 0.2"
-                )
-        elif any(part != int(part) for part in self.splits):
-            raise ValueError(f"data.splits={self.splits} must be fractions up to 1 or whole numbers of steps")
-        elif not self.any_origin and any(part % cycle for part in self.splits):
-            raise ValueError(
-                f"data.splits={self.splits} are not multiples of data.cycle_length={cycle}: use whole days, or set "
-                "data.any_origin=true"
-            )
-
-    @property
-    def _fractional(self) -> bool:
-        return max(self.splits) <= 1
+        self._parts.check(whole_days=not self.any_origin)
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -153,10 +136,10 @@ class WindowedSeries(LightningDataModule):
         values = values[:observed]
         self.report["leading_zeros"] = self._by_series(mask_leading_zeros(values, self.cycle_length))
         self.timestamps, self.step = axis[:observed], series.step
-        self._bounds = self._part_bounds(observed)
+        self._bounds = self._parts.bounds(observed, self.name)
         train_end = self._bounds["train"][1]
-        location, scale = _scale(values[:train_end], self.scaling, self.targets, self.name)
-        weekly = _mean_absolute_change(values[:train_end], self.season_length)
+        location, scale = training_scale(values[:train_end], self.scaling, self.targets, self.name)
+        weekly = mean_absolute_change(values[:train_end], self.season_length)
         # A series that repeats itself exactly has no scale of its own; no number of it may become infinite.
         self._mase_scale = torch.as_tensor(np.maximum(weekly, 1e-8 * scale), dtype=torch.float32)
         self._target_scale = tuple(torch.as_tensor(x, dtype=torch.float32) for x in (location, scale))
@@ -205,45 +188,6 @@ class WindowedSeries(LightningDataModule):
         self.report["trimmed_trailing_steps"] = partial
         return end - partial
 
-    def _part_bounds(self, num_steps: int) -> dict[Part, tuple[int, int]]:
-        """Return the steps [start, stop) of each part; its targets lie inside."""
-        cycle, needed = self.cycle_length, self._needed
-        if not self._fits(num_steps):
-            days = num_steps // cycle
-            if self._fractional:
-                while not self._fits(days * cycle):
-                    days += 1
-            else:
-                parts = [max(int(part), size if part else 0) for part, size in zip(self.splits, needed, strict=True)]
-                days = -(-sum(parts) // cycle)
-            raise ValueError(
-                f"{self.name}: {num_steps / cycle:g} days are too short: windows of {self.history_length / cycle:g} + "
-                f"{self.horizon / cycle:g} days with data.splits={self.splits} need {days} days "
-                f"(at least {needed[0] / cycle:g} in training, {needed[1] / cycle:g} in validation and in test); "
-                "give a longer file, change data.splits, or shorten data.history_length and data.horizon"
-            )
-        cuts = self._cuts(num_steps)
-        return dict(zip(get_args(Part), pairwise(cuts), strict=True))
-
-    @property
-    def _needed(self) -> tuple[int, int, int]:
-        """Steps that one window needs in each part."""
-        return self.history_length + self.horizon, self.horizon, self.horizon
-
-    def _fits(self, num_steps: int) -> bool:
-        """Tell whether every part that is wanted (its split is not 0) holds a window."""
-        cuts = self._cuts(num_steps)
-        sizes = zip(self.splits, self._needed, cuts[:-1], cuts[1:], strict=True)
-        return cuts[-1] <= num_steps and all(split == 0 or stop - start >= size for split, size, start, stop in sizes)
-
-    def _cuts(self, num_steps: int) -> list[int]:
-        """Return the steps at which training, validation and test begin and end: floor(f N) days, or the counts."""
-        sums = [0, self.splits[0], sum(self.splits[:2]), sum(self.splits)]
-        if not self._fractional:
-            return [int(part) for part in sums]
-        days = num_steps // self.cycle_length
-        return [int(part * days + 1e-9) * self.cycle_length for part in sums]
-
     @property
     def _origin_grid(self) -> int:
         """Spacing of the steps at which a window may begin, counted from the first step."""
@@ -271,7 +215,7 @@ class WindowedSeries(LightningDataModule):
             extra = self._covariates(covariates, num_steps, train_end)
         return SeriesArrays(
             values=torch.from_numpy(np.where(missing, 0.0, values).astype(np.float32)),
-            missing_before=_count_before(missing),
+            missing_before=count_before(missing),
             profile=self.profile,
             profile_table=table.to(torch.float32),
             day_type=day_type,
@@ -288,7 +232,7 @@ class WindowedSeries(LightningDataModule):
         full = np.full((num_steps + self.horizon, len(names)), np.nan)
         available = covariates[: len(full)]
         full[: len(available)] = available
-        location, scale = _scale(full[:train_end], self.scaling, names, self.name)
+        location, scale = training_scale(full[:train_end], self.scaling, names, self.name)
         fill_gaps(full[:num_steps, :past], self.max_gap or 0, self._origin_grid)
         fill_gaps(full[:, past:], self.max_gap or 0, self._origin_grid)
         missing = np.isnan(full)
@@ -297,7 +241,7 @@ class WindowedSeries(LightningDataModule):
         return {
             "covariates": torch.from_numpy(scaled.astype(np.float32)),
             "num_past_covariates": past,
-            "covariates_missing_before": _count_before(kinds),
+            "covariates_missing_before": count_before(kinds),
         }
 
     def _find_origins(self, arrays: SeriesArrays, part: Part) -> Tensor:
@@ -417,84 +361,8 @@ class WindowedSeries(LightningDataModule):
         return pd.date_range(self.timestamps[0] + self.step * origin, periods=num_steps, freq=self.step)
 
     def prediction_table(self, outputs: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        """Tabulate step outputs, one row per origin, step and series.
-
-        Args:
-            outputs: Outputs of a test or predict step in the data's units, or a list of them: ``prediction``
-                (batch, time, channel[, quantile]), ``profile`` (batch, time, channel), ``origin`` (batch,), and where
-                present ``target``, ``valid``, ``quantiles``, and ``std``, ``lower_<percent>`` and ``upper_<percent>``
-                (batch, time, channel) of forecasts that are samples.
-
-        Returns:
-            Columns series, origin, timestamp, forecast, rhp, one per quantile (q10, q50, ...), std, lower_50, upper_50,
-            ... where the module delivers them, and actual when the target is known (NaN where the series has a gap in
-            that window).
-        """
-        frames = [self._table_of_batch(batch) for batch in ([outputs] if isinstance(outputs, Mapping) else outputs)]
-        return pd.concat(frames, ignore_index=True)
-
-    def _table_of_batch(self, outputs: Mapping[str, Any]) -> pd.DataFrame:
-        prediction = outputs["prediction"].detach().cpu().double()
-        batch, horizon, channels = prediction.shape[:3]
-        times = [self.time_of(origin, horizon) for origin in outputs["origin"].tolist()]
-        columns: dict[str, Any] = {
-            "series": np.tile(np.array(self.targets, dtype=object), batch * horizon),
-            "origin": np.repeat(np.array([stamps[0] for stamps in times], dtype="datetime64[ns]"), horizon * channels),
-            "timestamp": np.repeat(np.concatenate([stamps.as_unit("ns").to_numpy() for stamps in times]), channels),
-            "forecast": prediction,
-            "rhp": outputs["profile"].detach().cpu().double(),
-        }
-        if prediction.ndim == 4:
-            levels = outputs["quantiles"].detach().cpu().double()
-            # The level next to the median is the point forecast, the upper one of two; of one-sided sets as well.
-            distance = (levels - 0.5).abs().round(decimals=6)  # levels arrive in float32
-            columns["forecast"] = prediction[..., len(levels) - 1 - int(distance.flip(0).argmin())]
-            for i, level in enumerate(levels.tolist()):
-                columns[f"q{round(100 * level, 4):g}"] = prediction[..., i]
-        for name in outputs:
-            if name == "std" or name.startswith(("lower_", "upper_")):
-                columns[name] = outputs[name].detach().cpu().double()
-        if outputs.get("target") is not None:
-            actual = outputs["target"].detach().cpu().double()
-            valid = outputs.get("valid")
-            columns["actual"] = actual if valid is None else actual.where(valid.cpu()[:, None, :], torch.nan)
-        return pd.DataFrame({key: np.asarray(value).reshape(-1) for key, value in columns.items()})
-
-
-def _scale(values: np.ndarray, scaling: Scaling, names: Sequence[str], source: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return location and scale of each column of the training part, NaN skipped."""
-    if (empty := np.isnan(values).all(axis=0)).any():
-        raise ValueError(
-            f"{source}, column {names[int(np.argmax(empty))]!r}: no value in the training part; remove the column or "
-            "raise the first of data.splits"
-        )
-    columns = values.shape[1]
-    if scaling == "z":
-        location, scale = np.nanmean(values, axis=0), np.nanstd(values, axis=0)
-    elif scaling == "min_max":
-        location = np.nanmin(values, axis=0)
-        scale = np.nanmax(values, axis=0) - location
-    elif scaling == "abs_max":
-        location, scale = np.zeros(columns), np.nanmax(np.abs(values), axis=0)
-    else:
-        location, scale = np.zeros(columns), np.ones(columns)
-    # A constant series stays finite: rounding alone leaves about 1e-16 of its level.
-    size = np.nanmax(np.abs(values), axis=0)
-    return location, np.where(scale > 1e-10 * size, scale, 1.0)
-
-
-def _mean_absolute_change(values: np.ndarray, lag: int) -> np.ndarray:
-    """Return the mean absolute error of repeating the value ``lag`` steps ago, NaN if there is none."""
-    error = np.abs(values[lag:] - values[:-lag])
-    number = (~np.isnan(error)).sum(axis=0)
-    return np.nansum(error, axis=0) / np.where(number > 0, number, np.nan)
-
-
-def _count_before(missing: np.ndarray) -> Tensor:
-    """Return the number of missing steps before each step, ``(time + 1, column)``."""
-    count = np.zeros((len(missing) + 1, missing.shape[1]), dtype=np.int32)
-    np.cumsum(missing, axis=0, out=count[1:])
-    return torch.from_numpy(count)
+        """Tabulate step outputs, one row per origin, step and series; see `datamodules.series_predictions`."""
+        return prediction_table(outputs, self.targets, self.time_of)
 
 
 def _any(value: Any) -> bool:
