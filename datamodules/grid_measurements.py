@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.grid_sources import Source, load_grid
-from datamodules.loading import make_loader
-from datamodules.power_grids import whole_batch
+from datamodules.loading import WholeBatches, make_loader, whole_batch
 from datamodules.readers.injections import read_injections
 from physics.power_flow import Grid, Scenarios, solve
 from physics.power_flow.identification import BRANCH_FIELDS, FIELDS, LINEAR_FIELDS, LOADS, elements_of
@@ -34,7 +33,7 @@ _PARTS = ("train", "val", "test")
 _TOL = 1e-12
 
 
-class _Measured(Dataset[dict[str, Tensor]]):
+class _Measured(WholeBatches):
     """Some of the scenarios of a `GridMeasurements`, a whole batch at a time.
 
     Args:
@@ -50,9 +49,6 @@ class _Measured(Dataset[dict[str, Tensor]]):
 
     def __len__(self) -> int:
         return -(-(self.stop - self.first) // self.multiple_of) * self.multiple_of
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         rows = self.first + torch.as_tensor(indices)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+
+from datamodules.loading import WholeBatches
 
 _AT_ONCE = 1024  # images that are worked on at once: a mapped file may be larger than the memory
 
@@ -34,7 +35,7 @@ class ImageSet:
         return ImageSet(self.pixels, self.rows[places], self.labels[places], names)
 
 
-class ImageBatches(Dataset[dict[str, Tensor]]):
+class ImageBatches(WholeBatches):
     """An image set as a data set of whole batches, uint8."""
 
     def __init__(self, images: ImageSet) -> None:
@@ -44,21 +45,12 @@ class ImageBatches(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.images.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one image, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         index = torch.as_tensor(indices)
         pixels = self.images.pixels[self.images.rows[indices]]
         image = torch.from_numpy(pixels).permute(0, 3, 1, 2)
         return {"image": image, "label": self.labels[index], "index": index}
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `ImageBatches` has put together already (``collate_fn``)."""
-    return batch
 
 
 def block_means(pixels: np.ndarray, size: int) -> np.ndarray:

@@ -19,9 +19,9 @@ from datamodules.image_choice import ImageChoice, grown
 from datamodules.image_files import FilePart, ImageFiles
 from datamodules.image_input import Augmentation, Normalization, channel_statistics, shifted
 from datamodules.image_predictions import prediction_table
-from datamodules.image_set import ImageBatches, ImageSet, whole_batch
+from datamodules.image_set import ImageBatches, ImageSet
 from datamodules.image_shifts import NUM_SEVERITIES, SHIFTS
-from datamodules.loading import make_loader
+from datamodules.loading import make_loader, whole_batch
 from datamodules.readers.stored_images import StoredImages
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.gaps import fill_gaps
-from datamodules.loading import make_loader
+from datamodules.loading import WholeBatches, make_loader, whole_batch
 from datamodules.readers.time_axis import RegularSeries
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Part = Literal["train", "val", "test"]
 PredictPart = Literal["train", "val", "test", "next"]
 
 
-class LoadWindows(Dataset[dict[str, Tensor]]):
+class LoadWindows(WholeBatches):
     """Windows of all series, one after the other; the batch dictionary is that of `LoadWeeks`.
 
     Args:
@@ -65,12 +65,8 @@ class LoadWindows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.origins) * self.repeat
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one window, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         index = torch.as_tensor(indices)
         window = index % len(self.origins)
         series, origin = self.series[window], self.origins[window]
@@ -94,11 +90,6 @@ class LoadWindows(Dataset[dict[str, Tensor]]):
             mean = (self.seasonal_mean[series[:, None], phase] - location[:, None]) / scale[:, None]
             batch["seasonal_mean"] = mean.float().unsqueeze(2)
         return batch
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `LoadWindows` has put together already (``collate_fn``)."""
-    return batch
 
 
 class LoadWeeks(LightningDataModule):

@@ -11,12 +11,31 @@ Guarantees (docs/architecture.md, section 7):
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sized
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+class WholeBatches(Dataset[dict[str, Tensor]], ABC):
+    """A data set that gathers a whole batch at once; its loaders take `whole_batch` as ``collate_fn``."""
+
+    @abstractmethod
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Gather a whole batch."""
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Return one item, the batch of one without its batch dimension."""
+        return {key: value[0] for key, value in self.__getitems__([index]).items()}
+
+
+def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Pass on a batch that a data set has put together already (``collate_fn``)."""
+    return batch
 
 
 def _mixed(*parts: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from datamodules.loading import make_loader
+from datamodules.loading import make_loader, whole_batch
 from datamodules.readers.list_mode import read_hits
 from datamodules.readers.petsird_file import write_coincidences
 from physics.pet.calibration import estimate_delays
@@ -59,7 +59,7 @@ class SampleSet(Dataset[dict[str, Tensor]]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         chosen = np.asarray(indices, dtype=np.int64)
         item, row = _ranges(self.hit_bounds, chosen)
         label_item, label = _ranges(self.label_bounds, chosen)
@@ -99,11 +99,6 @@ def labels_of(hits: Hits) -> Labels:
     order = np.lexsort((step, hits.sample[first]))
     first, second = first[order], second[order]
     return Labels(hits.sample[first], hits.crystal[first], hits.crystal[second], step[order])
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `SampleSet` has put together already (``collate_fn``)."""
-    return batch
 
 
 class PETEvents(LightningDataModule):

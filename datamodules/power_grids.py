@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.grid_sources import Source, find_file, load_case, load_grid, simbench_year
 from datamodules.grid_tables import branch_table, bus_table, outage_table
-from datamodules.loading import make_loader
+from datamodules.loading import WholeBatches, make_loader, whole_batch
 from datamodules.readers.change_table import read_load_changes
 from datamodules.readers.injections import QUANTITIES, InjectionTable, read_injections
 from physics.power_flow import BusType, Contingencies, Grid, branch_flows, contingencies, solve
@@ -33,7 +33,7 @@ Limits = Literal["case", "base"]
 Generation = Literal["case", "load"]
 
 
-class GridScenarios(Dataset[dict[str, Tensor]]):
+class GridScenarios(WholeBatches):
     """Scenarios of a `PowerGrids`, a whole batch at a time.
 
     Args:
@@ -50,21 +50,12 @@ class GridScenarios(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.order)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one scenario, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         wanted = self.order[np.asarray(indices, dtype=np.int64)]
         if self._last is None or not np.array_equal(self._last[0], wanted):
             self._last = wanted, self.source.batch(wanted)
         return dict(self._last[1])
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `GridScenarios` has put together already (``collate_fn``)."""
-    return batch
 
 
 class PowerGrids(LightningDataModule):

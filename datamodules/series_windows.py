@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from datamodules.loading import WholeBatches
 from networks.recycle.profile import RecentHistoricProfile
 
 
@@ -73,7 +73,7 @@ class SeriesArrays:
         return valid
 
 
-class SeriesWindows(Dataset[dict[str, Tensor]]):
+class SeriesWindows(WholeBatches):
     """Windows at given origins; the batch dictionary is that of `datamodules.series.SeriesDataModule`.
 
     Args:
@@ -93,12 +93,8 @@ class SeriesWindows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.origins)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one window, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `same_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         arrays, length, horizon = self.arrays, self.history_length, self.horizon
         profile, table, cycle = arrays.profile, arrays.profile_table, arrays.cycle_length
         origins = self.origins[torch.as_tensor(indices)]
@@ -124,11 +120,6 @@ class SeriesWindows(Dataset[dict[str, Tensor]]):
             batch["history_covariates"] = _runs(arrays.covariates, start, length)
             batch["forecast_covariates"] = _runs(arrays.covariates, origins, horizon)[..., arrays.num_past_covariates :]
         return batch
-
-
-def same_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `SeriesWindows` has put together already (``collate_fn``)."""
-    return batch
 
 
 def _runs(values: Tensor, start: Tensor, length: int) -> Tensor:

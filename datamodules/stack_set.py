@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.loading import WholeBatches
 from physics.thin_film.layout import Shard
 from physics.thin_film.targets import Target
 
 Batch = dict[str, Tensor]
 
 
-class StackSet(Dataset[Batch]):
+class StackSet(WholeBatches):
     """Stacks and their spectra, as a data set of whole batches.
 
     Args:
@@ -28,12 +29,8 @@ class StackSet(Dataset[Batch]):
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getitem__(self, index: int) -> Batch:
-        """Return one stack, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Gather a whole batch; use it with `datamodules.image_set.whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         index = torch.as_tensor(indices)
         spectrum, tokens = self.gather(index)
         spectrum = spectrum.float()

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.loading import make_loader
+from datamodules.loading import WholeBatches, make_loader, whole_batch
 from datamodules.readers.number_table import read_number_table
 from datamodules.synthetic_gemm import synthetic_gemm
 
@@ -215,7 +215,7 @@ class Tables(LightningDataModule):
         return self._loader(self.predict_part, self.eval_batch_size)
 
 
-class Rows(Dataset[dict[str, Tensor]]):
+class Rows(WholeBatches):
     """Rows of a part, handed out as whole batches."""
 
     def __init__(self, features: Tensor, target: Tensor) -> None:
@@ -224,16 +224,7 @@ class Rows(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.features)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one row."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         index = torch.as_tensor(indices)
         return {"features": self.features[index], "target": self.target[index], "index": index}
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `Rows` has put together already."""
-    return batch

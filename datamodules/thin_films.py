@@ -17,8 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
 from datamodules.design_targets import Variants, design_targets
-from datamodules.image_set import whole_batch
-from datamodules.loading import make_loader
+from datamodules.loading import make_loader, whole_batch
 from datamodules.stack_set import Batch, Numbers, StackSet, TargetSet, fingerprints, take_unlike
 from networks.bayes.noise import counter_normal
 from physics.thin_film.generator import StackGenerator

@@ -17,12 +17,12 @@ from typing_extensions import override
 
 from datamodules.calendar import clock_marks, country_per_series, day_calendar
 from datamodules.gaps import fill_gaps, mask_leading_zeros
-from datamodules.loading import make_loader
+from datamodules.loading import make_loader, whole_batch
 from datamodules.readers.time_axis import RegularSeries
 from datamodules.series_parts import Part, SeriesParts
 from datamodules.series_predictions import prediction_table
 from datamodules.series_scaling import Scaling, count_before, mean_absolute_change, training_scale
-from datamodules.series_windows import SeriesArrays, SeriesWindows, same_batch
+from datamodules.series_windows import SeriesArrays, SeriesWindows
 from networks.recycle.profile import RecentHistoricProfile
 
 log = logging.getLogger(__name__)
@@ -288,7 +288,7 @@ class WindowedSeries(LightningDataModule):
             seed=self.seed,
             layout=layout,
             num_workers=self.num_workers,
-            collate_fn=same_batch,
+            collate_fn=whole_batch,
             **options,
         )
 
@@ -309,7 +309,7 @@ class WindowedSeries(LightningDataModule):
         assert self._arrays is not None, "setup() comes first"
         origins = torch.cat([self._origins["val"], self._origins["test"]])
         data = SeriesWindows(self._arrays, origins, self.history_length, self.horizon)
-        return make_loader(data, self.eval_batch_size, seed=self.seed, collate_fn=same_batch)
+        return make_loader(data, self.eval_batch_size, seed=self.seed, collate_fn=whole_batch)
 
     @override
     def predict_dataloader(self) -> DataLoader:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, get_args
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.loading import make_loader
+from datamodules.loading import WholeBatches, make_loader, whole_batch
 from datamodules.random_views import random_views, uniform_per_sample
 from datamodules.readers.image_table import read_grey, read_labels
 
@@ -42,7 +42,7 @@ class ImageSet(Protocol):
         """Return grey values, ``(len(index), 1, size, size)`` uint8."""
 
 
-class XrayBatches(Dataset[dict[str, Tensor]]):
+class XrayBatches(WholeBatches):
     """An image set as a data set of whole batches, if wanted several times over."""
 
     def __init__(self, images: ImageSet, repeat: int = 1) -> None:
@@ -51,23 +51,14 @@ class XrayBatches(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.images.names) * self.repeat
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Return one image, the batch of one without its batch dimension."""
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         index = torch.as_tensor(indices)
         stored = index % len(self.images.names)
         batch = {"image": self.images.read(stored.tolist()), "index": index}
         if self.images.labels is not None:
             batch["label"] = self.images.labels[stored]
         return batch
-
-
-def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Pass on a batch that `XrayBatches` has put together already (``collate_fn``)."""
-    return batch
 
 
 MODELS = {"xray_vgg_small": (32, 95), "xray_vgg": (122, 607)}

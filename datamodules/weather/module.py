@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.loading import make_loader
+from datamodules.loading import make_loader, whole_batch
 from datamodules.readers.weather_store import Channel, WeatherStore
 from datamodules.weather.era5 import era5_statistics
 from datamodules.weather.origins import following, steps_of_leads, within
-from datamodules.weather.samples import Batch, Block, WeatherSamples, whole_batch
+from datamodules.weather.samples import Batch, Block, WeatherSamples
 from datamodules.weather.statistics import Climatology, Statistics, require_finite, seasonal_basis, statistics_of
 from parallel.sharding import JigsawGrid, grid_of
 

@@ -90,7 +90,7 @@ class WeatherSamples(Dataset[Batch]):
         return {key: value if key == "io_bytes" else value[0] for key, value in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """Gather a whole batch; use it with `whole_batch` as ``collate_fn``."""
+        """Gather a whole batch."""
         columns = self.columns[np.asarray(indices, dtype=np.int64)]
         before = self.block.store.bytes_read
         wanted, places = np.unique(columns, return_inverse=True)
@@ -115,11 +115,6 @@ class WeatherSamples(Dataset[Batch]):
         mean, scale = self.step_scale
         hours = self.hours[origins[:, None] + np.arange(self.steps + 1)]
         return ((np.diff(hours, axis=1) - mean) / scale).astype(np.float32)
-
-
-def whole_batch(batch: Batch) -> Batch:
-    """Pass on a batch that `WeatherSamples` has put together already (``collate_fn``)."""
-    return batch
 
 
 def _padded(block: Tensor, width: int) -> Tensor:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.image_set import ImageBatches, ImageSet, block_means, moments, stratified, whole_batch
+from datamodules.image_set import ImageBatches, ImageSet, block_means, moments, stratified
+from datamodules.loading import whole_batch
 from datamodules.readers.stored_images import first_of_each_class
 
 

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from datamodules.loading import make_loader
-from datamodules.tables import Rows, whole_batch
+from datamodules.loading import make_loader, whole_batch
+from datamodules.tables import Rows
 from lightning_modules.feedback import FeedbackRegressor
 from networks.feedback import FeedbackWeights, Perceptron
 from strategies.ddp import DDP
