@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
@@ -14,14 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.grid_sources import Source, find_file, load_case, load_grid, simbench_year
+from datamodules.grid_composition import Composition, limited
+from datamodules.grid_injections import InjectionFiles, with_tables
+from datamodules.grid_sources import Source, load_grid
 from datamodules.grid_tables import branch_table, bus_table, outage_table
 from datamodules.loading import WholeBatches, make_loader, whole_batch
-from datamodules.readers.change_table import read_load_changes
-from datamodules.readers.injections import QUANTITIES, InjectionTable, read_injections
-from physics.power_flow import BusType, Contingencies, Grid, branch_flows, contingencies, solve
+from datamodules.readers.injections import QUANTITIES
+from physics.power_flow import Contingencies, Grid, contingencies
 from physics.power_flow.profiles import Injections, Profile, Shape, injections
-from physics.power_flow.synthetic import TieAdmittance, Ties, attach, copies
+from physics.power_flow.synthetic import TieAdmittance, Ties
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -175,6 +175,7 @@ class PowerGrids(LightningDataModule):
         self.grid_name, self.grid_source, self.data_dir, self.isolated = grid, grid_source, data_dir, isolated
         self.copies, self.ties, self.tie_admittance = copies, ties, tie_admittance
         self.feeder, self.num_feeders, self.feeder_share = feeder, num_feeders, feeder_share
+        self.composition = Composition(load_scale, num_feeders, feeder_share, copies, ties, tie_admittance, seed)
         self.limits, self.limit_factor, self.limit_floor_mva = limits, limit_factor, limit_floor_mva
         self.kind, self.num_scenarios, self.first_step = kind, num_scenarios, first_step
         self.num_outages, self.load_scale = num_outages, load_scale
@@ -238,96 +239,22 @@ class PowerGrids(LightningDataModule):
         """Build grid and scenarios once; later calls return at once."""
         if self.grid is not None:
             return
-        grid = self._build()
-        self._tables = self._read_files(grid)
+        grid = load_grid(self.grid_name, self.grid_source, self.data_dir, self.isolated)
+        feeder = None if self.feeder is None else load_grid(self.feeder, "auto", self.data_dir, self.isolated)
+        grid = self.composition.apply(grid, feeder, self.feeder)
+        files = InjectionFiles(
+            self.files, self.grid_name, self.grid_source, self.data_dir, self.time_column, self.load_scale,
+            as_it_is=self.copies == 1 and self.feeder is None,
+        )  # fmt: skip
+        self._tables = files.read(grid)
         self.count, self.outages = self._count(grid)
         if self.limits == "base" or self.limit_factor != 1:
-            grid = self._limited(grid)
+            grid = limited(grid, self.limits, self.limit_factor)
         self.grid = grid.replace(rate_mva=grid.rate_mva.clamp(min=self.limit_floor_mva))
         log.info(
             "%s: %d buses, %d branches, %d generators; %d scenarios (%s)",
             grid.name, grid.num_buses, grid.num_branches, len(grid.gen_names), self.count, self.kind,
         )  # fmt: skip
-
-    def _build(self) -> Grid:
-        grid = load_grid(self.grid_name, self.grid_source, self.data_dir, self.isolated)
-        if self.load_scale != 1:
-            fields = ("p_load_mw", "q_load_mvar", "gen_p_mw", "gen_q_mvar")
-            grid = grid.replace(**{name: self.load_scale * getattr(grid, name) for name in fields})
-        if self.feeder is not None:
-            feeder = load_grid(self.feeder, "auto", self.data_dir, self.isolated)
-            grid = attach(grid, [(feeder, bus) for bus in self._feeding_buses(grid)], self.feeder_share)
-            # The source of a feeder is held in its own case (limits 1 and 1), and is a bus like others here.
-            held = (grid.bus_type == BusType.PQ) & (grid.vm_min >= grid.vm_max)
-            grid = grid.replace(vm_min=torch.where(held, 0.9, grid.vm_min), vm_max=torch.where(held, 1.1, grid.vm_max))
-        if self.copies > 1:
-            base = solve(grid)  # realistic ties join buses of like voltage
-            if bool(base.converged.all()):
-                grid = grid.replace(vm=base.vm[:, 0], va=base.va[:, 0])
-            grid = copies(grid, self.copies, self.ties, self.tie_admittance, self.seed)
-        return grid
-
-    def _feeding_buses(self, grid: Grid) -> list[str]:
-        """PQ buses with load, drawn with the seed; as many feeders share a bus as there must."""
-        with_load = [i for i in grid.pq.tolist() if float(grid.p_load_mw[i]) > 0] or grid.pq.tolist()
-        if not with_load:
-            raise ValueError(f"data.feeder={self.feeder}: {grid.name} has no PQ bus to attach a feeder at")
-        order = np.random.default_rng(self.seed).permutation(with_load)
-        return [grid.bus_names[order[i % len(order)]] for i in range(self.num_feeders)]
-
-    def _limited(self, grid: Grid) -> Grid:
-        """The grid with limits from the flows of its base case, or scaled."""
-        if self.limits == "case":
-            return grid.replace(rate_mva=grid.rate_mva * self.limit_factor)
-        base = solve(grid, tol=1e-9)
-        if not bool(base.converged.all()):
-            raise ValueError(
-                f"data.limits=base: the base case of {grid.name} has no solution (max|F| = "
-                f"{float(base.max_mismatch[0]):.1e} p.u.); use data.limits=case"
-            )
-        flows = branch_flows(grid, base.vm, base.va)
-        current = torch.maximum(flows.i_from.abs(), flows.i_to.abs())[:, 0]
-        return grid.replace(rate_mva=self.limit_factor * grid.base_mva * current)
-
-    def _read_files(self, grid: Grid) -> dict[str, InjectionTable]:
-        if isinstance(self.files, str):
-            tables = simbench_year(self.grid_name, grid)
-            scaled = {name: table._replace(values=self.load_scale * table.values) for name, table in tables.items()}
-            return scaled if self.load_scale != 1 else tables
-        tables = {}
-        for quantity, file in self.files.items():
-            if file.endswith(".m"):
-                tables |= self._read_changes(grid, quantity, file)
-                continue
-            names = grid.gen_names if quantity == "gen_p_mw" else grid.bus_names
-            aliases = _generators_by_bus(grid) if quantity == "gen_p_mw" else None
-            path = Path(self.data_dir or ".") / file
-            tables[quantity] = read_injections(path, names, time_column=self.time_column, aliases=aliases)
-        rows = {quantity: len(table.values) for quantity, table in tables.items()}
-        if len(set(rows.values())) > 1:
-            raise ValueError(f"data.files differ in length: {', '.join(f'{q} has {r} rows' for q, r in rows.items())}")
-        return tables
-
-    def _read_changes(self, grid: Grid, quantity: str, file: str) -> dict[str, InjectionTable]:
-        """Loads of a change table, for the buses of the grid."""
-        if quantity != "p_load_mw" or "q_load_mvar" in self.files:
-            raise ValueError(
-                f"data.files.{quantity}={file}: a change table gives active and reactive loads; name it p_load_mw, "
-                "without q_load_mvar"
-            )
-        if self.grid_source in ("pandapower", "simbench") or self.copies > 1 or self.feeder is not None:
-            raise ValueError(f"data.files.{quantity}={file}: a change table is of one MATPOWER case as it is")
-        case = load_case(self.grid_name, self.grid_source, self.data_dir)
-        found = read_load_changes(find_file(file, self.data_dir), case)
-        place = {name: i for i, name in enumerate(grid.bus_names)}  # isolated ones may have been dropped
-        tables = {}
-        for name in ("p_load_mw", "q_load_mvar"):
-            table: InjectionTable = getattr(found, name)
-            here = [case["bus_names"][row] in place for row in table.elements]
-            elements = np.array([place[case["bus_names"][row]] for row in table.elements[here]], dtype=np.int64)
-            tables[name] = InjectionTable(self.load_scale * table.values[:, here], elements, table.times)
-        log.info("%s: %d sets of loads by %s", file, len(table.values), found.numbered_by)
-        return tables
 
     def _count(self, grid: Grid) -> tuple[int, Contingencies | None]:
         """Number of scenarios, and the outages they may have."""
@@ -385,20 +312,7 @@ class PowerGrids(LightningDataModule):
                 first = (scenarios == 0)[:, None]
                 found = Injections(*(np.where(first, b, f) for b, f in zip(base, found, strict=True)))
             return found
-        values = {"p_load_mw": base[0].copy(), "q_load_mvar": base[1].copy(), "gen_p_mw": base[2].copy()}
-        for quantity, table in self._tables.items():
-            if quantity in values:
-                values[quantity][:, table.elements] = table.values[steps]
-        if "p_load_mw" in self._tables and "q_load_mvar" not in self._tables:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratio = np.where(p != 0, values["p_load_mw"] / p, 1.0)
-            values["q_load_mvar"] = q * ratio
-        if self.generation == "load":
-            total = values["p_load_mw"].sum(1, keepdims=True) / p.sum()
-            given = self._tables["gen_p_mw"].elements if "gen_p_mw" in self._tables else []
-            others = np.setdiff1d(np.arange(len(gen)), given)
-            values["gen_p_mw"][:, others] = gen[others] * total
-        return Injections(**values)
+        return with_tables(Injections(p, q, gen), self._tables, steps, self.generation)
 
     def _outages_of(self, scenarios: np.ndarray) -> tuple[Tensor, Tensor]:
         """Branches that are out, (B, k), -1 for none, and whether they cut buses off, (B,)."""
@@ -484,9 +398,3 @@ class PowerGrids(LightningDataModule):
     def outage_table(self, outputs: Mapping[str, Tensor]) -> pd.DataFrame:
         """Outcome of outages, a row for each; see `datamodules.grid_tables.outage_table`."""
         return outage_table(self.grid, outputs, self.scenario_name)
-
-
-def _generators_by_bus(grid: Grid) -> dict[str, int]:
-    """Buses with a single generator name it too."""
-    buses = grid.gen_bus.tolist()
-    return {grid.bus_names[bus]: g for g, bus in enumerate(buses) if buses.count(bus) == 1}
