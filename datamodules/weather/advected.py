@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
-from datamodules.weather.generated import GeneratedWeather, Grid
+from datamodules.weather.generated import GeneratedWeather, Grid, gaussian_grid
 from datamodules.weather.module import Normalization
 from datamodules.weather.statistics import Climatology
 from physics.advected_fields import AdvectedFields as Generator
@@ -101,11 +99,10 @@ class AdvectedFields(GeneratedWeather):
             "slowest_deg": slowest_deg, "fastest_deg": fastest_deg, "diffusion": diffusion, "noise": noise,
             "seed": generator_seed,
         }  # fmt: skip
-        self.about = {"format": _FORMAT, "generator": "AdvectedFields", "records": records, **self.physics}
-        self.about |= {"members": num_train + num_val + num_test, "chunks": [chunk_token, chunk_channel]}
-        key = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
+        about = {"format": _FORMAT, "generator": "AdvectedFields", "records": records, **self.physics}
+        about |= {"members": num_train + num_val + num_test, "chunks": [chunk_token, chunk_channel]}
         super().__init__(
-            f"advected_fields_{key}.zarr", cache_dir, {"train": num_train, "val": num_val, "test": num_test}, records,
+            "advected_fields", about, cache_dir, {"train": num_train, "val": num_val, "test": num_test}, records,
             (chunk_token, chunk_channel), surface=[f"c{i}" for i in range(num_outputs)], statics=("sin_latitude",),
             height=height, width=width, num_inputs=num_inputs, num_outputs=num_outputs, step_h=6.0,
             train_steps=train_steps, train_every=train_every, leads_h=leads_h, eval_every=eval_every,
@@ -120,9 +117,7 @@ class AdvectedFields(GeneratedWeather):
 
     @override
     def grid_of(self, generator: Generator) -> Grid:
-        grid = generator.transform
-        sine = np.broadcast_to(grid.mu.numpy()[:, None], (grid.height, grid.width))
-        return Grid(np.rad2deg(grid.latitude.numpy()), np.rad2deg(grid.longitude.numpy()), {"sin_latitude": sine})
+        return gaussian_grid(generator.transform)
 
     @override
     def records_of(self, generator: Generator, members: Sequence[int]) -> Iterator[np.ndarray]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -17,6 +19,7 @@ from typing_extensions import override
 
 from datamodules.readers.weather_store import PackedWriter
 from datamodules.weather.module import WeatherZarr
+from physics.shallow_water import SphericalTransform
 
 log = logging.getLogger(__name__)
 
@@ -32,12 +35,25 @@ class Grid(NamedTuple):
     statics: Mapping[str, np.ndarray]
 
 
+def gaussian_grid(transform: SphericalTransform, **statics: np.ndarray) -> Grid:
+    """That of a spherical transform; the sine of the latitude is its last static.
+
+    Args:
+        transform: Of the simulator.
+        **statics: Further ones, (H, W) each.
+    """
+    sine = np.broadcast_to(transform.mu.numpy()[:, None], (transform.height, transform.width))
+    latitudes, longitudes = (np.rad2deg(angle.numpy()) for angle in (transform.latitude, transform.longitude))
+    return Grid(latitudes, longitudes, {**statics, "sin_latitude": sine})
+
+
 class GeneratedWeather(WeatherZarr):
     """Independent trajectories for training, validation and test, in ``cache_dir``.
 
     Args:
-        store: Name of the store; it has to depend on everything that the fields depend on.
-        cache_dir: Where it is kept.
+        kind: Begin of the name of the store.
+        about: Everything that the fields depend on, plain data; it makes the rest of the name and is kept in the store.
+        cache_dir: Where that is kept.
         counts: Trajectories of ``train``, ``val`` and ``test``.
         records: Records of each.
         chunks: Longitude bands and channel groups that the chunks of the store fit.
@@ -47,11 +63,10 @@ class GeneratedWeather(WeatherZarr):
         ValueError: Names the setting, its value and the remedy.
     """
 
-    about: Mapping[str, Any]
-
     def __init__(
         self,
-        store: str,
+        kind: str,
+        about: Mapping[str, Any],
         cache_dir: str,
         counts: Mapping[str, int],
         records: int,
@@ -69,13 +84,14 @@ class GeneratedWeather(WeatherZarr):
             )
         if (records - 1) * step_h > 8760:
             raise ValueError(f"data.records={records}: a trajectory is at most a year long, {int(8760 / step_h) + 1}")
-        self.counts, self.records = dict(counts), records
+        self.about, self.counts, self.records = about, dict(counts), records
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:12]
         self.chunks = (chunks[0], -(-options["num_inputs"] // chunks[1]))
         first, periods = FIRST_YEAR, {}
         for part, number in counts.items():
             periods[part] = (str(first), str(first + number - 1))
             first += number
-        super().__init__(store=store, data_dir=cache_dir, cache_dir=None, **periods, **options)
+        super().__init__(store=f"{kind}_{key}.zarr", data_dir=cache_dir, cache_dir=None, **periods, **options)
 
     @abstractmethod
     def open_generator(self) -> Any:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
-from datamodules.weather.generated import GeneratedWeather, Grid
+from datamodules.weather.generated import GeneratedWeather, Grid, gaussian_grid
 from datamodules.weather.module import Normalization
 from datamodules.weather.statistics import Climatology
 from physics.shallow_water import SphericalShallowWater
@@ -123,14 +121,13 @@ class ShallowWater(GeneratedWeather):
             "mountains_m": tuple(mountains_m), "noise_per_s": noise_per_s, "spin_up_days": spin_up_days,
             "seed": generator_seed,
         }  # fmt: skip
-        self.about = {
+        about = {
             "format": _FORMAT, "generator": "SphericalShallowWater", "members": num_train + num_val + num_test,
             "records": records, "interval_h": step_h, "chunks": [chunk_token, -(-num_inputs // max(chunk_channel, 1))],
             **self.physics, "mountains_m": list(self.physics["mountains_m"]),
         }  # fmt: skip
-        key = hashlib.sha256(json.dumps(self.about, sort_keys=True).encode()).hexdigest()[:12]
         super().__init__(
-            f"shallow_water_{key}.zarr", cache_dir, {"train": num_train, "val": num_val, "test": num_test}, records,
+            "shallow_water", about, cache_dir, {"train": num_train, "val": num_val, "test": num_test}, records,
             (chunk_token, chunk_channel), surface=CHANNELS, statics=STATICS, height=height, width=width,
             num_inputs=num_inputs, num_outputs=num_outputs, step_h=step_h,
             train_steps=train_steps, train_every=train_every, leads_h=leads_h, eval_every=eval_every,
@@ -145,12 +142,7 @@ class ShallowWater(GeneratedWeather):
 
     @override
     def grid_of(self, generator: SphericalShallowWater) -> Grid:
-        grid = generator.transform
-        statics = {
-            "ground": generator.orography_m.numpy(),
-            "sin_latitude": np.broadcast_to(grid.mu.numpy()[:, None], (grid.height, grid.width)),
-        }
-        return Grid(np.rad2deg(grid.latitude.numpy()), np.rad2deg(grid.longitude.numpy()), statics)
+        return gaussian_grid(generator.transform, ground=generator.orography_m.numpy())
 
     @override
     def records_of(self, generator: SphericalShallowWater, members: Sequence[int]) -> Iterator[np.ndarray]:
