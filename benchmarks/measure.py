@@ -259,15 +259,15 @@ def peak_memory(function: Callable[..., Any], *args: Any) -> Memory:
 
 
 def _measured(function: Callable[..., Any], args: tuple[Any, ...]) -> Memory:
-    before = _status_mib("VmRSS")
+    before = status_mib("VmRSS")
     function(*args)
-    peak = _status_mib("VmHWM")
+    peak = status_mib("VmHWM")
     torch = sys.modules.get("torch")
     cuda = torch.cuda.max_memory_allocated() / 2**20 if torch and torch.cuda.is_initialized() else 0.0
     return Memory(peak, peak - before, cuda)
 
 
-def _status_mib(field: str) -> float:
+def status_mib(field: str) -> float:
     """A field of this process's status. Not ``ru_maxrss``: a child inherits that from a larger parent."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import compare, ratio_row, single_thread, time_rows
+from benchmarks.measure import compare, ratio_row, single_thread, status_mib, time_rows
 from benchmarks.record import Result, Row
 from networks.fusion import concat, fuse
 from networks.fusion.members import without_biases
@@ -96,9 +95,9 @@ def _memory(width: int) -> float:
     by_gathering(networks(8))  # what is loaded and allocated once
     members = networks(width)
     size = sum(4 * p.numel() for p in members[0].parameters())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = status_mib("VmRSS")
     by_gathering(members)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before) / size
+    return (status_mib("VmHWM") - before) * 2**20 / size
 
 
 def calls(width: int) -> dict[str, Callable[[], Any]]:
