@@ -210,22 +210,21 @@ def _gathered(
     shape = list(states[0][name].shape)
     for dim in dims:
         shape[dim] = axes[dim].length(widths)
-    out = states[0][name].new_zeros(shape)
-    order = [*dims, *(d for d in range(out.ndim) if d not in axes)]
+    order = [*dims, *(d for d in range(len(shape)) if d not in axes)]
+    # Blocks along one axis that can change fill the tensor; along two of them they leave zeros between members.
+    blank = sum(groups[0].is_free(axis) for axis in axes.values()) > 1
+    out = states[0][name].new_zeros(shape) if blank else states[0][name].new_empty(shape)
     view = out.permute(order)
     scaled = any(not groups[0].is_free(axis) for axis in axes.values())  # the last layer: outputs are averaged
     for k, state in enumerate(states):
         block = state[name].permute(order)
-        targets = []
-        for i, dim in enumerate(dims):
-            source, target = _moves(axes[dim], k, groups[k].widths, widths, kept, counts)
-            block = block.index_select(i, source.to(block.device))
-            targets.append(target)
-        if not block.numel():
+        moves = [_moves(axes[dim], k, groups[k].widths, widths, kept, counts) for dim in dims]
+        sources, targets = zip(*((source.to(block.device), target) for source, target in moves), strict=True)
+        if not all(map(len, sources)):
             continue
-        if scaled:
-            block = block * scales[k]
-        _write(view, targets, block)
+        for i, source in enumerate(sources[:-1]):
+            block = block.index_select(i, source)
+        _write(view, targets, block, sources[-1], scales[k] if scaled else 1.0)
     return out
 
 
@@ -249,15 +248,18 @@ def _moves(
     return torch.cat(source)[order], places
 
 
-def _write(view: Tensor, targets: Sequence[Tensor], block: Tensor) -> None:
-    runs = [int(target[-1]) - int(target[0]) + 1 == len(target) for target in targets]
-    if all(runs):
+def _write(view: Tensor, targets: Sequence[Tensor], block: Tensor, source: Tensor, scale: float) -> None:
+    """Write entries ``source`` of a block's last axis of channels, without a copy where their places are a run."""
+    last = len(targets) - 1
+    if all(int(target[-1]) - int(target[0]) + 1 == len(target) for target in targets):
         for i, target in enumerate(targets):
             view = view.narrow(i, int(target[0]), len(target))
-        view.copy_(block)
+        torch.index_select(block, last, source, out=view)
+        if scale != 1:
+            view.mul_(scale)
         return
     places = [t.to(view.device).view([-1 if i == j else 1 for j in range(len(targets))]) for i, t in enumerate(targets)]
-    view[tuple(places)] = block
+    view[tuple(places)] = block.index_select(last, source) * scale
 
 
 def _aliases(network: nn.Module) -> dict[str, list[str]]:

@@ -247,7 +247,8 @@ def fuse(
     try:
         for member in members:
             member.eval()
-        require_members(members)
+        if method in _WHOLE:
+            require_members(members)
         groups = [] if method in _WHOLE else examined(members, example)
         result = METHODS[method](Request(members, groups, batches, score), **settings)
         if recalibrate and method not in ("best", "ensemble", "nt_r", "rebasin_r"):

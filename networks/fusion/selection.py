@@ -20,6 +20,7 @@ def importance(
     group: int,
     p: float = 2.0,
     scale: float = 1.0,
+    state: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
     """What the channels of a group weigh: the sum over their rows, columns and factors of abs(w)^p.
 
@@ -32,11 +33,12 @@ def importance(
         group: Number of the group.
         p: 2: squared Euclidean norms.
         scale: Of the last layer, which is averaged over the networks.
+        state: The tensors of the network, where they are at hand.
 
     Returns:
         ``(channel,)``.
     """
-    state = tensors(network)
+    state = tensors(network) if state is None else state
     widths = groups.widths
     total: Tensor | None = None
     for slot in groups.groups[group].slots:
@@ -46,9 +48,11 @@ def importance(
         weight = state[slot.tensor]
         if any(not groups.is_free(axis) for axis in axes.values()):
             weight = weight * scale
-        power = weight.square() if p == 2 else weight.abs().pow(p)
-        if weight.ndim > 1:
-            power = power.sum([d for d in range(weight.ndim) if d != slot.dim])
+        others = [d for d in range(weight.ndim) if d != slot.dim]
+        if p == 2:  # no copy of the weights
+            power = torch.linalg.vector_norm(weight, dim=others).square() if others else weight.square()
+        else:
+            power = weight.abs().pow(p).sum(others) if others else weight.abs().pow(p)
         for g, places in axes[slot.dim].places(widths):
             if g == group:
                 own = power[places.to(power.device)].sum(1)
@@ -79,9 +83,10 @@ def keep_best(
     Raises:
         ValueError: A group has fewer channels than are asked for.
     """
+    known = [(*each, tensors(each[0])) for each in zip(networks, groups, scales, strict=True)]
     return {
         group: best_of(
-            [importance(*each, group, p, scale) for *each, scale in zip(networks, groups, scales, strict=True)],
+            [importance(network, one, group, p, scale, state) for network, one, scale, state in known],
             widths[group],
             groups[0].groups[group].name,
         )

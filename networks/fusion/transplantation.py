@@ -19,9 +19,6 @@ Order = Literal["joint", "iterative", "hierarchical", "prune_merge"]
 ORDERS = get_args(Order)
 
 
-_COMPARED = 8  # entries along the last axis that tell whether two rows may be equal
-
-
 class RedundancyWarning(UserWarning):
     """Channels that two members have in common were kept twice: there is nothing to gain from fusing equal networks."""
 
@@ -228,15 +225,15 @@ def redundant(networks: Sequence[nn.Module], groups: Sequence[ChannelGroups], fo
     if slot is None:
         return 0
     member, channel = found.origin[g]
-    few, rows = [], []
+    first, rows = [], []
     for k, network in enumerate(networks):
         places = next(p for i, p in groups[k].axes[slot.tensor][slot.dim].places(groups[k].widths) if i == g)
         weight = tensors(network)[slot.tensor].movedim(slot.dim, 0)
         own = places[channel[member == k]].to(weight.device)
-        few.append(weight[..., :_COMPARED][own].flatten(1))
+        first.append(weight[(..., *[0] * (weight.ndim - 1))][own].flatten(1)[:, 0])
         rows.append((weight, own))
-    _, group, counts = torch.unique(torch.cat(few), dim=0, return_inverse=True, return_counts=True)
-    alike = (counts[group] > 1).nonzero()[:, 0].tolist()  # whoever differs in a few weights differs
+    _, group, counts = torch.unique(torch.cat(first), return_inverse=True, return_counts=True)
+    alike = (counts[group] > 1).nonzero()[:, 0].tolist()  # whoever differs in one weight differs
     if not alike:
         return 0
     whole = torch.cat([weight[own].flatten(1) for weight, own in rows])[alike]
