@@ -64,7 +64,7 @@ class Peak:
 
 
 class Step:
-    """A training step of one method on random numbers, as `lightning_modules.feedback` does it, without Lightning.
+    """A training step of one method on random numbers, as `lightning_modules.feedback_training` does it.
 
     Args:
         method: Which; ``one_shot`` is F3 with a graph of the whole forward pass.

@@ -19,7 +19,7 @@ class FeedbackProbe(pl.Callback):
     """Asks a module for the angles of its gradients on the first batch of every ``every``-th epoch, before its step.
 
     The module has a method ``probe(batch)`` that returns ``cosine``, ``norm`` and maybe ``alignment`` by block, and
-    maybe ``staleness`` (`lightning_modules.feedback.FeedbackTraining`); others are not asked.
+    maybe ``staleness`` (`lightning_modules.feedback_training.FeedbackTraining`); others are not asked.
 
     To the loggers: ``feedback/cosine_<i>`` and ``feedback/grad_norm_<i>`` of block i, ``feedback/alignment_<i>``,
     ``feedback/staleness``, and ``feedback/cosine``, the mean over the hidden blocks. All of it as JSON in ``path``, and

@@ -14,50 +14,16 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from lightning_modules.classification import LabelledImages
+from lightning_modules.fusion_candidates import Contest, check, checked, shape_of
 from lightning_modules.metrics.classification import ClassificationScores
 from lightning_modules.metrics.forecast import SumRatio
-from networks.fusion.assembly import examined
 from networks.fusion.members import item_weights, load_members, make_members, read_members
-from networks.fusion.methods import METHODS, fuse, options
-from networks.fusion.transplantation import transplant
+from networks.fusion.methods import fuse
 
 log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 Diversity = Literal["seed", "bootstrap", "classes"]
-OBJECTIVES = ("labels", "distill")
-# What a result means nothing without: the best member, trained as long as the fused networks.
-CONTROLS: dict[str, dict[str, Any]] = {
-    "member": {"method": "best"},
-    "member_distill": {"method": "best", "objective": "distill"},
-}
-_SHAPING = ("target_width",)  # settings of a candidate that decide its shape
-
-
-class Contest(nn.Module):
-    """The members of an ensemble and the networks that are made of them.
-
-    Args:
-        members: The ensemble.
-        fused: Networks of a member's inputs and outputs, by name.
-        main: Name of the one that stands for the result.
-    """
-
-    def __init__(self, members: Sequence[nn.Module], fused: Mapping[str, nn.Module], main: str) -> None:
-        super().__init__()
-        self.members, self.fused, self.main = nn.ModuleList(members), nn.ModuleDict(fused), main
-        first = members[0]
-        for name in ("num_classes", "num_channels"):
-            if hasattr(first, name):
-                setattr(self, name, getattr(first, name))
-
-    def ensemble(self, image: Tensor) -> Tensor:
-        """Mean of the members' logits, (batch, class)."""
-        return torch.stack([member(image) for member in self.members]).mean(0)
-
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits of the main fused network, (batch, class)."""
-        return self.fused[self.main](image)
 
 
 class Fusion(LabelledImages):
@@ -148,10 +114,10 @@ class Fusion(LabelledImages):
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
-        self.candidates = _checked({"nt": {"method": "nt"}} if candidates is None else candidates)
+        self.candidates = checked({"nt": {"method": "nt"}} if candidates is None else candidates)
         self.main = next(iter(self.candidates)) if main is None else main
         self.member_paths = None if members is None else list(members)
-        _check(
+        check(
             num_members=num_members,
             member_epochs=(member_epochs, self.member_paths),
             main=(self.main, self.candidates),
@@ -164,7 +130,7 @@ class Fusion(LabelledImages):
         item_weights(torch.zeros(1, dtype=torch.int64), 1, diversity, concentration)
         built = make_members(net, num_members, variants, member_seed, biases)
         self.example = (torch.zeros(2, *input_shape),)
-        shapes = {name: _shape(built, one, self.example) for name, one in self.candidates.items()}
+        shapes = {name: shape_of(built, one, self.example) for name, one in self.candidates.items()}
         super().__init__(Contest(built, shapes, self.main), optimizer, scheduler, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=list(self.objects))
         self.num_members, self.member_epochs = num_members, member_epochs
@@ -522,62 +488,3 @@ def distillation_loss(logits: Tensor, teacher: Tensor, temperature: float) -> Te
         temperature: T.
     """
     return temperature**2 * F.cross_entropy(logits / temperature, (teacher / temperature).softmax(1))
-
-
-# ------------------------------------------------------------------------------------------------------------ arguments
-
-
-def _checked(candidates: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Candidates with their defaults, and the controls."""
-    found: dict[str, dict[str, Any]] = {}
-    for name, given in {**candidates, **{n: one for n, one in CONTROLS.items() if n not in candidates}}.items():
-        if given is None:  # taken away by an experiment
-            continue
-        one = {"objective": "labels", **given}
-        where = f"model.candidates.{name}"
-        if not str(name).isidentifier() or (str(name).startswith("member_") and name not in CONTROLS):
-            raise ValueError(f"{where}: a name has letters, digits and _ and does not begin with member_")
-        if name in ("ensemble", "members", "best_member", "main") or hasattr(nn.ModuleDict, name):
-            raise ValueError(f"{where}: the name is taken; choose another one")
-        if one.get("method") not in METHODS or one["method"] == "ensemble":
-            known = ", ".join(method for method in METHODS if method != "ensemble")
-            raise ValueError(f"{where}.method={one.get('method')!r} is unknown; choose one of {known}")
-        if one["objective"] not in OBJECTIVES:
-            raise ValueError(f"{where}.objective={one['objective']!r} is unknown; choose {' or '.join(OBJECTIVES)}")
-        known = options(one["method"])
-        for key in one:
-            if key not in ("method", "objective", *known):
-                raise ValueError(f"{where}.{key}: method {one['method']} takes {', '.join(known) or 'no settings'}")
-        found[str(name)] = one
-    return found
-
-
-def _check(**values: Any) -> None:
-    if values["num_members"] < 2:
-        raise ValueError(f"model.num_members={values['num_members']}: fusion needs at least 2 members")
-    epochs, paths = values["member_epochs"]
-    if epochs < 0 or (epochs == 0 and paths is None):
-        raise ValueError(f"model.member_epochs={epochs}: must be at least 1, or 0 with model.members (trained before)")
-    for key in ("main", "predict_with"):
-        name, candidates = values[key]
-        if name not in candidates and not (key == "predict_with" and name in ("main", "ensemble")):
-            raise ValueError(f"model.{key}={name!r} is no candidate; choose one of {', '.join(candidates)}")
-    if values["synchronize"] is not None and values["synchronize"] not in METHODS:
-        raise ValueError(
-            f"model.synchronize={values['synchronize']!r} is unknown; choose one of {', '.join(METHODS)}, or null"
-        )
-    if values["temperature"] <= 0:
-        raise ValueError(f"model.temperature={values['temperature']}: must be positive")
-    inputs, views = values["num_inputs"]
-    if inputs < 1 or views < 0:
-        raise ValueError(f"model.num_inputs={inputs}, model.input_views={views}: at least 1 image, at least 0 views")
-    if any(epoch < 0 for epoch in values["report_epochs"]):
-        raise ValueError(f"model.report_epochs={list(values['report_epochs'])}: must not be negative")
-
-
-def _shape(members: Sequence[nn.Module], candidate: Mapping[str, Any], example: tuple[Tensor, ...]) -> nn.Module:
-    """A network of the shape that a candidate will have."""
-    settings = {key: candidate[key] for key in _SHAPING if key in candidate}
-    if not settings:
-        return copy.deepcopy(members[0])
-    return transplant(members, examined(members, example), **settings).network
