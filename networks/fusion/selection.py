@@ -49,10 +49,11 @@ def importance(
         if any(not groups.is_free(axis) for axis in axes.values()):
             weight = weight * scale
         others = [d for d in range(weight.ndim) if d != slot.dim]
-        if p == 2:  # no copy of the weights
-            power = torch.linalg.vector_norm(weight, dim=others).square() if others else weight.square()
+        if p == 2 and others and slot.dim == 0:  # no copy of the weights, which pays along rows alone
+            power = torch.linalg.vector_norm(weight, dim=others).square()
         else:
-            power = weight.abs().pow(p).sum(others) if others else weight.abs().pow(p)
+            power = weight.square() if p == 2 else weight.abs().pow(p)
+            power = power.sum(others) if others else power
         for g, places in axes[slot.dim].places(widths):
             if g == group:
                 own = power[places.to(power.device)].sum(1)
