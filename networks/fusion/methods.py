@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from networks.fusion.alignment import average, match_layers, match_weights, permuted, require_equal_shapes
 from networks.fusion.assembly import examined, require_members, tensors
+from networks.fusion.greedy import keep_fitting
 from networks.fusion.layout import ChannelGroups
 from networks.fusion.reconstruction import recalibrate_bn, reconstruct
+from networks.fusion.selection import keep_best
 from networks.fusion.transplantation import provenance, transplant
 
 Score = Callable[[nn.Module], float]
@@ -172,9 +175,17 @@ def _nt_r(
     weighting: str = "width",
     base: int = 2,
     ridge: float = 1e-2,
+    channels: str = "norms",
 ) -> FusionResult:
     request.require_batches("nt_r")
-    found = transplant(request.members, request.groups, order, fraction, target_width, p, weighting, base)
+    choose = keep_best
+    if channels not in ("norms", "activations"):
+        raise ValueError(f"channels={channels!r} is unknown; choose norms or activations")
+    if channels == "activations":
+        if order != "joint" or fraction is not None:
+            raise ValueError("channels=activations chooses among all members at once: use order=joint, fraction=null")
+        choose = functools.partial(keep_fitting, batches=request.batches, ridge=ridge)
+    found = transplant(request.members, request.groups, order, fraction, target_width, p, weighting, base, choose)
     reconstruct(
         *(found.network, found.sources, found.scales, request.members, request.groups, request.batches), ridge=ridge
     )
@@ -234,7 +245,8 @@ def fuse(
         recalibrate: Whether running statistics are estimated anew on ``batches``; ``nt_r`` and
             ``rebasin_r`` do so anyway.
         **settings: Of the method: see `networks.fusion.transplantation.transplant`, and ``ridge`` of
-            `networks.fusion.reconstruction.reconstruct`.
+            `networks.fusion.reconstruction.reconstruct`; ``channels`` of ``nt_r``: chosen by their ``norms``, or by
+            what can be fitted to their ``activations`` (`networks.fusion.greedy`).
 
     Raises:
         ValueError: Names what is wrong with members or settings.

@@ -89,7 +89,7 @@ def _fit(
     cross = torch.zeros(size, outputs, dtype=torch.float64, device=weight.device)
     generator = torch.Generator().manual_seed(seed)
     for batch in batches:
-        rows, now = _inputs_and_outputs(fused, module, layer, batch)
+        rows, now = inputs_and_outputs(fused, module, layer, batch)
         wanted = _targets(layer, outputs, come_from, networks, groups, batch)
         if len(rows) > positions and layer.kind == "conv2d":
             chosen = torch.randperm(len(rows), generator=generator)[:positions].to(rows.device)
@@ -123,7 +123,7 @@ def _targets(
         widths[g] = 1 + max(int(places.max()) for places, _, _ in own if len(places))
     wanted: Tensor | None = None
     for k, (network, one, scale) in enumerate(zip(networks, groups, scales, strict=True)):
-        _, made = _inputs_and_outputs(network, network.get_submodule(layer.name), layer, batch, rows=False)
+        _, made = inputs_and_outputs(network, network.get_submodule(layer.name), layer, batch, rows=False)
         if wanted is None:
             wanted = made.new_zeros(len(made), outputs)
         for (g, here), (_, there) in zip(axis.places(one.widths), axis.places(widths), strict=True):
@@ -140,7 +140,7 @@ class _ReachedError(Exception):
     """A layer has been reached: what comes after it is not needed."""
 
 
-def _inputs_and_outputs(
+def inputs_and_outputs(
     network: nn.Module, module: nn.Module, layer: Layer, batch: Tensor, rows: bool = True
 ) -> tuple[Tensor, Tensor]:
     """What reaches a layer, as rows of a regression, and what it gives, ``(row, feature)`` and ``(row, output)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -60,6 +60,7 @@ def transplant(
     p: float = 2.0,
     weighting: Weighting = "width",
     base: int = 2,
+    choose: Callable[..., Kept] = keep_best,
 ) -> Transplant:
     """Concatenate and prune.
 
@@ -75,6 +76,7 @@ def transplant(
         p: Of the norm that importance adds up.
         weighting: Of the members in the mean of the outputs, see `networks.fusion.assembly.output_scales`.
         base: Networks that a node of the tree fuses, 2 or 3.
+        choose: Of ``joint``: which channels live on, given the networks, groups, widths, scales and p.
 
     Raises:
         ValueError: Names the argument.
@@ -91,7 +93,7 @@ def transplant(
     if fraction is not None or order == "prune_merge":
         found = _merged(networks, groups, _shares(widths, len(networks), fraction), p, weighting)
     elif order == "joint":
-        found = _joint(networks, groups, widths, p, weighting)
+        found = _joint(networks, groups, widths, p, weighting, choose)
     else:
         found = _staged(networks, groups, widths, p, weighting, order, base)
     if pairs := redundant(networks, groups, found):
@@ -123,9 +125,10 @@ def _joint(
     widths: dict[int, int],
     p: float,
     weighting: Weighting,
+    choose: Callable[..., Kept] = keep_best,
 ) -> Transplant:
     scales = output_scales(groups, how=weighting)
-    kept = keep_best(networks, groups, widths, scales, p)
+    kept = choose(networks, groups, widths, scales, p=p)
     return Transplant(assemble(networks, groups, kept, scales), _origin(kept), scales)
 
 

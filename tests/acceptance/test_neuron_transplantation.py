@@ -153,15 +153,17 @@ def prepared(part: Any, data: Images) -> Pair:
     return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
 
 
-def train(networks: Sequence[nn.Module], data: Pair, epochs: int, seed: int, teacher: Any = None) -> None:
-    """Each network on its own: SGD at 0.01, momentum 0.9, batches of 256; on labels, or on the logits of a teacher."""
+def train(
+    networks: Sequence[nn.Module], data: Pair, epochs: int, seed: int, teacher: Any = None, batch: int = 256
+) -> None:
+    """Each network on its own: SGD at 0.01, momentum 0.9; on labels, or on the logits of a teacher."""
     image, label = data
     optimizer = torch.optim.SGD([p for n in networks for p in n.parameters()], lr=0.01, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for network in networks:
         network.train()
     for _ in range(epochs):
-        for chosen in torch.randperm(len(image), generator=generator)[: len(image) // 256 * 256].split(256):
+        for chosen in torch.randperm(len(image), generator=generator)[: len(image) // batch * batch].split(batch):
             x, y = image[chosen], label[chosen]
             if teacher is None:
                 loss = sum(F.cross_entropy(network(x), y) for network in networks)
@@ -297,14 +299,18 @@ def cifar() -> dict[str, Pair]:
 
 @pytest.fixture(scope="module")
 def perceptrons(cifar) -> Callable[[int], list[nn.Module]]:
-    """Four bias-free perceptrons 3072-256-256-10 of 30 epochs, by seed."""
+    """Four bias-free perceptrons 3072-256-256-10 of 30 epochs with batches of 128, by seed.
+
+    The list was written from members of 45.1 % and an ensemble of 49.0 %; it does not name the size of a batch. With
+    256 ours have 43.8 and 46.2 %, with 128 44.3 and 47.6 % (seed 0).
+    """
     done: dict[int, list[nn.Module]] = {}
 
     def of(seed: int) -> list[nn.Module]:
         if seed not in done:
             torch.manual_seed(seed)
             done[seed] = [without_biases(MLP(10, 3, 32, (256, 256))) for _ in range(4)]
-            train(done[seed], cifar["train"], 30, seed)
+            train(done[seed], cifar["train"], 30, seed, batch=128)
         return done[seed]
 
     return of
@@ -317,8 +323,8 @@ def test_fitting_to_all_images_of_cifar(cifar, perceptrons):
     for seed in (0, 1):
         networks, image = perceptrons(seed), cifar["train"][0]
         found = {
-            method: accuracy(fuse(networks, method, [image[:2]], image.split(2000)).model, cifar["test"])
-            for method in ("nt", "nt_r")
+            method: accuracy(fuse(networks, method, [image[:2]], image.split(2000), **options).model, cifar["test"])
+            for method, options in (("nt", {}), ("nt_r", {"channels": "activations"}))
         }
         best = max(accuracy(network, cifar["test"]) for network in networks)
         assert found["nt_r"] >= 45.5, (found, best)
@@ -334,13 +340,12 @@ def test_the_ambition(cifar, perceptrons):
     ways, gains = [], []
     for seed in range(5):
         networks, image = perceptrons(seed), cifar["train"][0]
-        inputs = (*image.split(2000), *image.flip(3).split(2000))
-        fused = fuse(networks, "rebasin_r", [image[:2]], inputs).model
+        fused = fuse(networks, "nt_r", [image[:2]], image.split(2000), channels="activations").model
         each = [accuracy(network, cifar["test"]) for network in networks]
         low, high = statistics.fmean(each), accuracy(ensemble_of(networks), cifar["test"])
         ways.append((accuracy(fused, cifar["test"]) - low) / (high - low))
         control = copy.deepcopy(networks[each.index(max(each))])
-        train([fused, control], cifar["train"], 3, seed=100 + seed, teacher=ensemble_of(networks))
+        train([fused, control], cifar["train"], 3, seed=100 + seed, teacher=ensemble_of(networks), batch=128)
         gains.append(accuracy(fused, cifar["test"]) - accuracy(control, cifar["test"]))
     assert statistics.fmean(ways) >= 0.6, (ways, gains)
     assert statistics.fmean(gains) >= 0.5, (ways, gains)

@@ -22,7 +22,7 @@ from networks.fusion import (
     transplant,
 )
 from networks.fusion.methods import MeanOfOutputs
-from networks.fusion.reconstruction import _inputs_and_outputs
+from networks.fusion.reconstruction import inputs_and_outputs
 from networks.lenet import LeNet
 from networks.mlp import MLP
 from tests.networks.fusion.nets import EXACT, example, members
@@ -146,7 +146,7 @@ def test_a_convolution_is_a_regression_on_patches(module):
     network(x)
     layer = trace(network, x).layers[0]
     with torch.no_grad():
-        rows, out = _inputs_and_outputs(network, module, layer, x)
+        rows, out = inputs_and_outputs(network, module, layer, x)
         bias = 0 if module.bias is None else module.bias
         torch.testing.assert_close(rows @ module.weight.flatten(1).T + bias, out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(out, module(x).flatten(2).transpose(1, 2).reshape(-1, 4))
