@@ -6,7 +6,7 @@ import io
 import math
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,7 +117,8 @@ def latencies(
 ) -> list[float]:
     """Seconds of a forward pass of every network, the minimum of interleaved repeats.
 
-    Networks take turns, so that what else the machine does falls on all of them alike.
+    Networks take turns, so that what else the machine does falls on all of them alike. On one thread of a CPU the
+    seconds are those in which the thread ran: how long it waited for other processes is nothing of a network.
 
     Args:
         networks: In evaluation mode afterwards.
@@ -126,17 +127,17 @@ def latencies(
         warm_up: Rounds before, which do not count.
         least_s: A network is called several times per round until this many seconds have passed.
     """
-    device = batch["history"].device
+    now = _clock(batch["history"].device)
     best = [math.inf] * len(networks)
     for network in networks:
         network.eval()
     calls = [1] * len(networks)
     for round_ in range(warm_up + repeats):
         for i, network in enumerate(networks):
-            begin = _now(device)
+            begin = now()
             for _ in range(calls[i]):
                 network(batch)
-            seconds = (_now(device) - begin) / calls[i]
+            seconds = (now() - begin) / calls[i]
             if round_ < warm_up:
                 calls[i] = max(1, math.ceil(least_s / max(seconds, 1e-9)))
             else:
@@ -144,10 +145,16 @@ def latencies(
     return best
 
 
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def _clock(device: torch.device) -> Callable[[], float]:
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.thread_time
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
 
 
 def resized(batch: Batch, size: int) -> dict[str, Tensor]:
