@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from callbacks.energy.callback import EnergyCallback
+from callbacks.level_best import LevelBest, Mode
+from callbacks.level_report import (
+    compared_scores,
+    cost,
+    in_words,
+    joules_of,
+    label,
+    logged,
+    measured,
+    origin,
+    scores_of,
+    seconds_by_level,
+    spreads,
+    within_net,
+    work,
+)
 from callbacks.low_rank import draw, log_exact
 from callbacks.replaced_weights import refuse_replaced_weights
-from callbacks.run_record import RunRecord
-from networks.lottery.cost import Cost, multiplications
-from networks.lottery.pruning import prune, sign_agreement
-from networks.lottery.scores import NEEDS_SIGMA, Posterior, known, rank_correlation, score
+from callbacks.rewinding import check_schedules, restart, rewind_point, set_weights, training_point, weights_of
+from callbacks.segments import refuse_early_stopping_behind, refuse_stopping_after_validation, stopped_early
+from networks.lottery.pruning import prune
+from networks.lottery.scores import NEEDS_SIGMA, known
 from networks.lottery.tickets import Ticket, find_tickets, load_ticket, save_ticket, ticket_path
 from networks.masks import (
-    MASK,
     MaskedWeight,
     PruneChoice,
     alive,
@@ -46,7 +55,6 @@ from networks.masks import (
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["min", "max"]
 # Two runs with other values of these are not the same search.
 _IDENTITY = ("rate", "score", "rewind", "epochs_per_level")
 
@@ -134,14 +142,11 @@ class IterativePruning(pl.Callback):
             known("magnitude" if name == "auto" else name, f"{key}.score")
         if stop_at is not None and not 0 < stop_at <= 1:
             raise ValueError(f"{key}.stop_at={stop_at}: must lie in (0, 1], a part of the weights, or be null")
-        if mode not in ("min", "max"):
-            raise ValueError(f"{key}.mode={mode!r} is unknown; choose min or max")
-        self.rewind_epoch, self.rewind_step = _rewind_point(rewind, epochs_per_level, key)
-        self._warned = False  # that the metric is not there
+        self.rewind_epoch, self.rewind_step = rewind_point(rewind, epochs_per_level, key)
         self.levels, self.epochs_per_level, self.rate, self.score = levels, epochs_per_level, rate, score
         self.rewind, self.stop_at, self.compared_scores = rewind, stop_at, tuple(compared_scores)
         self.c, self.seed, self.prunable = c, seed, prunable
-        self.dirpath, self.monitor, self.mode = Path(dirpath), monitor, mode
+        self.dirpath = Path(dirpath)
         self.compare, self.figures, self.figures_dir = compare, tuple(figures), figures_dir
         self.level, self.level_start = 0, 0  # prunings of this run; epoch in which the level began
         self.base = 0  # prunings of the ticket that the module began with
@@ -151,7 +156,7 @@ class IterativePruning(pl.Callback):
         self._point: dict[str, Any] | None = None  # what a level rewinds to
         self._initial: dict[str, Tensor] = {}  # weights of the running level at its start
         self._first: dict[str, Tensor] = {}  # theta_0
-        self._best: dict[str, Any] = _nothing_yet()
+        self._best = LevelBest(monitor, mode)
         self._seconds, self._since = 0.0, time.perf_counter()
         self._compared: dict[int, Path] = {}
 
@@ -166,11 +171,7 @@ class IterativePruning(pl.Callback):
         refuse_replaced_weights(trainer, "iterative_pruning")
         if sum(isinstance(callback, IterativePruning) for callback in trainer.callbacks) > 1:
             raise ValueError("callbacks: two IterativePruning callbacks would prune by turns; keep one")
-        order = [isinstance(c, EarlyStopping) for c in trainer.callbacks[trainer.callbacks.index(self) :]]
-        if any(order):
-            raise ValueError(
-                "callbacks.iterative_pruning: must stand behind callbacks.early_stopping, whose levels end"
-            )
+        refuse_early_stopping_behind(trainer, self, "callbacks.iterative_pruning")
         self._decide_length(trainer)
         if self.compare is not None:
             self._compared = find_tickets(self.compare, "callbacks.iterative_pruning.compare")
@@ -184,7 +185,7 @@ class IterativePruning(pl.Callback):
                     f"{trainer.max_epochs}: set one of them to the epochs of a level"
                 )
             self.epochs_per_level = trainer.max_epochs
-            _rewind_point(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
+            rewind_point(self.rewind, self.epochs_per_level, "callbacks.iterative_pruning")
         if not trainer.fast_dev_run:
             trainer.fit_loop.max_epochs = self.num_epochs
 
@@ -218,11 +219,7 @@ class IterativePruning(pl.Callback):
                 f"callbacks.iterative_pruning.score={chosen!r} needs standard deviations, but the network is "
                 "deterministic; choose score=magnitude, or model.bayesian=true"
             )
-        if any(c._check_on_train_epoch_end for c in trainer.callbacks if isinstance(c, EarlyStopping)):
-            raise ValueError(
-                "callbacks.early_stopping.check_on_train_epoch_end: must be false beside callbacks.iterative_pruning, "
-                "which ends the level in the validation that stops it"
-            )
+        refuse_stopping_after_validation(trainer, "callbacks.iterative_pruning")
         if self._point is None:
             self._take_point(trainer, pl_module)
             self._first = self._initial = dict(self._point["weights"])
@@ -234,34 +231,9 @@ class IterativePruning(pl.Callback):
         return "snr" if all(w.bayesian for w in weights) else "magnitude"
 
     def _take_point(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember where levels go back to: weights, optimizers, schedules."""
+        """Remember where levels go back to."""
         self._synchronize(trainer)
-        self._point = {
-            "weights": weights_of(pl_module),
-            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in trainer.optimizers],
-            "schedulers": [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs],
-            "epoch": trainer.current_epoch,
-            "step": trainer.global_step,
-        }
-
-    def _check_schedules(self, trainer: pl.Trainer) -> None:
-        """Refuse schedules that are made for a training of another length than a level.
-
-        Raises:
-            ValueError: Names the argument of the schedule, and both lengths.
-        """
-        steps = trainer.num_training_batches / trainer.accumulate_grad_batches
-        steps = max(1, math.ceil(steps)) if math.isfinite(steps) else math.inf
-        for config in trainer.lr_scheduler_configs:
-            length = self.epochs_per_level * (1 if config.interval == "epoch" else steps)
-            for name in _LENGTHS:
-                found = getattr(config.scheduler, name, None)
-                if found is not None and found != length:
-                    raise ValueError(
-                        f"model.scheduler: {type(config.scheduler).__name__} is made for {found} {config.interval}s "
-                        f"({name}), a level of callbacks.iterative_pruning has {length} ({self.epochs_per_level} "
-                        f"epochs): set trainer.max_epochs={self.epochs_per_level}, or give the schedule that length"
-                    )
+        self._point = training_point(trainer, pl_module)
 
     def _place_step(self, trainer: pl.Trainer) -> None:
         """In which epoch the step lies that levels go back to."""
@@ -279,7 +251,7 @@ class IterativePruning(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.fast_dev_run:
-            self._check_schedules(trainer)
+            check_schedules(trainer, self.epochs_per_level)
             self._place_step(trainer)
         self._since = time.perf_counter()
         if self._over:
@@ -321,54 +293,30 @@ class IterativePruning(pl.Callback):
         log_exact(pl_module, "lottery/remaining", density(masks))
         log_exact(pl_module, "lottery/cumulative_epochs", float(trainer.current_epoch + 1))
         for name, value in layer_densities(masks).items():
-            log_exact(pl_module, f"lottery/density/{_label(name)}", value)
+            log_exact(pl_module, f"lottery/density/{label(name)}", value)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Checkpoint callbacks come after this one: what they save knows that the level is over.
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        self._keep_best(trainer, pl_module)
-        self._keep_highest(trainer)
+        self._best.update(trainer, pl_module)
+        self._best.keep_highest(trainer)
         if trainer.is_last_batch:
             self._end_of_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._ended:
-            self._keep_highest(trainer)
+            self._best.keep_highest(trainer)
         self._end_of_epoch(trainer, pl_module)  # without a validation, or stopped after it
-
-    def _keep_highest(self, trainer: pl.Trainer) -> None:
-        """The highest accuracy on the test images, which `lightning_modules.lottery` reports as published."""
-        if (accuracy := trainer.callback_metrics.get("paper/accuracy")) is not None:
-            self._best["paper"] = max(float(accuracy), self._best["paper"] or 0.0)
-
-    def _keep_best(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        name, mode = self.monitor, self.mode
-        if name == "auto":
-            highest = "val/accuracy" in trainer.callback_metrics
-            name, mode = ("val/accuracy", "max") if highest else ("val/loss", "min")
-        value = trainer.callback_metrics.get(name) if name else None
-        if value is None or not math.isfinite(float(value)):
-            if name and value is None and not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"callbacks.iterative_pruning.monitor={self.monitor}: validation has not logged {name}, so no best "
-                    f"weights are kept; it logs {', '.join(sorted(_metrics(trainer))) or 'nothing'}"
-                )
-            return
-        value, best = float(value), self._best["value"]
-        if best is None or (value > best if mode == "max" else value < best):
-            self._best |= {"value": value, "state": weights_of(pl_module), "metrics": _metrics(trainer)}
 
     def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int | None = None) -> None:
         """End the level if it has had its epochs: ``epochs`` of the fit are over, by default the running one too."""
         epochs = trainer.current_epoch + 1 if epochs is None else epochs
         if self._ended:
             return
-        stopped = trainer.should_stop and any(isinstance(c, EarlyStopping) for c in trainer.callbacks)
-        if epochs - self.level_start < self.level_length and not stopped:
+        if epochs - self.level_start < self.level_length and not stopped_early(trainer):
             return
         self._ended = True
         self._seconds += time.perf_counter() - self._since
@@ -388,7 +336,8 @@ class IterativePruning(pl.Callback):
         """Write the ticket of the level and log what it tells."""
         weights = masked_weights(pl_module)
         masks = masks_of(weights)
-        seconds_by_level = self._seconds_by_level(pl_module)
+        seconds = seconds_by_level(pl_module, [*(row["seconds"] for row in self.history), self._seconds])
+        transplanted = getattr(pl_module, "ticket", None) is not None and self.level == 0
         row: dict[str, Any] = {
             "level": self.number,
             "remaining": density(masks),
@@ -396,14 +345,14 @@ class IterativePruning(pl.Callback):
             "epochs": epochs - self.level_start,
             "cumulative_epochs": epochs,
             "seconds": self._seconds,
-            "densities": {_label(name): value for name, value in layer_densities(masks).items()},
-            "metrics": _metrics(trainer),
-            "best_metrics": self._best["metrics"],
+            "densities": {label(name): value for name, value in layer_densities(masks).items()},
+            "metrics": measured(trainer),
+            "best_metrics": self._best.metrics,
             "score": self._score_name(weights),
             **self._insights(trainer, pl_module, weights, masks),
-            **self._cost(pl_module, sum(seconds_by_level)),
+            **cost(sum(seconds), self.number, self._compared.get(self.number) if transplanted else None),
         }
-        if (highest := self._best["paper"]) is not None:
+        if (highest := self._best.paper) is not None:
             row["paper_accuracy"] = highest
         self.history.append(row)
         if trainer.is_global_zero and not trainer.fast_dev_run:
@@ -413,27 +362,19 @@ class IterativePruning(pl.Callback):
                 "rewind": self.rewind,
                 "epochs_per_level": self.epochs_per_level,
                 "bayesian": all(w.bayesian for w in weights),
-                "seconds_by_level": seconds_by_level,
-                "architecture": str(getattr(pl_module, "net", pl_module)),
-                "split_seed": getattr(getattr(trainer, "datamodule", None), "split_seed", None),
-                "config": next((c.config for c in trainer.callbacks if isinstance(c, RunRecord)), None),
-                "versions": {name: version(name) for name in ("torch", "lightning")},
+                "seconds_by_level": seconds,
+                **origin(trainer, pl_module),
             }
-            trained, best = _within_net(weights_of(pl_module)), self._best["state"]
-            ticket = Ticket(
-                _within_net(masks),
-                _within_net(self._initial),
-                trained,
-                None if best is None else _within_net(best),
-                about,
-            )
+            states = [within_net(state) for state in (masks, self._initial, weights_of(pl_module))]
+            best = None if self._best.state is None else within_net(self._best.state)
+            ticket = Ticket(*states, best, about)
             save_ticket(ticket_path(self.dirpath, self.number), ticket)
-        values = {f"lottery/{name}": value for name, value in _flat(row) if name.partition("/")[0] not in _NOT_LOGGED}
-        if (best := self._best["value"]) is not None:
-            values["lottery/best"] = best
+        values = logged(row)
+        if self._best.value is not None:
+            values["lottery/best"] = self._best.value
         for logger in trainer.loggers:
             logger.log_metrics(values, step=trainer.global_step)
-        log.info("level %d: %.1f %% of the weights left, %s", self.number, 100 * row["remaining"], _short(row))
+        log.info("level %d: %s", self.number, in_words(row))
 
     def _insights(
         self,
@@ -443,78 +384,15 @@ class IterativePruning(pl.Callback):
         masks: Mapping[str, Tensor],
     ) -> dict[str, Any]:
         """Correlations, overlaps, signs, spreads."""
-        found: dict[str, Any] = {}
-        if self.history:
-            found["overlap/previous"] = alive(masks) / self.history[-1]["alive"]
-        own = self._score_name(weights)
-        scores = {own: self._scores(trainer, weights, own)}
-        mine = prune(masks, scores[own], self.rate)
-        places = torch.cat([mask.flatten() for mask in masks.values()])
-        flat = {own: torch.cat([scores[own][name].flatten() for name in masks])[places]}
-        for other in self.compared_scores:
-            if other == own or (other in NEEDS_SIGMA and not all(w.bayesian for w in weights)):
-                continue
-            theirs = self._scores(trainer, weights, other)
-            flat[other] = torch.cat([theirs[name].flatten() for name in masks])[places]
-            found[f"rank_correlation/{other}"] = rank_correlation(flat[own], flat[other])
-            found[f"overlap/{other}"] = jaccard(mine, prune(masks, theirs, self.rate))
+        own, values = self._score_name(weights), functools.partial(self._scores, trainer, weights)
+        found = {"overlap/previous": alive(masks) / self.history[-1]["alive"]} if self.history else {}
+        found |= compared_scores(own, self.compared_scores, values, weights, masks, self.rate)
         if (path := self._compared.get(self.number)) is not None:
-            found["overlap/compared"] = jaccard(_within_net(masks), load_ticket(path).masks)
-        initial = [self._first[_parameter(w)] for w in weights]
-        found["sign_agreement"] = sign_agreement([w.mu.detach().cpu() for w in weights], initial, list(masks.values()))
-        for weight in weights:
-            if weight.log_sigma is not None and bool(weight.mask.any()):
-                logs = weight.log_sigma.detach().double()[weight.mask]
-                found[f"sigma/{weight.label}"] = float(logs.exp().mean())
-                found[f"snr/{weight.label}"] = float(
-                    (weight.mu.detach().double()[weight.mask].abs() / logs.exp()).mean()
-                )
-        shape = getattr(getattr(trainer, "datamodule", None), "input_shape", None)
-        if shape is not None and hasattr(pl_module, "net"):
-            example = torch.zeros((1, *shape), dtype=pl_module.dtype, device=pl_module.device)
-            found["multiplications"] = multiplications(pl_module.net, example)[1]
-        return found
-
-    def _seconds_by_level(self, pl_module: pl.LightningModule) -> list[float]:
-        """Seconds of levels 0 to the running one; those of the search that found the ticket come first.
-
-        The level of the ticket is trained again: its first training counts where its trained weights were taken.
-        """
-        own = [*(row["seconds"] for row in self.history), self._seconds]
-        ticket = getattr(pl_module, "ticket", None)
-        if ticket is None:
-            return own
-        searched = list(ticket.about.get("seconds_by_level", ()))
-        if len(searched) <= ticket.level:  # a ticket of another program
-            return own
-        if getattr(pl_module, "source", "init") == "trained":
-            own[0] += searched[ticket.level]
-        return searched[: ticket.level] + own
-
-    def _cost(self, pl_module: pl.LightningModule, seconds: float) -> dict[str, float]:
-        """Seconds of all levels up to this one; what a transplant saves against the search in ``compare``."""
-        found = {"cost_s": seconds}
-        path = self._compared.get(self.number)
-        if getattr(pl_module, "ticket", None) is not None and self.level == 0 and path is not None:
-            found["cost_saved"] = Cost(self.number, load_ticket(path).about["cost_s"], seconds).saving
-        return found
+            found["overlap/compared"] = jaccard(within_net(masks), load_ticket(path).masks)
+        return found | spreads(weights, masks, self._first) | work(trainer, pl_module)
 
     def _scores(self, trainer: pl.Trainer, weights: Sequence[MaskedWeight], name: str) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(self.seed * 1000 + self.number)
-        posteriors = [
-            Posterior(
-                w.mu.cpu(),
-                None if w.log_sigma is None else w.log_sigma.cpu(),
-                w.fan_in,
-                _gradient_sq(trainer, w),
-                *w.prior,
-                c=self.c,
-                generator=generator,
-            )
-            for w in weights
-        ]
-        values = score(name, posteriors, [w.label for w in weights])
-        return {w.name: value for w, value in zip(weights, values, strict=True)}
+        return scores_of(name, weights, trainer.optimizers, self.c, self.seed * 1000 + self.number)
 
     # -------------------------------------------------------------------------------------------- from level to level
 
@@ -526,9 +404,7 @@ class IterativePruning(pl.Callback):
         masks = prune(masks_of(weights), self._scores(trainer, weights, self._score_name(weights)), self.rate)
         self._compare_ranks(trainer, masks)
         for name in empty_layers(masks):
-            rank_zero_warn(
-                f"callbacks.iterative_pruning: layer {_label(name)} is empty from level {self.number + 1} on"
-            )
+            rank_zero_warn(f"callbacks.iterative_pruning: layer {label(name)} is empty from level {self.number + 1} on")
         if alive(masks) < len(masks):
             rank_zero_warn(f"callbacks.iterative_pruning: level {self.number + 1} has fewer weights than layers")
         if self.rewind != "lr_only":
@@ -536,16 +412,9 @@ class IterativePruning(pl.Callback):
         for weight in weights:
             weight.set_mask(masks[weight.name])
         self._initial = weights_of(pl_module)
-        for optimizer, state in zip(trainer.optimizers, self._point["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(state))
-        for config, state in zip(trainer.lr_scheduler_configs, self._point["schedulers"], strict=True):
-            config.scheduler.load_state_dict(copy.deepcopy(state))
-        for callback in trainer.callbacks:
-            _begin_anew(callback)
-        if forget := getattr(trainer.strategy, "parameters_changed", None):
-            forget()
+        restart(trainer, self._point)
         self.level, self.level_start, self._ended = self.level + 1, trainer.current_epoch, False
-        self._best = _nothing_yet()
+        self._best.begin()
         self._seconds, self._since = 0.0, time.perf_counter()
 
     @staticmethod
@@ -567,11 +436,8 @@ class IterativePruning(pl.Callback):
 
     def _log_energy(self, trainer: pl.Trainer) -> None:
         """Energy of the level that is over, unless a part of it was trained by a process that is no more."""
-        energy = next((c for c in trainer.callbacks if isinstance(c, EnergyCallback)), None)
-        used = {row["epoch"]: row["it_kwh"] for row in (energy.epochs if energy else ())}
         epochs = range(self.level_start, self.level_start + self.history[-1]["epochs"])
-        if all(epoch in used for epoch in epochs):
-            joules = 3.6e6 * sum(used[epoch] for epoch in epochs)
+        if (joules := joules_of(trainer, epochs)) is not None:
             self.history[-1]["energy_j"] = joules
             for logger in trainer.loggers:
                 logger.log_metrics({"lottery/energy_j": joules}, step=trainer.global_step)
@@ -610,7 +476,7 @@ class IterativePruning(pl.Callback):
             "point": self._point,
             "initial": self._initial,
             "first": self._first,
-            "best": self._best,
+            "best": self._best.state_dict(),
             "history": self.history,
             "seconds": seconds,
         }
@@ -626,103 +492,6 @@ class IterativePruning(pl.Callback):
         self.level, self.level_start = state_dict["level"], state_dict["level_start"]
         self._ended = state_dict["ended"]
         self._point, self._initial, self._first = (state_dict[key] for key in ("point", "initial", "first"))
-        self._best = _nothing_yet() | state_dict["best"]
+        self._best.load_state_dict(state_dict["best"])
         self.history, self._seconds = state_dict["history"], state_dict["seconds"]
         self._over = state_dict["over"] and self._is_last()
-
-
-# Attributes of schedulers that hold how long a training they are made for: cosine, warm-up and cosine, one cycle.
-_LENGTHS = ("T_max", "total_steps")
-_NOT_LOGGED = ("metrics", "best_metrics", "densities", "score", "level", "cumulative_epochs", "remaining")
-
-
-def _nothing_yet() -> dict[str, Any]:
-    """The best of a level that begins: by the monitored metric, and of accuracies on the test images."""
-    return {"value": None, "state": None, "metrics": {}, "paper": None}
-
-
-def _rewind_point(rewind: str, epochs_per_level: int | None, key: str) -> tuple[int, int]:
-    """K of ``epoch_k`` and of ``step_k``, 0 for the others."""
-    if rewind in ("init", "lr_only"):
-        return 0, 0
-    match = re.fullmatch(r"(epoch|step)_(\d+)", str(rewind))
-    if match is None or int(match[2]) < 1:
-        raise ValueError(
-            f"{key}.rewind={rewind!r} is unknown; choose init, lr_only, epoch_k (epoch_1, epoch_2, ...) or step_k"
-        )
-    if match[1] == "step":
-        return 0, int(match[2])
-    if epochs_per_level is not None and int(match[2]) >= epochs_per_level:
-        raise ValueError(
-            f"{key}.rewind={rewind}: level 0 has {epochs_per_level} epochs (epochs_per_level), so the latest is "
-            f"epoch_{epochs_per_level - 1}"
-        )
-    return int(match[2]), 0
-
-
-def weights_of(pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Copies of all parameters and buffers but the masks, on the CPU."""
-    state = pl_module.state_dict()
-    return {name: t.detach().cpu().clone() for name, t in state.items() if name.rpartition(".")[2] != MASK}
-
-
-def set_weights(pl_module: pl.LightningModule, state: Mapping[str, Tensor]) -> None:
-    """Copy parameters and buffers back, in place."""
-    own = pl_module.state_dict()
-    with torch.no_grad():
-        for name, value in state.items():
-            own[name].copy_(value)
-
-
-def _within_net(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names inside of the attribute ``net`` that modules of this program keep their network in."""
-    return {name.removeprefix("net."): value for name, value in state.items()}
-
-
-def _parameter(weight: MaskedWeight) -> str:
-    return f"{weight.name}_mu" if weight.bayesian else weight.name
-
-
-def _label(name: str) -> str:
-    return name.removesuffix(".weight").removeprefix("net.")
-
-
-def _metrics(trainer: pl.Trainer) -> dict[str, float]:
-    """What validation has measured."""
-    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(("val/", "paper/"))}
-
-
-def _flat(row: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
-    for name, value in row.items():
-        if isinstance(value, Mapping):
-            found += _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            found.append((f"{prefix}{name}", float(value)))
-    return found
-
-
-def _short(row: Mapping[str, Any]) -> str:
-    metrics = row["metrics"]
-    shown = [f"{name} {metrics[name]:.4f}" for name in ("val/accuracy", "val/loss") if name in metrics]
-    return ", ".join(shown) or "no validation"
-
-
-def _gradient_sq(trainer: pl.Trainer, weight: MaskedWeight) -> Tensor | None:
-    """The running mean of squared gradients that Adam keeps of a weight."""
-    for optimizer in trainer.optimizers:
-        state = optimizer.state.get(weight.mu)
-        if state and "exp_avg_sq" in state:
-            return state["exp_avg_sq"].cpu()
-    return None
-
-
-def _begin_anew(callback: pl.Callback) -> None:
-    """Forget the best value of the level before."""
-    if isinstance(callback, EarlyStopping):
-        callback.wait_count, callback.stopped_epoch = 0, 0
-        callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
-    elif isinstance(callback, ModelCheckpoint) and callback.monitor is not None:
-        callback.current_score = callback.best_model_score = None
-        callback.best_k_models, callback.kth_best_model_path = {}, ""
-        callback.kth_value = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
