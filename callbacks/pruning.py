@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from callbacks.low_rank import draw
-from callbacks.pruning_table import Table, errors, measure, write_table
+from callbacks.pruning_batches import squared_error, training_batches
+from callbacks.pruning_network import NetworkSlot, state_of
+from callbacks.pruning_origin import about, config_of, find_dense, refuse_other_sizes
+from callbacks.pruning_settings import KEY, Rewind, Schedule, Segment, check, densities_of, naming_the_callback, plan_of
+from callbacks.pruning_table import Table, errors, measure, publish
 from callbacks.replaced_weights import refuse_replaced_weights
-from callbacks.run_record import RunRecord
+from callbacks.segments import (
+    begin_stopping_anew,
+    refuse_early_stopping_behind,
+    refuse_stopping_after_validation,
+    scale_rates,
+    stopped_early,
+)
 from networks.pruning.budget import Budget
 from networks.pruning.groups import Allocation, Granularity
 from networks.pruning.pruner import DensityOf, Pruner
 from networks.pruning.unstructured import Scope, cubic_density
-from networks.pruning.variants import Cuts, Variant, cut, load_variant
-from networks.pruning.weights import apply_masks, enforce, make_room, mask_gradients, masks_in, remove_masks
+from networks.pruning.variants import Variant, cut, load_variant
+from networks.pruning.weights import apply_masks, enforce, mask_gradients, masks_in
 
 log = logging.getLogger(__name__)
 
-KEY = "callbacks.pruning"
-Schedule = Literal["one_shot", "iterative", "cubic"]
-Rewind = Literal["none", "init", "early"]
-STUDY_DENSITIES = tuple(0.8**n for n in range(10))
 # Two runs with other values of these are not the same study.
 _IDENTITY = ("method", "scope", "schedule", "rewind", "densities", "finetune_epochs", "include_complex", "budget")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A part of the fit: dense training, its continuation as a control, or the fine-tuning of one density."""
-
-    kind: Literal["dense", "control", "tuned"]
-    density: float
-    epochs: int
 
 
 class Pruning(pl.Callback):
@@ -140,43 +133,12 @@ class Pruning(pl.Callback):
         figures: Sequence[str] = ("error_against_density", "error_against_cost", "layer_densities", "parameters"),
         figures_dir: str | None = None,
     ) -> None:
-        for name, value, kind in (
-            ("schedule", schedule, Schedule),
-            ("rewind", rewind, Rewind),
-        ):
-            if value not in get_args(kind):
-                raise ValueError(f"{KEY}.{name}={value!r} is unknown; choose one of {', '.join(get_args(kind))}")
         options = {"granularity": list(granularity), "allocation": allocation, "budget": budget, "seed": seed}
         options |= {"density_of": density_of, "exclude_output": exclude_output, "include_complex": include_complex}
-        try:
+        with naming_the_callback():
             self.pruner = Pruner(method, scope, **options)
-        except ValueError as error:
-            raise ValueError(f"{KEY}.{error}") from None
-        self.densities = _densities(sparsity, densities)
-        for name, value in (("finetune_epochs", finetune_epochs), ("latency_repeats", latency_repeats - 1)):
-            if value < 0:
-                raise ValueError(f"{KEY}.{name}={value}: must not be negative")
-        if finetune_lr <= 0 or deploy_tolerance < 0 or score_batches < 1 or min(latency_batches, default=0) < 1:
-            raise ValueError(
-                f"{KEY}: finetune_lr={finetune_lr}, score_batches={score_batches} and latency_batches="
-                f"{list(latency_batches)} must be positive, deploy_tolerance={deploy_tolerance} not negative"
-            )
-        if schedule != "one_shot" and not finetune_epochs:
-            raise ValueError(f"{KEY}.schedule={schedule!r} prunes between epochs: set finetune_epochs to 1 or more")
-        if schedule == "cubic" and method == "structured":
-            raise ValueError(f"{KEY}.schedule='cubic' masks single weights; choose one_shot or iterative")
-        if method == "lottery" and schedule == "cubic":
-            raise ValueError(f"{KEY}.method='lottery' is iterative; choose schedule=one_shot or iterative")
-        if rewind != "none" and not finetune_epochs:
-            raise ValueError(f"{KEY}.rewind={rewind!r} leaves an untrained network: set finetune_epochs")
-        if scope == "2:4" and any(rho not in (0.5, 1.0) for rho in self.densities):
-            raise ValueError(f"{KEY}.scope='2:4' keeps two of four weights: set sparsity=0.5")
-        if method == "lottery" and not finetune_epochs:
-            raise ValueError(f"{KEY}.method='lottery' trains every ticket: set finetune_epochs")
-        self.method, self.scope, self.rewind = method, scope, rewind
-        self.schedule = "iterative" if method == "lottery" else schedule
-        if method == "lottery" and rewind == "none":
-            self.rewind = "init"
+        self.densities = densities_of(sparsity, densities)
+        self.method, self.scope, self.schedule, self.rewind = method, scope, schedule, rewind
         self.finetune_epochs, self.finetune_lr, self.control = finetune_epochs, finetune_lr, control
         self.dense, self.score_batches, self.deploy_tolerance = dense, score_batches, deploy_tolerance
         self.include_complex, self.budget, self.dirpath = include_complex, budget, Path(dirpath)
@@ -184,16 +146,17 @@ class Pruning(pl.Callback):
         self.latency_batches, self.latency_repeats = list(latency_batches), latency_repeats
         self.energy_s, self.quantize, self.sparse_execution = energy_s, quantize, sparse_execution
         self.references, self.figures, self.figures_dir = references, tuple(figures), figures_dir
+        check(self)
+        if method == "lottery":
+            self.schedule, self.rewind = "iterative", "init" if rewind == "none" else rewind
         self.plan: list[Segment] = []
         self.number, self.begin = 0, 0  # running segment, epoch in which it began
         self._ended = self._over = False
         self._best: dict[str, Any] = {"loss": None, "state": None}
         self._points: dict[str, dict[str, Tensor]] = {}  # weights of the start (init) and after an epoch (early)
         self._kept: dict[str, Variant] = {}  # dense, and what the next density of an iterative schedule begins with
-        self._cuts: Cuts = []  # of the network that is in the module
-        self._full: nn.Module | None = None  # the network before any cut
+        self.slot = NetworkSlot()  # the network in the module
         self._losses: dict[str, float] = {}  # best validation losses by name
-        self._unhook: Callable[[], None] | None = None
         self._deployed: str | None = None
         self._steps = 0  # of the running segment
         self.table: Table | None = None
@@ -208,73 +171,35 @@ class Pruning(pl.Callback):
             )
         if not hasattr(pl_module, "net"):
             raise ValueError(f"{KEY}: {type(pl_module).__name__} has no network in an attribute 'net' to prune")
-        if self._full is None:
-            self._full = copy.deepcopy(pl_module.net)
-        self._hook(pl_module)
+        self.slot.attach(pl_module)
         self.pruner = replace(self.pruner, channels=len(trainer.datamodule.channel_names))
-        try:
-            self.pruner.check(self._full)
-        except ValueError as error:
-            raise ValueError(f"{KEY}.{error}") from None
+        with naming_the_callback():
+            self.pruner.check(self.slot.full)
         self._warn_of_uncovered()
         if str(getattr(stage, "value", stage)) != "fit":
             return
         refuse_replaced_weights(trainer, "pruning")
-        if any(isinstance(c, EarlyStopping) for c in trainer.callbacks[trainer.callbacks.index(self) :]):
-            raise ValueError(f"{KEY}: must stand behind callbacks.early_stopping, whose segments end")
+        refuse_early_stopping_behind(trainer, self, KEY)
         if trainer.max_epochs is None or trainer.max_epochs < 0:
             raise ValueError(f"{KEY}: trainer.max_epochs={trainer.max_epochs} is the dense training; give a number")
-        self.plan = self._make_plan(trainer.max_epochs)
+        self.plan = plan_of(self, trainer.max_epochs)
+        self._set_length(trainer)
+
+    def _set_length(self, trainer: pl.Trainer) -> None:
         if not trainer.fast_dev_run:
             trainer.fit_loop.max_epochs = sum(segment.epochs for segment in self.plan)
 
     def _warn_of_uncovered(self) -> None:
         """Say so where complex kernels stay whole: a density then tells little of the model."""
-        if (share := self.pruner.uncovered(self._full)) is not None:
+        if (share := self.pruner.uncovered(self.slot.full)) is not None:
             rank_zero_warn(
                 f"{KEY}.include_complex=false leaves {share:.1%} of the parameters uncovered, most of them complex "
                 "kernels: a density is that of the rest; the table has the density of the model beside it"
             )
 
-    def _make_plan(self, dense_epochs: int) -> list[Segment]:
-        plan = [Segment("dense", 1.0, dense_epochs)]
-        if self.finetune_epochs:
-            if self.control:
-                plan.append(Segment("control", 1.0, self.finetune_epochs))
-            plan += [Segment("tuned", rho, self.finetune_epochs) for rho in self.densities if rho < 1]
-        return plan
-
-    def _hook(self, pl_module: pl.LightningModule) -> None:
-        """Make checkpoints of any form loadable: Lightning asks the module, before it loads the weights."""
-        if self._unhook is not None:
-            return
-        own = pl_module.__dict__.get("on_load_checkpoint")
-        inner = pl_module.on_load_checkpoint
-
-        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._reshape(pl_module, checkpoint.get("pruning", {}).get("cuts", []))
-            remove_masks(pl_module)
-            make_room(pl_module, checkpoint["state_dict"])
-            inner(checkpoint)
-
-        def unhook() -> None:
-            del pl_module.on_load_checkpoint
-            if own is not None:
-                pl_module.on_load_checkpoint = own
-
-        pl_module.on_load_checkpoint, self._unhook = on_load_checkpoint, unhook
-
-    def _reshape(self, pl_module: pl.LightningModule, cuts: Cuts) -> None:
-        """Put a network of other sizes into the module, if it does not have these already."""
-        if not _same_cuts(cuts, self._cuts):
-            pl_module.net = cut(self._full, cuts).to(pl_module.device).train(pl_module.net.training)
-            self._cuts = list(cuts)
-
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self._unhook is not None:
-            self._unhook()
-            self._unhook = None
+        self.slot.detach()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -284,55 +209,27 @@ class Pruning(pl.Callback):
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if any(c._check_on_train_epoch_end for c in trainer.callbacks if isinstance(c, EarlyStopping)):
-            raise ValueError(
-                f"callbacks.early_stopping.check_on_train_epoch_end: must be false beside {KEY}, which ends a segment "
-                "in the validation that stops it"
-            )
+        refuse_stopping_after_validation(trainer, KEY)
         if "init" in self._points:  # a checkpoint was loaded
             return
-        self._points["init"] = _state(pl_module.net)
-        if (found := self._find_dense(trainer)) is not None:
+        self._points["init"] = state_of(pl_module.net)
+        if (found := find_dense(self.dense, self.dirpath, config_of(trainer), KEY)) is not None:
             self._take_dense(trainer, pl_module, found)
 
-    def _find_dense(self, trainer: pl.Trainer) -> Variant | None:
-        """The dense network of another run, None where it is to be trained."""
-        if self.dense is None:
-            return None
-        if self.dense != "sweep":
-            path = Path(self.dense)
-            path = path / "pruned" / "dense.pt" if path.is_dir() else path
-            if not path.is_file():
-                raise ValueError(f"{KEY}.dense={self.dense}: there is no {path}; give a run of this experiment")
-            return load_variant(path)
-        mine = _training(_config(trainer))
-        for path in sorted(self.dirpath.parent.parent.glob(f"*/{self.dirpath.name}/dense.pt")):
-            variant = load_variant(path)
-            if mine is not None and _training(variant.about.get("config")) == mine:
-                return variant
-        return None
-
     def _take_dense(self, trainer: pl.Trainer, pl_module: pl.LightningModule, variant: Variant) -> None:
-        own = pl_module.net.state_dict()
-        wrong = [name for name, value in variant.state.items() if name not in own or own[name].shape != value.shape]
-        if wrong or own.keys() - variant.state.keys():
-            raise ValueError(
-                f"{KEY}.dense={self.dense}: the network has other sizes than the model of this run (first: "
-                f"{(wrong or sorted(own.keys() - variant.state.keys()))[0]}); choose the model that it was trained as"
-            )
+        refuse_other_sizes(variant, pl_module.net, self.dense, KEY)
         pl_module.net.load_state_dict(variant.state)
         self._points |= {"early": variant.about["early"]} if variant.about.get("early") else {}
         self._points["init"] = variant.about.get("init", self._points["init"])
         self._keep(trainer, variant)
         self.plan = [segment for segment in self.plan if segment.kind != "dense"]
-        if not trainer.fast_dev_run:
-            trainer.fit_loop.max_epochs = sum(segment.epochs for segment in self.plan)
+        self._set_length(trainer)
         log.info("the dense network is that of %s", variant.about.get("run_dir"))
-        if not self.plan:
+        if self.plan:
+            self._start(trainer, pl_module)
+        else:
             self._finish_study(trainer, pl_module)
             self._over = True
-        else:
-            self._start(trainer, pl_module)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -350,44 +247,21 @@ class Pruning(pl.Callback):
         segment = self.plan[self.number]
         self._best, self._steps = {"loss": None, "state": None}, 0
         if segment.kind == "control":
-            self._put(pl_module, self._kept["dense"])
+            self.slot.put(pl_module, self._kept["dense"])
         else:
             pruned = self._prune(trainer, pl_module, segment.density)
             self._keep(trainer, pruned)
             if self.schedule == "cubic":
-                self._put(pl_module, self._kept["dense"])
+                self.slot.put(pl_module, self._kept["dense"])
                 weights = self.pruner.weights(pl_module.net)
                 apply_masks(weights, {weight.name: torch.ones_like(weight.mask) for weight in weights})
             else:
-                self._put(pl_module, pruned)
+                self.slot.put(pl_module, pruned)
             self._rewind(pl_module)
         trainer.strategy.setup_optimizers(trainer)
-        self._scale_rates(trainer)
-        for callback in trainer.callbacks:
-            if isinstance(callback, EarlyStopping):
-                callback.wait_count, callback.stopped_epoch = 0, 0
-                callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        scale_rates(trainer, self.finetune_lr)
+        begin_stopping_anew(trainer)
         log.info("%s: density %.3g, at most %d epochs", segment.kind, segment.density, segment.epochs)
-
-    def _scale_rates(self, trainer: pl.Trainer) -> None:
-        """Begin with another learning rate, and the schedule with it."""
-        for optimizer in trainer.optimizers:
-            for group in optimizer.param_groups:
-                for name in ("lr", "initial_lr"):
-                    if name in group:
-                        group[name] = group[name] * self.finetune_lr
-        for config in trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
-
-    def _put(self, pl_module: pl.LightningModule, variant: Variant) -> None:
-        """Put the network of a variant into the module."""
-        self._reshape(pl_module, variant.cuts)
-        remove_masks(pl_module.net)
-        make_room(pl_module.net, variant.state)
-        pl_module.net.load_state_dict(variant.state)
-        pl_module.net.to(pl_module.device)
 
     def _rewind(self, pl_module: pl.LightningModule) -> None:
         """Let what is left begin with earlier weights."""
@@ -395,12 +269,8 @@ class Pruning(pl.Callback):
             return
         point = self._points.get(self.rewind)
         if point is None:
-            raise ValueError(
-                f"{KEY}.rewind={self.rewind!r}: the dense network was not trained here; choose init or none"
-            )
-        earlier = copy.deepcopy(self._full)
-        earlier.load_state_dict(point)
-        pl_module.net.load_state_dict(cut(earlier, self._cuts).state_dict(), strict=False)  # the masks stay
+            raise ValueError(f"{KEY}.rewind={self.rewind!r}: the dense network was not trained here; choose init")
+        self.slot.rewind(pl_module, point)
         if not self.pruner.structured:
             enforce(self.pruner.weights(pl_module.net))
 
@@ -409,39 +279,22 @@ class Pruning(pl.Callback):
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rho: float) -> Variant:
         """The network of a density, not trained since; the module holds some network afterwards."""
         source = self._kept["last"] if self.schedule == "iterative" and "last" in self._kept else self._kept["dense"]
-        self._put(pl_module, source)
+        self.slot.put(pl_module, source)
         if self.pruner.structured:
-            batch = next(iter(self._batches(trainer, pl_module)))
+            batch = next(training_batches(trainer, pl_module, 1))
             keep = self.pruner.keep(pl_module.net, rho / source.density, batch)
             small = cut(pl_module.net, [keep] if keep else [])
             cuts = [*source.cuts, *([keep] if keep else [])]
-            return Variant("pruned", rho, self.method, _state(small), cuts, self._about(trainer))
+            return Variant("pruned", rho, self.method, state_of(small), cuts, about(self, trainer))
         self._mask(trainer, pl_module, rho)
-        return Variant("pruned", rho, self.method, _state(pl_module.net), [], self._about(trainer))
+        return Variant("pruned", rho, self.method, state_of(pl_module.net), [], about(self, trainer))
 
     def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rho: float) -> None:
         """Mask the network in the module."""
-        batches = functools.partial(self._batches, trainer, pl_module)
-        try:
-            masks = self.pruner.masks(pl_module.net, rho, batches, _loss_of(pl_module))
-        except ValueError as error:
-            raise ValueError(f"{KEY}.{error}") from None
+        batches = functools.partial(training_batches, trainer, pl_module, self.score_batches)
+        with naming_the_callback():
+            masks = self.pruner.masks(pl_module.net, rho, batches, squared_error(pl_module))
         apply_masks(self.pruner.weights(pl_module.net), masks)
-
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
-        loader = islice(trainer.datamodule.train_dataloader(), self.score_batches)
-        return (move_data_to_device(batch, pl_module.device) for batch in loader)
-
-    def _about(self, trainer: pl.Trainer) -> dict[str, Any]:
-        config = _config(trainer)
-        return {
-            "config": config,
-            "schedule": self.schedule,
-            "scope": self.scope,
-            "rewind": self.rewind,
-            "epochs": 0,
-            "run_dir": None if config is None else config["run"]["dir"],
-        }
 
     def _keep(self, trainer: pl.Trainer, variant: Variant) -> None:
         self._kept |= {"dense": variant} if variant.stage == "dense" else {}
@@ -485,22 +338,21 @@ class Pruning(pl.Callback):
         gradual = self.schedule == "cubic" and self._masked
         final = not gradual or self.pruner.reached(pl_module.net, self.plan[self.number].density)
         if loss is not None and final and (self._best["loss"] is None or float(loss) < self._best["loss"]):
-            self._best = {"loss": float(loss), "state": _state(pl_module.net)}
+            self._best = {"loss": float(loss), "state": state_of(pl_module.net)}
         if trainer.is_last_batch:
             self._end_of_epoch(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch == 0 and self.plan[self.number].kind == "dense" and self.rewind == "early":
-            self._points["early"] = _state(pl_module.net)
+            self._points["early"] = state_of(pl_module.net)
         self._end_of_epoch(trainer, pl_module)
 
     def _end_of_epoch(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._ended:
             return
         segment, epochs = self.plan[self.number], trainer.current_epoch + 1 - self.begin
-        stopped = trainer.should_stop and any(isinstance(c, EarlyStopping) for c in trainer.callbacks)
-        if epochs < segment.epochs and not stopped:
+        if epochs < segment.epochs and not stopped_early(trainer):
             return
         self._ended = True
         self._end_segment(trainer, pl_module, epochs)
@@ -509,12 +361,12 @@ class Pruning(pl.Callback):
 
     def _end_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> None:
         segment = self.plan[self.number]
-        state = _state(pl_module.net) if self._best["state"] is None else self._best["state"]
-        about = self._about(trainer) | {"epochs": epochs, "val_loss": self._best["loss"]}
+        state = state_of(pl_module.net) if self._best["state"] is None else self._best["state"]
+        known = about(self, trainer) | {"epochs": epochs, "val_loss": self._best["loss"]}
         if segment.kind == "dense":
-            about |= {"init": self._points["init"], "early": self._points.get("early")}
+            known |= {"init": self._points["init"], "early": self._points.get("early")}
         method = self.method if segment.kind == "tuned" else "none"
-        variant = Variant(segment.kind, segment.density, method, state, list(self._cuts), about)
+        variant = Variant(segment.kind, segment.density, method, state, list(self.slot.cuts), known)
         self._keep(trainer, variant)
         if self._best["loss"] is not None:
             self._losses[variant.name] = self._best["loss"]
@@ -537,7 +389,7 @@ class Pruning(pl.Callback):
                     self._keep(trainer, self._prune(trainer, pl_module, rho))
         deployed = self._choose(trainer, pl_module)
         self._deployed = deployed.name
-        self._put(pl_module, deployed)
+        self.slot.put(pl_module, deployed)
         path = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if path and Path(path).is_file() and not trainer.fast_dev_run:
             trainer.save_checkpoint(path)
@@ -561,7 +413,7 @@ class Pruning(pl.Callback):
 
     @torch.no_grad()
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, variant: Variant) -> float:
-        self._put(pl_module, variant)
+        self.slot.put(pl_module, variant)
         loader = trainer.datamodule.val_dataloader()
         limit = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
         return errors(pl_module, loader, limit)["mse"]
@@ -572,27 +424,24 @@ class Pruning(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Lightning tests in inference mode, whose tensors nothing could be loaded into afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            own = Variant("dense", 1.0, "none", _state(pl_module.net), list(self._cuts))
+            own = Variant("dense", 1.0, "none", state_of(pl_module.net), list(self.slot.cuts))
             training = pl_module.training
             try:
                 self.table = measure(self, trainer, pl_module, self._found(trainer, pl_module))
             finally:
-                self._put(pl_module, own)
+                self.slot.put(pl_module, own)
                 pl_module.train(training)
         for name, value in self.table.metrics().items():
             pl_module.log(name, value, batch_size=1, sync_dist=True, rank_zero_only=True)
 
     def _found(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Variant]:
         """All networks of the study in order: of this run or an earlier one, else one-shot prunings of the weights."""
-        names = ["dense", "control"]
-        for rho in self.densities:
-            if rho < 1:
-                pruned = Variant("pruned", rho, self.method, {})
-                names += [pruned.name, f"{pruned.name}_tuned"]
         if (self.dirpath / "dense.pt").is_file():
+            pruned = [Variant("pruned", rho, self.method, {}).name for rho in self.densities if rho < 1]
+            names = ["dense", "control", *(name + stage for name in pruned for stage in ("", "_tuned"))]
             return [load_variant(path) for name in names if (path := self.dirpath / f"{name}.pt").is_file()]
-        dense = Variant("dense", 1.0, "none", _state(pl_module.net), list(self._cuts), self._about(trainer))
-        if self._cuts or masks_in(pl_module.net):
+        dense = Variant("dense", 1.0, "none", state_of(pl_module.net), list(self.slot.cuts), about(self, trainer))
+        if self.slot.cuts or masks_in(pl_module.net):
             return [dense]
         self._kept = {"dense": dense}
         return [dense, *(self._prune(trainer, pl_module, rho) for rho in self.densities if rho < 1)]
@@ -601,13 +450,7 @@ class Pruning(pl.Callback):
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero or self.table is None:
             return
-        write_table(self.table, self.table_dir)
-        log.info("all networks on the test part:\n%s", self.table.text())
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):
-                columns = self.table.columns()
-                rows = [[row.get(c) for c in columns] for row in self.table.rows]
-                logger.log_table("pruning", columns=columns, data=rows)
+        publish(self.table, trainer, self.table_dir)
         if self.figures and self.figures_dir:
             from callbacks.figures import pruning
 
@@ -620,7 +463,7 @@ class Pruning(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        checkpoint["pruning"] = {"cuts": self._cuts}
+        checkpoint["pruning"] = {"cuts": self.slot.cuts}
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -651,55 +494,6 @@ class Pruning(pl.Callback):
         self._ended, self._over = state_dict["ended"], state_dict["over"]
         self._best, self._points = state_dict["best"], state_dict["points"]
         self._kept = {name: Variant(**fields) for name, fields in state_dict["kept"].items()}
-        self._losses, self._steps = state_dict["losses"], state_dict["steps"]
-        self._deployed = state_dict["deployed"]
+        self._losses, self._steps, self._deployed = (state_dict[key] for key in ("losses", "steps", "deployed"))
         if state_dict["skips_dense"]:
             self.plan = [segment for segment in self.plan if segment.kind != "dense"]
-
-
-def _densities(sparsity: float | Sequence[float] | None, densities: Sequence[float] | None) -> list[float]:
-    if sparsity is not None:
-        values = [sparsity] if isinstance(sparsity, int | float) else list(sparsity)
-        if wrong := [value for value in values if not 0 <= value < 1]:
-            raise ValueError(f"{KEY}.sparsity={wrong[0]}: must lie in [0, 1), the part of the weights that goes")
-        found = [round(1 - value, 12) for value in values]
-    else:
-        found = [float(value) for value in (STUDY_DENSITIES if densities is None else densities)]
-        if wrong := [value for value in found if not 0 < value <= 1]:
-            raise ValueError(f"{KEY}.densities={wrong[0]}: must lie in (0, 1], the part of the weights that stays")
-    if not found:
-        raise ValueError(f"{KEY}.densities is empty: give at least one, or null for those of the study")
-    return sorted(set(found), reverse=True)
-
-
-def _state(network: nn.Module) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
-
-
-def _same_cuts(one: Cuts, other: Cuts) -> bool:
-    return len(one) == len(other) and all(
-        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _loss_of(pl_module: pl.LightningModule) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    """Mean squared error of the point forecasts of valid windows."""
-
-    def loss(batch: Mapping[str, Tensor]) -> Tensor:
-        squared = (pl_module.point(pl_module(batch)) - batch["target"]).square().mean(1)
-        return (squared * batch["valid"]).sum() / batch["valid"].sum().clamp(min=1)
-
-    return loss
-
-
-def _config(trainer: pl.Trainer) -> dict[str, Any] | None:
-    return next((c.config for c in trainer.callbacks if isinstance(c, RunRecord)), None)
-
-
-def _training(config: Mapping[str, Any] | None) -> Any:
-    """What decides the weights of a dense training."""
-    if config is None:
-        return None
-    trainer = {key: config["trainer"][key] for key in ("max_epochs", "limit_train_batches", "precision")}
-    stopping = config["callbacks"].get("early_stopping")
-    return config["model"], config["data"], config["seed"], trainer, stopping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,8 @@ from networks.series.naive import SeasonalNaive
 
 if TYPE_CHECKING:
     from callbacks.pruning import Pruning
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 NAIVE, LINEAR = "repeat last day", "DLinear"
@@ -117,6 +120,17 @@ def write_table(table: Table, folder: Path) -> None:
     (folder / "pruning.md").write_text(table.text() + "\n")
 
 
+def publish(table: Table, trainer: pl.Trainer, folder: Path) -> None:
+    """Write a table into a folder, print it, and give it to loggers that take tables."""
+    write_table(table, folder)
+    log.info("all networks on the test part:\n%s", table.text())
+    columns = table.columns()
+    rows = [[row.get(column) for column in columns] for row in table.rows]
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table("pruning", columns=columns, data=rows)
+
+
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
@@ -133,12 +147,12 @@ def measure(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule
     quick = isinstance(limit, int) and limit <= 1  # debug=fast: does it run at all?
     rows, networks = [], []
     for variant in variants:
-        pruning._put(pl_module, variant)
+        pruning.slot.put(pl_module, variant)
         row = _row(pruning, trainer, pl_module, variant) | errors(pl_module, loader, limit)
         if pruning.quantize and pl_module.device.type == "cpu":
             row |= _quantized(pl_module, loader, limit)
         rows.append(row)
-        networks.append(variant.build(pruning._full).to(pl_module.device).eval())
+        networks.append(variant.build(pruning.slot.full).to(pl_module.device).eval())
     batch = move_data_to_device(next(iter(loader)), pl_module.device)
     dense_size = rows[0]["sparse_bytes"]
     for row in rows:
@@ -154,7 +168,7 @@ def measure(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule
 def _row(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, variant: Variant) -> Row:
     """What follows from the network alone."""
     network = pl_module.net
-    total = num_real(pruning._full)
+    total = num_real(pruning.slot.full)
     found = density(network, pruning.pruner.weights(network))
     alive = found.alive
     row: Row = {

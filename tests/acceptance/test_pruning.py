@@ -390,7 +390,7 @@ def test_12_complex_kernels() -> None:
 def test_12_the_warning_names_what_is_not_covered() -> None:
     pruning = Pruning()
     with torch.device("meta"):
-        pruning._full = build("fedformer")
+        pruning.slot.full = build("fedformer")
     pruning.pruner = dataclasses.replace(pruning.pruner, channels=7)
     with pytest.warns(UserWarning, match=r"52\.4% of the parameters uncovered"):
         pruning._warn_of_uncovered()

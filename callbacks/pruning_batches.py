@@ -1,0 +1,26 @@
+"""What scores of weights are computed from: training batches and the loss of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+
+def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> Iterator[Mapping[str, Tensor]]:
+    """The first batches of the training part, on the device of the module."""
+    loader = islice(trainer.datamodule.train_dataloader(), number)
+    return (move_data_to_device(batch, pl_module.device) for batch in loader)
+
+
+def squared_error(pl_module: pl.LightningModule) -> Callable[[Mapping[str, Tensor]], Tensor]:
+    """Mean squared error of the point forecasts of valid windows."""
+
+    def loss(batch: Mapping[str, Tensor]) -> Tensor:
+        squared = (pl_module.point(pl_module(batch)) - batch["target"]).square().mean(1)
+        return (squared * batch["valid"]).sum() / batch["valid"].sum().clamp(min=1)
+
+    return loss
