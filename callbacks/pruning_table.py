@@ -252,7 +252,8 @@ def _time(
     repeats = 1 if quick else pruning.latency_repeats
     for size in [pruning.latency_batches[0]] if quick else pruning.latency_batches:
         together = [*plain, *sparse_ones.values()]
-        found = latencies(together, resized(batch, size), repeats, warm_up=0 if quick else 2)
+        settings = {"warm_up": 0} if quick else {"warm_up": 2, "least_s": 0.02}
+        found = latencies(together, resized(batch, size), repeats, **settings)
         for i, seconds in zip(places, found, strict=False):
             measured[i][f"latency_{size}_ms"] = 1e3 * seconds
         for i, seconds in zip(sparse_ones, found[len(plain) :], strict=True):
@@ -301,7 +302,7 @@ def _references(
         row |= errors(pl_module, loader, limit)
         row["macs"] = macs(reference, resized(batch, 1))
         size = pruning.latency_batches[0]
-        row[f"latency_{size}_ms"] = 1e3 * latencies([reference], resized(batch, size), 3)[0]
+        row[f"latency_{size}_ms"] = 1e3 * latencies([reference], resized(batch, size), 3, least_s=0.02)[0]
         row["sparse_bytes"] = row["dense_bytes"] = saved_bytes(reference.state_dict())
         found.append(row)
     pl_module.net = network
@@ -331,14 +332,26 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             change = 100 * (best["mse"] / other - 1) if other else math.nan
             side = "worse" if change > 0 else "better"
             found.append(f"{what} is {abs(change):.1f} % {side} than {words} (MSE {other:.4g}).")
-    dense = named.get("dense", {})
-    times = sorted((n for n in dense if n.startswith("latency_") and "sparse" not in n), key=_latency_key)
-    for row in pruned[-1:]:
-        for name in times[-1:]:
-            if row.get(name):
-                work = dense["macs"] / row["macs"] if row["macs"] else math.nan
-                found.append(
-                    f"{row['name']}: {work:.1f} times fewer multiplications in dense kernels than dense, "
-                    f"{dense[name] / row[name]:.1f} times faster ({_latency_title(name)})."
-                )
+    if "dense" in named:
+        found += _savings(named["dense"], pruned[-1])
     return found
+
+
+def _savings(dense: Row, row: Row) -> list[str]:
+    """What a pruned network saves of time, or of bytes where its zeros leave every multiplication of dense kernels."""
+    work = dense["macs"] / row["macs"] if row.get("macs") else math.nan
+    if not work > 1:
+        if not row.get("sparse_bytes") or not dense.get("sparse_bytes"):
+            return []
+        size = dense["sparse_bytes"] / row["sparse_bytes"]
+        return [
+            f"{row['name']}: a file {size:.1f} times smaller without its zeros, and as many multiplications in dense "
+            "kernels as dense: zeros alone save no time."
+        ]
+    times = sorted((n for n in dense if n.startswith("latency_") and "sparse" not in n), key=_latency_key)
+    return [
+        f"{row['name']}: {work:.1f} times fewer multiplications in dense kernels than dense, "
+        f"{dense[name] / row[name]:.1f} times faster ({_latency_title(name)})."
+        for name in times[-1:]
+        if row.get(name)
+    ]

@@ -242,6 +242,11 @@ def test_words_say_when_pruning_does_not_pay() -> None:
     words = verdicts(rows)
     assert "10.0 % better than the dense one" in words[0]
     assert "80.0 % worse than repeating the last day" in words[1] and "125.0 % worse than a linear" in words[2]
+    assert len(words) == 3, "a masked network has the multiplications of the dense one: its time is no gain"
+    rows[0]["sparse_bytes"], rows[1]["sparse_bytes"] = 30, 10
+    assert "3.0 times smaller" in verdicts(rows)[-1] and "save no time" in verdicts(rows)[-1]
+    rows[1] |= {"macs": 5, "latency_8_ms": 2.5}
+    assert "2.0 times fewer" in verdicts(rows)[-1] and "1.6 times faster" in verdicts(rows)[-1]
     assert Table(rows).named("dense")["mse"] == 1.0
 
 
