@@ -129,6 +129,7 @@ def test_2_a_sweep_finds_the_costs_that_were_put_in(sweep):
         assert cost["coefficients"][term] == pytest.approx(value, rel=0.05), cost
         low, high = cost["intervals"][term]
         print(f"{term}: {cost['coefficients'][term]:.4f} in {low:.4f} to {high:.4f}, put in {value}")
+        assert low <= value <= high, term
     # A configuration that the others have not seen.
     assert max(map(abs, cost["left_out"])) <= 0.03
 
