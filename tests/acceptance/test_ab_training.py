@@ -122,6 +122,13 @@ def test_orthogonal_beginnings_make_small_networks(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.xfail(strict=True, reason="1.4998 times: not asked by the acceptance list, but what was hoped for")
+def test_orthogonal_beginnings_are_half_as_small_again(runs):
+    assert _mean(runs, "ortho-sigma", "ab/compression") > 1.5 * _mean(runs, "only-learned", "ab/compression")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_slow_network_costs_little_of_the_time(ranks4, tmp_path):
     """Acceptance 7: a step of an AB phase takes half of the time of DDP at most, the whole run 0.60 of it.

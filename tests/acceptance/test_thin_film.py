@@ -231,6 +231,22 @@ def test_f_draws_differ_more_than_those_of_optogpt(default):
         assert (distinct >= 1).all() and (distinct <= 10).all()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.xfail(strict=True, reason="2.5 against 3.3: the better the best draw is, the fewer come near it")
+def test_f_draws_differ_more_near_the_best_of_each_network(default):
+    """The other reading of the line: within 1.5 times the best of the same network."""
+    found = values(default)
+    assert found["distinct"] > found["optogpt/distinct"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+@pytest.mark.xfail(strict=True, reason="0.0070 and 0.0085 in two trainings, where 0.006 is asked")
+def test_a_with_the_loss_and_the_sampler_of_the_paper(published):
+    assert values(published)["mae"] <= 0.006
+
+
 # --- 8: the published sizes
 
 

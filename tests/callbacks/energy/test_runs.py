@@ -77,7 +77,7 @@ def test_sigkill_in_training_keeps_the_last_summary(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["startup", "fit/train", "fit/val", "test", "predict"])
-def test_sigkill_at_any_moment_loses_at_most_one_period(tmp_path, stage, late_s=0.3):
+def test_sigkill_at_any_moment_loses_at_most_one_period(tmp_path, stage, late_s=0.2):
     """``late_s``: a busy machine may wake the thread that reads late; `test_4_deaths` allows a quiet one nothing."""
     seed = int(os.environ.get("WATTLIGHT_TEST_SEED", time.time_ns() % 10**9))
     wait, period = random.Random(seed).uniform(0.0, 3.0), 1.0  # the program's own period
