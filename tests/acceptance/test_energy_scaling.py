@@ -161,8 +161,8 @@ def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
 def losses(experiment: str, folder: str, devices: int, *overrides: str) -> list[float]:
     """Training losses of ten steps, each the only one of its epoch: means of epochs are what is logged."""
     overrides = (
-        f"experiment={experiment}", f"trainer.devices={devices}", "trainer.max_epochs=10", "trainer.limit_train_batches=1",
-        "trainer.log_every_n_steps=1",
+        f"experiment={experiment}", f"trainer.devices={devices}", "trainer.max_epochs=10",
+        "trainer.limit_train_batches=1", "trainer.log_every_n_steps=1",
         "trainer.limit_val_batches=0", "test=false", "logger=csv", "callbacks=none", *overrides,
     )  # fmt: skip
     result = job.run(plain(composed(*overrides, run_dir=folder)))
