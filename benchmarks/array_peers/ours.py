@@ -39,7 +39,7 @@ def work(rank: int, size: int, store: str, folder: str, out: str) -> None:
     seconds: dict[str, float] = {}
     values: dict[str, Any] = {}
 
-    def clusters() -> KMeans:
+    def clusters(x: pa.SplitArray = x) -> KMeans:
         means = KMeans(tasks.CLUSTERS, "given", start, max_iter=tasks.ITERATIONS, tol=0.0)
         means.begin(x)
         for _ in range(tasks.ITERATIONS):  # the number of iterations is given, as in the paper
@@ -53,18 +53,24 @@ def work(rank: int, size: int, store: str, folder: str, out: str) -> None:
             lasso.step(lasso_x, lasso_y)
         return lasso
 
-    def run(name: str, call: Any, repeats: int = 5) -> Any:
+    def run(name: str, call: Any, repeats: int = 7) -> Any:
         seconds[name], value = tasks.timed(call, repeats, barrier=barrier)
         return value
 
     values["k-means"] = run("k-means", clusters).centres
     run("cdist", lambda: cdist(susy, symmetric=False))
+    pairs = pa.from_local(susy.local.repeat(2, 1), 0, comm)
+    run("cdist, more rows", lambda: cdist(pairs, symmetric=False), 3)
     for axis in (None, 0, 1):
         run(f"mean and std, axis {axis}", lambda axis=axis: (pa.mean(x, axis), pa.std(x, axis)))
     run("std, axis 0", lambda: pa.std(x, 0))
+    more = pa.from_local(x.local.repeat(tasks.MORE, 1), 0, comm)
+    run("k-means, more rows", lambda: clusters(more), 3)
+    run("std, axis 0, more rows", lambda: pa.std(more, 0))
+
     values["lasso"] = run("lasso", sweeps).weights
     run("lasso to a gap of 1e-8", lambda: Lasso(tasks.LASSO_PENALTY).fit(lasso_x, lasso_y))
-    run("lasso path of 50", lambda: lasso_path(lasso_x, lasso_y), 3)
+    run("lasso path of 50", lambda: lasso_path(lasso_x, lasso_y))
     values["svd"] = run("svd", lambda: svd(x, "gram", tasks.RANK)).s
     if rank == 0:
         tasks.report(out, seconds, values)

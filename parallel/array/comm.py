@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ from parallel.collectives import Interconnect, num_bytes
 from parallel.groups import Group
 from parallel.network_model import sleep_until
 
+_PATIENCE_S = 5e-3  # before a process goes to sleep until its message is there
+_offer_core = getattr(os, "sched_yield", lambda: time.sleep(0))
 # The name changed in torch 2.13.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _OPS = {"sum": dist.ReduceOp.SUM, "prod": dist.ReduceOp.PRODUCT, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
@@ -269,8 +272,12 @@ class Comm:
         sleep_until(ready_at)
         self._book_time(started)
 
-    def _await(self, work: Any) -> None:
+    def _await(self, work: Any, patience_s: float = _PATIENCE_S) -> None:
         if self.device.type == "cpu":
+            # A process that sleeps is woken late, often by more than a small message takes: offer the core first.
+            until = time.perf_counter() + min(patience_s, self.timeout_s)
+            while not work.is_completed() and time.perf_counter() < until:
+                _offer_core()
             work.wait(timedelta(seconds=self.timeout_s))
         else:  # orders streams; nccl's own watchdog has the time limit
             work.wait()
@@ -307,7 +314,7 @@ class Shift:
         started = time.perf_counter()
         try:
             for work in self._works:
-                self._comm._await(work)
+                self._comm._await(work, 0.0)  # gloo completes a message only in its wait
         except RuntimeError as error:
             raise self._comm._failure("send", error) from error
         if self._works:

@@ -20,6 +20,8 @@ Metric = Literal["euclidean", "sqeuclidean", "manhattan", "cosine", "gaussian"]
 METRICS = ("euclidean", "sqeuclidean", "manhattan", "cosine", "gaussian")
 TILE_BYTES = 1 << 23
 """Largest tile that is computed at once: it is still in the cache when it is looked at."""
+PIECE_BYTES = 1 << 24
+"""Largest piece of rows that goes around the ring at once."""
 _DIAGONAL_PARTS = 16  # of the tile of a block with itself, of which one half is computed
 _SYMMETRIC_FROM = 256  # columns from which computing a tile costs more than to send its mirror image
 
@@ -36,7 +38,14 @@ def _check(x: SplitArray, y: SplitArray, metric: str) -> None:
         )
 
 
-def tile(a: Tensor, b: Tensor, metric: Metric = "euclidean", sigma: float = 1.0, exact: bool = False) -> Tensor:
+def tile(
+    a: Tensor,
+    b: Tensor,
+    metric: Metric = "euclidean",
+    sigma: float = 1.0,
+    exact: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
     """Distances between the rows of two local matrices, ``(rows of a, rows of b)``.
 
     Args:
@@ -45,7 +54,10 @@ def tile(a: Tensor, b: Tensor, metric: Metric = "euclidean", sigma: float = 1.0,
         metric: ``gaussian`` is the kernel ``exp(-d^2 / (2 sigma^2))``.
         sigma: Its width.
         exact: Squares of differences, instead of ``|a|^2 + |b|^2 - 2 a b^T`` which cancels where rows nearly coincide.
+        out: Where they go, ``(rows of a, rows of b)``, part of a larger matrix for example; None: a new tensor.
     """
+    if out is not None and (exact or metric in ("manhattan", "cosine")):
+        return out.copy_(tile(a, b, metric, sigma, exact))
     if metric == "manhattan":
         return torch.cdist(a, b, p=1.0)
     if metric == "cosine":
@@ -62,46 +74,49 @@ def tile(a: Tensor, b: Tensor, metric: Metric = "euclidean", sigma: float = 1.0,
         # One product of f + 2 columns: the norms ride along.
         left = torch.cat([a, a.square().sum(1, keepdim=True), torch.ones_like(a[:, :1])], 1)
         right = torch.cat([-2 * b, torch.ones_like(b[:, :1]), b.square().sum(1, keepdim=True)], 1)
-        squares = (left @ right.mT).clamp_(min=0)
+        squares = torch.mm(left, right.mT, out=out).clamp_(min=0)
     if metric == "gaussian":
         return squares.mul_(-0.5 / sigma**2).exp_()
     return squares.sqrt_() if metric == "euclidean" else squares
 
 
-def _centred(x: SplitArray, y: SplitArray) -> tuple[Tensor, Tensor]:
-    """Local rows less a common row near their means: the expanded form loses less."""
-    mean = (
-        x.comm.all_reduce(x.local.sum(0, dtype=torch.float64)) if x.split == 0 else x.local.sum(0, dtype=torch.float64)
-    )
-    mean = (mean / max(x.shape[0], 1)).to(x.dtype)
-    return x.local - mean, y.local - mean
+def _centre(x: SplitArray, metric: str = "euclidean", exact: bool = False) -> Callable[[Tensor], Tensor]:
+    """Takes a common row near their mean off rows: the expanded form loses less. Metrics without it: nothing."""
+    if metric in ("manhattan", "cosine") or exact:
+        return lambda rows: rows
+    total = x.local.sum(0, dtype=torch.float64)
+    mean = ((x.comm.all_reduce(total) if x.split == 0 else total) / max(x.shape[0], 1)).to(x.dtype)
+    return lambda rows: rows - mean
 
 
 def _rows(x: SplitArray) -> SplitArray:
     return x.resplit(0) if x.split == 1 else x
 
 
-def ring(x: SplitArray, y: SplitArray, visit: Callable[[int, Tensor], None], blocks: Tensor | None = None) -> None:
-    """Give every block of rows of ``y`` to every rank: ``visit(number of its first row, block)``.
+def ring(x: SplitArray, y: SplitArray, visit: Callable[[int, Tensor], None]) -> None:
+    """Give all rows of ``y`` to every rank, in pieces: ``visit(number of its first row, piece)``.
 
-    Block ``s + 1`` is on its way while block ``s`` is being looked at.
+    The next piece is on its way while one is being looked at. A rank has its own rows and two pieces of the others'.
 
     Args:
         x: Tells the ranks.
-        y: Split along rows, or whole: then there is one block.
-        visit: What happens with a block.
-        blocks: The local block, where it is not ``y.local``.
+        y: Split along rows, or whole: then there is one piece.
+        visit: What happens with a piece.
     """
-    block = y.local if blocks is None else blocks
     if y.split is None or y.comm.size == 1:
-        visit(0, block)
+        visit(0, y.local)
         return
     comm, first = y.comm, offsets(y.map)
-    for step in range(comm.size):
-        owner = (comm.rank + step) % comm.size
-        coming = comm.shift(block, y.map[(owner + 1) % comm.size]) if step < comm.size - 1 else None
-        visit(first[owner], block)
-        block = coming.wait() if coming else block
+    row_bytes = y.local.element_size() * max(y.shape[1], 1)
+    pieces = max(math.ceil(max(y.map) * row_bytes / PIECE_BYTES), 1)
+    maps = [balanced(rows, pieces) for rows in y.map]
+    for number, own in enumerate(y.local.split(list(maps[comm.rank]))):
+        piece = own
+        for step in range(comm.size):
+            owner, after = (comm.rank + step) % comm.size, (comm.rank + step + 1) % comm.size
+            coming = comm.shift(piece, maps[after][number]) if step < comm.size - 1 else None
+            visit(first[owner] + sum(maps[owner][:number]), piece)
+            piece = coming.wait() if coming else piece
 
 
 def cdist(
@@ -133,17 +148,19 @@ def cdist(
     if x.split is None and y.split == 0:
         x = x.resplit(0)
     out = torch.empty(x.local.shape[0], y.shape[0], dtype=x.dtype, device=x.device)
-    a, b = (x.local, y.local) if metric in ("manhattan", "cosine") or exact else _centred(x, y)
+    centre = _centre(x, metric, exact)
+    a = centre(x.local)
     if own and (symmetric or (symmetric is None and x.shape[1] >= _SYMMETRIC_FROM and x.split == 0)):
         _symmetric(x, a, out, lambda p, q: tile(p, q, metric, sigma, exact))
     else:
-        height = _height(b.shape[0], out.element_size())
 
         def visit(first: int, block: Tensor) -> None:
+            height, block = _height(len(block), out.element_size()), centre(block)
             for i in range(0, len(a), height):
-                out[i : i + height, first : first + len(block)] = tile(a[i : i + height], block, metric, sigma, exact)
+                target = out[i : i + height, first : first + len(block)]
+                tile(a[i : i + height], block, metric, sigma, exact, target)
 
-        ring(x, y, visit, b)
+        ring(x, y, visit)
     if own and metric in ("euclidean", "sqeuclidean", "manhattan"):
         _zero_diagonal(out, x.offset)
     return x.like(out, (x.shape[0], y.shape[0]), x.split, x.map or None)
@@ -205,12 +222,15 @@ def _symmetric(x: SplitArray, a: Tensor, out: Tensor, compute: Callable[[Tensor,
         out[:, first[before] : first[before] + map_[before]] = came.mT
 
 
-def _tiles(a: Tensor, block: Tensor, compute: Callable[[Tensor, Tensor], Tensor]) -> Iterator[tuple[int, int, Tensor]]:
-    """(first row, first column, distances) of tiles of at most `TILE_BYTES`."""
+def _tiles(
+    a: Tensor, block: Tensor, centre: Callable[[Tensor], Tensor], compute: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, first column, distances) of tiles of at most `TILE_BYTES`; only their rows are centred, as copies."""
     side = int(math.sqrt(TILE_BYTES / a.element_size()))
     for i in range(0, len(a), side):
+        rows = centre(a[i : i + side])
         for j in range(0, len(block), side):
-            yield i, j, compute(a[i : i + side], block[j : j + side])
+            yield i, j, compute(rows, centre(block[j : j + side]))
 
 
 def nearest(
@@ -242,18 +262,18 @@ def nearest(
     if x.split is None and y.split == 0:
         x = x.resplit(0)
     squared = metric == "euclidean"
-    a, b = (x.local, y.local) if metric in ("manhattan", "cosine") else _centred(x, y)
+    a, centre = x.local, _centre(x, metric)
     best = torch.full((len(a), k), torch.inf, dtype=x.dtype, device=x.device)
     where = torch.full((len(a), k), torch.iinfo(torch.int64).max, device=x.device)
 
     def visit(first: int, block: Tensor) -> None:
-        for i, j, distances in _tiles(a, block, lambda p, q: tile(p, q, "sqeuclidean" if squared else metric)):
+        for i, j, distances in _tiles(a, block, centre, lambda p, q: tile(p, q, "sqeuclidean" if squared else metric)):
             if exclude_self:
                 _forget_self(distances, x.offset + i, first + j)
             rows = slice(i, i + len(distances))
             _keep_best(best[rows], where[rows], distances, first + j)
 
-    ring(x, y, visit, b)
+    ring(x, y, visit)
     order = torch.argsort(where, dim=1, stable=True)
     best, where = best.gather(1, order), where.gather(1, order)
     order = torch.argsort(best, dim=1, stable=True)
@@ -295,14 +315,14 @@ def kernel_sums(x: SplitArray, y: SplitArray, sigma: float) -> SplitArray:
     x, y = _rows(x), _rows(y)
     _check(x, y, "gaussian")
     x = x.resplit(0) if x.split is None and y.split == 0 else x
-    a, b = _centred(x, y)
+    a, centre = x.local, _centre(x)
     total = torch.zeros(len(a), dtype=torch.float64, device=x.device)
 
     def visit(first: int, block: Tensor) -> None:
-        for i, _, values in _tiles(a, block, lambda p, q: tile(p, q, "gaussian", sigma)):
+        for i, _, values in _tiles(a, block, centre, lambda p, q: tile(p, q, "gaussian", sigma)):
             total[i : i + len(values)] += values.sum(1, dtype=torch.float64)
 
-    ring(x, y, visit, b)
+    ring(x, y, visit)
     return x.like(total, (x.shape[0],), x.split, x.map or None)
 
 
@@ -311,14 +331,14 @@ def neighbour_counts(x: SplitArray, y: SplitArray, radius: float) -> SplitArray:
     x, y = _rows(x), _rows(y)
     _check(x, y, "euclidean")
     x = x.resplit(0) if x.split is None and y.split == 0 else x
-    a, b = _centred(x, y)
+    a, centre = x.local, _centre(x)
     total = torch.zeros(len(a), dtype=torch.int64, device=x.device)
 
     def visit(first: int, block: Tensor) -> None:
-        for i, _, values in _tiles(a, block, lambda p, q: tile(p, q, "sqeuclidean")):
+        for i, _, values in _tiles(a, block, centre, lambda p, q: tile(p, q, "sqeuclidean")):
             total[i : i + len(values)] += (values <= radius**2).sum(1)
 
-    ring(x, y, visit, b)
+    ring(x, y, visit)
     return x.like(total, (x.shape[0],), x.split, x.map or None)
 
 

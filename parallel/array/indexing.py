@@ -249,9 +249,8 @@ def take(array: SplitArray, indices: Any, axis: int = 0) -> SplitArray:
             return found
         full = (*array.shape[:axis], *shape, *array.shape[axis + 1 :])
         return reshape(found, full)
-    wanted = _wrapped(indices.local, array.shape[axis], axis)
     split = indices if indices.split == 0 else indices.resplit(0)
-    wanted = wanted if indices.split == 0 else split.local
+    wanted = _wrapped(split.local, array.shape[axis], axis)
     return array.like(_fetched(array, wanted, axis), _shape_of(array, axis, len(indices)), axis, split.map)
 
 

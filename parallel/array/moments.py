@@ -15,9 +15,10 @@ from torch import Tensor
 
 from parallel.array.array import SplitArray
 from parallel.array.comm import Comm
+from parallel.array.gram import gram_of, gram_over_ranks
 from parallel.array.reductions import Axis, crosses, normalized_axes, reduced
 
-_BLOCK = 1 << 16  # elements: what a core keeps in its cache as float64
+_BLOCK = 1 << 17  # elements: two scratch matrices of them in float64 are about what a core caches
 
 
 class Moments(NamedTuple):
@@ -96,25 +97,31 @@ def moments_of(values: Tensor, order: int = 4) -> Moments:
     if not rows or not columns:
         return nothing
     step = max(_BLOCK // columns, 16)
-    parts = [_block(values[i : i + step], order) for i in range(0, rows, step)]
-    while len(parts) > 1:  # a tree: errors grow with its depth
-        pairs = [merged(*parts[i : i + 2]) for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(parts) - len(parts) % 2 :]
-    return parts[0]
+    room = values.new_empty((2, min(step, rows), columns), dtype=torch.float64)  # fresh pages cost more than the sums
+    blocks = [_block(block, order, *room[:, : len(block)]) for block in values.split(step)]
+    return _tree(Moments(*(torch.stack(parts) for parts in zip(*blocks, strict=True))))
 
 
-def _block(block: Tensor, order: int) -> Moments:
-    x = block.double()
-    n = torch.full((x.shape[1],), float(len(x)), dtype=torch.float64, device=x.device)
-    mean = x.mean(0)
-    deviation = x.sub_(mean) if x is not block else x - mean
-    zero = torch.zeros_like(mean)
+def _tree(stacked: Moments) -> Moments:
+    """Merge the moments along the first dimension, neighbours first: errors grow with the depth, all pairs at once."""
+    while (number := len(stacked.n)) > 1:
+        even = number - number % 2
+        pairs = merged(Moments(*(p[0:even:2] for p in stacked)), Moments(*(p[1:even:2] for p in stacked)))
+        stacked = Moments(*(torch.cat([pair, p[even:]]) for pair, p in zip(pairs, stacked, strict=True)))
+    return Moments(*(p[0] for p in stacked))
+
+
+def _block(block: Tensor, order: int, deviation: Tensor, square: Tensor) -> Moments:
+    """Moments of the columns of a block; ``deviation`` and ``square`` are float64 of its shape, and overwritten."""
+    mean = deviation.copy_(block).mean(0)
+    n, zero = torch.full_like(mean, float(len(block))), torch.zeros_like(mean)
+    deviation.sub_(mean)
     # The mean of a block is rounded: what the deviations still sum up to belongs to it (Chan et al., eq. 1.7).
     rest = deviation.sum(0) / n
+    m2 = torch.mul(deviation, deviation, out=square).sum(0)
     if order <= 2:
-        return Moments(n, mean + rest, torch.linalg.vecdot(deviation, deviation, dim=0) - n * rest**2, zero, zero)
-    square = deviation.square()
-    m2, m3 = square.sum(0), torch.linalg.vecdot(square, deviation, dim=0)
+        return Moments(n, mean + rest, m2 - n * rest**2, zero, zero)
+    m3 = deviation.mul_(square).sum(0)
     return Moments(n, mean, m2, m3, square.square_().sum(0))
 
 
@@ -165,17 +172,17 @@ def _of_rows(values: Tensor, order: int) -> Moments:
     if not columns or not rows:
         zero = torch.zeros(rows, dtype=torch.float64, device=values.device)
         return Moments(zero, zero, zero, zero, zero)
-    step = max(_BLOCK // columns, 16)
+    step = min(max(_BLOCK // columns, 16), rows)
+    room = values.new_empty((2, step, columns), dtype=torch.float64)
     found = []
     for block in values.split(step):
-        x = block.double()
-        mean = x.mean(1)
-        deviation = x - mean[:, None]
-        n = torch.full_like(mean, float(columns))
-        zero = torch.zeros_like(mean)
-        square = deviation.square()
-        higher = (torch.linalg.vecdot(square, deviation), square.square().sum(1)) if order > 2 else (zero, zero)
-        found.append(Moments(n, mean, square.sum(1), *higher))
+        deviation, square = room[:, : len(block)]
+        mean = deviation.copy_(block).mean(1)
+        deviation.sub_(mean[:, None])
+        n, zero = torch.full_like(mean, float(columns)), torch.zeros_like(mean)
+        m2 = torch.mul(deviation, deviation, out=square).sum(1)
+        higher = (deviation.mul_(square).sum(1), square.square_().sum(1)) if order > 2 else (zero, zero)
+        found.append(Moments(n, mean, m2, *higher))
     return Moments(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -229,60 +236,6 @@ def average(array: SplitArray, axis: Axis = None, weights: SplitArray | None = N
     from parallel.array.reductions import sum as total
 
     return elementwise.divide(total(elementwise.multiply(array, weights), axis), total(weights, axis))
-
-
-class GramMoments(NamedTuple):
-    """Count, column means, and the matrix ``sum (x - mean)(x - mean)^T``; float64."""
-
-    n: Tensor
-    mean: Tensor
-    scatter: Tensor
-
-
-def gram_of(values: Tensor, shift: Tensor | None = None) -> GramMoments:
-    """Scatter matrix of the rows of ``values``, ``(rows, columns)``, about their mean, in one pass in float64.
-
-    Args:
-        values: Rows.
-        shift: Something near the mean, ``(columns,)``, that is taken off first; None: the mean of the first block.
-    """
-    rows, columns = values.shape
-    total = torch.zeros(columns, dtype=torch.float64, device=values.device)
-    matrix = torch.zeros(columns, columns, dtype=torch.float64, device=values.device)
-    step = max(4 * _BLOCK // max(columns, 1), 16)
-    for block in values.split(step) if rows else ():
-        x = block.double()
-        if shift is None:
-            shift = x.mean(0)
-        x = x - shift
-        total += x.sum(0)
-        matrix.addmm_(x.mT, x)
-    n = torch.tensor(float(rows), dtype=torch.float64, device=values.device)
-    if not rows:
-        return GramMoments(n, total, matrix)
-    matrix -= torch.outer(total, total) / n
-    return GramMoments(n, shift + total / n, matrix)
-
-
-def merged_gram(a: GramMoments, b: GramMoments) -> GramMoments:
-    """Scatter of two parts together."""
-    n = a.n + b.n
-    if not float(n):
-        return a
-    d = torch.where((a.n > 0) & (b.n > 0), b.mean - a.mean, 0.0)
-    mean = torch.where(a.n > 0, a.mean, b.mean) + d * b.n / n
-    return GramMoments(n, mean, a.scatter + b.scatter + torch.outer(d, d) * a.n * b.n / n)
-
-
-def gram_over_ranks(mine: GramMoments, comm: Comm) -> GramMoments:
-    """Scatter of the rows of all ranks: a gather of the means, an all-reduce of ``f^2`` numbers."""
-    if comm.size == 1:
-        return mine
-    means = comm.all_gather(torch.cat([mine.n[None], mine.mean]))
-    n = means[:, 0].sum()
-    mean = (means[:, :1] * means[:, 1:]).sum(0) / n.clamp(min=1)
-    d = torch.where(mine.n > 0, mine.mean - mean, 0.0)
-    return GramMoments(n, mean, comm.all_reduce(mine.scatter + mine.n * torch.outer(d, d)))
 
 
 def cov(array: SplitArray, ddof: int = 1, rowvar: bool = False) -> SplitArray:

@@ -65,7 +65,9 @@ class Stream:
 
         def read(first: int, last: int) -> Tensor:
             part = store.read(first, last)
-            tensor = torch.from_numpy(np.array(part, dtype=part.dtype.newbyteorder("=")))
+            # Copied only where it must be: a mapped file, or the other byte order.
+            part = np.require(part, dtype=part.dtype.newbyteorder("="), requirements=("C", "W"))
+            tensor = torch.from_numpy(part)
             return tensor if dtype is None else tensor.to(dtype)
 
         return cls(read, store.shape, rows, comm, begin, end)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,6 +126,7 @@ def test_2_nothing_is_gathered_behind_the_back(size, ranks4):
 
 
 _GROWTH = """
+import os
 import resource, sys, tempfile
 sys.path.insert(0, {root!r})
 import torch, torch.multiprocessing as mp, torch.distributed as dist
@@ -319,7 +321,8 @@ def test_7_hierarchical_svd_keeps_its_bound(size, ranks4):
 
 
 _CAPPED = """
-import resource, sys
+import resource, sys, threading
+threading.stack_size(1 << 19)  # the cap counts addresses: 8 MiB of stack for every thread of zarr are no memory
 sys.path.insert(0, {root!r})
 import numpy as np, torch
 from parallel.array.comm import Comm
@@ -348,7 +351,10 @@ def test_7_incremental_components_of_a_store_larger_than_memory(tmp_path):
     in_memory = torch.linalg.eigvalsh(gram).flip(0)[:5].sqrt().numpy()
     del rows
     arguments = [str(tmp_path / "rows.zarr"), str(tmp_path / "s.npy")]
-    subprocess.run([sys.executable, "-c", _CAPPED.format(root=str(ROOT)), *arguments], check=True, timeout=280)
+    # Nor are the 64 MiB of addresses that the allocator reserves for every thread.
+    environment = os.environ | {"MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-c", _CAPPED.format(root=str(ROOT)), *arguments]
+    subprocess.run(command, check=True, timeout=280, env=environment)
     np.testing.assert_allclose(np.load(tmp_path / "s.npy"), in_memory, rtol=1e-4)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from parallel.array.array import SplitArray
 from parallel.array.decompositions import hsvd, rsvd, svd
+from parallel.array.gram import GramMoments, gram_of, gram_over_ranks, merged_gram
 from parallel.array.learning.base import Estimator, Step, all_reduce, like_rows
-from parallel.array.moments import GramMoments, gram_of, gram_over_ranks, merged_gram
 
 Method = Literal["gram", "tsqr", "hsvd", "rsvd", "incremental"]
 METHODS = ("gram", "tsqr", "hsvd", "rsvd", "incremental")

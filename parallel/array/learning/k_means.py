@@ -10,9 +10,10 @@ from torch import Tensor
 
 from parallel.array.array import SplitArray
 from parallel.array.learning.base import Estimator, Step, all_reduce, like_rows
+from parallel.array.moments import moments
 from parallel.array.rng import Generator, uniform_at
 
-_BLOCK = 8192  # rows whose scores stay in the cache
+_BLOCK = 16384  # rows whose scores stay in the cache
 Init = Literal["k-means||", "random", "given"]
 
 
@@ -43,15 +44,17 @@ def lloyd_sums(x: Tensor, centres: Tensor) -> Tensor:
     sums = torch.zeros(k, f, dtype=torch.float64, device=x.device)
     counts = torch.zeros(k, dtype=torch.float64, device=x.device)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    norms = centres.square().sum(1)[:, None]
+    norms, twice = centres.square().sum(1)[:, None], -2 * centres
+    room = x.new_empty(2, k, min(_BLOCK, len(x)))  # the blocks' scores, and who is nearest: never allocated anew
     for block in x.split(_BLOCK):
-        score = torch.addmm(norms, centres, block.mT, alpha=-2)
+        score, nearest = room[:, :, : len(block)]
+        torch.addmm(norms, twice, block.mT, out=score)
         least = score.amin(0)
-        nearest = (score == least).to(x.dtype)
-        number = nearest.sum(1, dtype=torch.float64)
+        torch.eq(score, least, out=nearest)  # 0 and 1 in the type of the rows, in one pass
+        number = nearest.sum(1)
         if int(number.sum()) != len(block):  # equal distances: the first centre has the row
-            nearest = torch.zeros_like(score).scatter_(0, score.argmin(0, keepdim=True), 1.0)
-            number = nearest.sum(1, dtype=torch.float64)
+            nearest.mul_(nearest.cumsum(0) == 1)
+            number = nearest.sum(1)
         sums += nearest @ block
         counts += number
         total += least.sum(dtype=torch.float64)
@@ -131,10 +134,10 @@ class KMeans(Estimator):
             self.centres = x[Generator(self.seed).choice(x.shape[0], self.k)].resplit(None).local
         else:
             self.centres = parallel_init(x, self.k, self.seed)
-        from parallel.array.moments import moments
-
-        found, _ = moments(x, 0, order=2)
-        self.spread = found.variance().mean()
+        self.spread = torch.zeros((), dtype=torch.float64)
+        if self.tol > 0:
+            found, _ = moments(x, 0, order=2)
+            self.spread = found.variance().mean()
         self._norm = None
 
     def _squared_norm(self, x: SplitArray) -> float:

@@ -1,0 +1,131 @@
+"""Scatter matrices of rows: one pass, products in float32 or float64, sums of blocks in float64."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from parallel.array.comm import Comm
+
+_BLOCK = 1 << 18  # elements of a block of rows
+QUICK_ERROR = 4e-7
+"""Relative error of the entries of a matrix from products in float32: 3.3e-7 was seen with 20,000 rows of 6 columns,
+3e-8 with 100,000 rows of 18 or 64; those of the blocks cancel, and the blocks are added in float64."""
+_QUICK_ROWS = 1 << 14  # from which on there are blocks enough, and time to win
+
+
+class GramMoments(NamedTuple):
+    """Count, column means, and the matrix ``sum (x - mean)(x - mean)^T``; float64."""
+
+    n: Tensor
+    mean: Tensor
+    scatter: Tensor
+
+
+def _room(values: Tensor, step: int, precise: bool) -> Tensor:
+    """Where a block of rows is centred; fresh pages for every block would cost more than its product."""
+    quick = not precise and values.dtype == torch.float32 and len(values) >= _QUICK_ROWS
+    dtype = torch.float32 if quick else torch.float64
+    return torch.empty(min(step, len(values)), values.shape[1], dtype=dtype, device=values.device)
+
+
+def _step(columns: int, precise: bool) -> int:
+    rows = max(_BLOCK // max(columns, 1), 16)
+    return rows if precise else min(rows, _QUICK_ROWS // 8)  # errors grow with the length of a sum in float32
+
+
+def gram_of(
+    values: Tensor, shift: Tensor | None = None, target: Tensor | None = None, precise: bool = True
+) -> GramMoments:
+    """Scatter matrix of the rows of ``values``, ``(rows, columns)``, about their mean, in one pass.
+
+    Args:
+        values: Rows.
+        shift: Something near the mean, ``(columns,)``, that is taken off first; None: the mean of the first block.
+        target: One more column, the last one, ``(rows,)``.
+        precise: Products in float64; otherwise, of many float32 rows, in float32, with a relative error of
+            `QUICK_ERROR`.
+    """
+    rows, f = values.shape
+    columns = f + (target is not None)
+    total = torch.zeros(columns, dtype=torch.float64, device=values.device)
+    matrix = torch.zeros(columns, columns, dtype=torch.float64, device=values.device)
+    n = torch.tensor(float(rows), dtype=torch.float64, device=values.device)
+    if not rows:
+        return GramMoments(n, total, matrix)
+    step = _step(f, precise)
+    room = _room(values, step, precise)
+    if shift is None:
+        shift = values[:step].mean(0, dtype=torch.float64)
+    shift = shift.to(room.dtype)
+    first = values.new_zeros((), dtype=room.dtype) if target is None else target[:step].double().mean().to(room.dtype)
+    for i in range(0, rows, step):
+        block = values[i : i + step]
+        x = room[: len(block)]
+        if x.dtype == block.dtype:
+            torch.sub(block, shift, out=x)
+        else:
+            x.copy_(block).sub_(shift)
+        total[:f] += x.sum(0)
+        matrix[:f, :f] += x.mT @ x
+        if target is not None:
+            y = target[i : i + step].to(x.dtype) - first
+            total[f] += y.sum()
+            matrix[:f, f] += x.mT @ y
+            matrix[f, f] += y @ y
+    if target is not None:
+        matrix[f, :f] = matrix[:f, f]
+        shift = torch.cat([shift, first[None]])
+    matrix -= torch.outer(total, total) / n
+    return GramMoments(n, shift.double() + total / n, matrix)
+
+
+def squares_of(values: Tensor, precise: bool = True) -> Tensor:
+    """``values^T values``, float64, in one pass; ``precise`` as in `gram_of`."""
+    rows, f = values.shape
+    matrix = torch.zeros(f, f, dtype=torch.float64, device=values.device)
+    if not rows:
+        return matrix
+    room = _room(values, _step(f, precise), precise)
+    for block in values.split(_step(f, precise)):
+        x = block if block.dtype == room.dtype else room[: len(block)].copy_(block)
+        matrix += x.mT @ x
+    return matrix
+
+
+def merged_gram(a: GramMoments, b: GramMoments) -> GramMoments:
+    """Scatter of two parts together."""
+    n = a.n + b.n
+    if not float(n):
+        return a
+    d = torch.where((a.n > 0) & (b.n > 0), b.mean - a.mean, 0.0)
+    mean = torch.where(a.n > 0, a.mean, b.mean) + d * b.n / n
+    return GramMoments(n, mean, a.scatter + b.scatter + torch.outer(d, d) * a.n * b.n / n)
+
+
+def gram_over_ranks(mine: GramMoments, comm: Comm) -> GramMoments:
+    """Scatter of the rows of all ranks: a gather of the means, an all-reduce of ``f^2`` numbers."""
+    if comm.size == 1:
+        return mine
+    means = comm.all_gather(torch.cat([mine.n[None], mine.mean]))
+    n = means[:, 0].sum()
+    mean = (means[:, :1] * means[:, 1:]).sum(0) / n.clamp(min=1)
+    d = torch.where(mine.n > 0, mine.mean - mean, 0.0)
+    return GramMoments(n, mean, comm.all_reduce(mine.scatter + mine.n * torch.outer(d, d)))
+
+
+def well_conditioned(gram: Tensor, least: float) -> bool:
+    """Whether no eigenvalue of a matrix, scaled to a diagonal of ones, is below ``least``; zero columns are left out.
+
+    Args:
+        gram: ``(f, f)``, symmetric, float64.
+        least: Smallest eigenvalue that is good enough.
+    """
+    scale = gram.diagonal()
+    kept = scale > 0
+    gram, scale = gram[kept][:, kept], scale[kept].sqrt()
+    scaled = gram / torch.outer(scale, scale)
+    scaled.diagonal().sub_(least)
+    return bool(torch.linalg.cholesky_ex(scaled).info == 0)
