@@ -145,20 +145,23 @@ def svd(a: SplitArray, method: Literal["tsqr", "gram"] = "tsqr", rank: int | Non
     k = len(s) if rank is None else rank
     s, vh = s.to(a.dtype), vh.to(a.dtype)
     error = float((s[k:].double().square().sum() / s.double().square().sum().clamp(min=1e-300)).sqrt())
-    u = a.like(u[:, :k].contiguous(), (a.shape[0], k), a.split, a.map or None)
+    u = a.like(u[:, :k], (a.shape[0], k), a.split, a.map or None)
     return SVD(u, s[:k], a.like(vh[:k].mT.contiguous(), (a.shape[1], k), None), error)
 
 
 def tall_product(rows: Tensor, matrix: Tensor) -> Tensor:
     """``rows @ matrix`` in the type of ``matrix``, stored in that of ``rows``, for few columns.
 
-    BLAS multiplies a short matrix by a wide one three times as fast as a tall one by a narrow one: blocks of rows are
-    taken transposed.
+    BLAS multiplies a short matrix by a wide one four times as fast as a tall one by a narrow one: the result is a view
+    of its transpose, columns one after the other.
     """
-    out = rows.new_empty(len(rows), matrix.shape[1])
-    for source, target in zip(rows.split(_TALL_ROWS), out.split(_TALL_ROWS), strict=True) if len(rows) else ():
-        target.copy_((matrix.mT @ source.to(matrix.dtype).mT).mT)
-    return out
+    if matrix.dtype == rows.dtype:
+        return (matrix.mT @ rows.mT).mT
+    out = rows.new_empty(matrix.shape[1], len(rows))
+    for i in range(0, len(rows), _TALL_ROWS):
+        block = rows[i : i + _TALL_ROWS]
+        out[:, i : i + len(block)] = matrix.mT @ block.to(matrix.dtype).mT
+    return out.mT
 
 
 def _gram_eigen(a: SplitArray, rank: int | None = None) -> tuple[Tensor, Tensor, bool]:
