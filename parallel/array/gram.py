@@ -50,17 +50,22 @@ def gram_of(
     """
     rows, f = values.shape
     columns = f + (target is not None)
-    total = torch.zeros(columns, dtype=torch.float64, device=values.device)
-    matrix = torch.zeros(columns, columns, dtype=torch.float64, device=values.device)
-    n = torch.tensor(float(rows), dtype=torch.float64, device=values.device)
+    device = values.device
+    n = torch.tensor(float(rows), dtype=torch.float64, device=device)
     if not rows:
-        return GramMoments(n, total, matrix)
+        zero = torch.zeros(columns, dtype=torch.float64, device=device)
+        return GramMoments(n, zero, torch.zeros(columns, columns, dtype=torch.float64, device=device))
     step = _step(f, precise)
     room = _room(values, step, precise)
     if shift is None:
         shift = values[:step].mean(0, dtype=torch.float64)
     shift = shift.to(room.dtype)
-    first = values.new_zeros((), dtype=room.dtype) if target is None else target[:step].double().mean().to(room.dtype)
+    total = torch.zeros(f, dtype=torch.float64, device=device)
+    cross = torch.zeros(f, dtype=torch.float64, device=device)
+    square = torch.zeros(f, f, dtype=torch.float64, device=device)
+    if target is not None:
+        first = target[:step].mean(dtype=torch.float64).to(room.dtype)
+        y = target.to(room.dtype) - first
     for i in range(0, rows, step):
         block = values[i : i + step]
         x = room[: len(block)]
@@ -68,18 +73,16 @@ def gram_of(
             torch.sub(block, shift, out=x)
         else:
             x.copy_(block).sub_(shift)
-        total[:f] += x.sum(0)
-        matrix[:f, :f] += x.mT @ x
+        total += x.sum(0)
+        square += x.mT @ x
         if target is not None:
-            y = target[i : i + step].to(x.dtype) - first
-            total[f] += y.sum()
-            matrix[:f, f] += x.mT @ y
-            matrix[f, f] += y @ y
+            cross += torch.mv(x.mT, y[i : i + step])
     if target is not None:
-        matrix[f, :f] = matrix[:f, f]
+        exact = y.double()
+        total = torch.cat([total, exact.sum()[None]])
+        square = torch.cat([torch.cat([square, cross[:, None]], 1), torch.cat([cross, (exact @ exact)[None]])[None]])
         shift = torch.cat([shift, first[None]])
-    matrix -= torch.outer(total, total) / n
-    return GramMoments(n, shift.double() + total / n, matrix)
+    return GramMoments(n, shift.double() + total / n, square - torch.outer(total, total) / n)
 
 
 def squares_of(values: Tensor, precise: bool = True) -> Tensor:
