@@ -13,6 +13,8 @@ _BLOCK = 1 << 18  # elements of a block of rows
 QUICK_ERROR = 4e-7
 """Relative error of the entries of a matrix from products in float32: 3.3e-7 was seen with 20,000 rows of 6 columns,
 3e-8 with 100,000 rows of 18 or 64; those of the blocks cancel, and the blocks are added in float64."""
+_SHIFT_ROWS = 256  # whose mean is near enough to that of all
+_SLAB = 32  # columns of a slab, in which half of a symmetric product is saved
 _QUICK_ROWS = 1 << 14  # from which on there are blocks enough, and time to win
 
 
@@ -36,6 +38,19 @@ def _step(columns: int, precise: bool) -> int:
     return rows if precise else min(rows, _QUICK_ROWS // 8)  # errors grow with the length of a sum in float32
 
 
+def _add_square(square: Tensor, x: Tensor) -> None:
+    """Add ``x^T x`` to the upper triangle of ``square`` (and to some of what is below), slab by slab of its rows."""
+    f = x.shape[1]
+    slab = f if f < 2 * _SLAB else max(_SLAB, f // 8)
+    for i in range(0, f, slab):
+        square[i : i + slab, i:] += x[:, i : i + slab].mT @ x[:, i:]
+
+
+def _mirrored(square: Tensor) -> Tensor:
+    """The symmetric matrix with this upper triangle."""
+    return square.triu() + square.triu(1).mT
+
+
 def gram_of(
     values: Tensor, shift: Tensor | None = None, target: Tensor | None = None, precise: bool = True
 ) -> GramMoments:
@@ -43,7 +58,7 @@ def gram_of(
 
     Args:
         values: Rows.
-        shift: Something near the mean, ``(columns,)``, that is taken off first; None: the mean of the first block.
+        shift: Something near the mean, ``(columns,)``, that is taken off first; None: the mean of the first rows.
         target: One more column, the last one, ``(rows,)``.
         precise: Products in float64; otherwise, of many float32 rows, in float32, with a relative error of
             `QUICK_ERROR`.
@@ -58,13 +73,13 @@ def gram_of(
     step = _step(f, precise)
     room = _room(values, step, precise)
     if shift is None:
-        shift = values[:step].mean(0, dtype=torch.float64)
+        shift = values[:_SHIFT_ROWS].mean(0, dtype=torch.float64)
     shift = shift.to(room.dtype)
     total = torch.zeros(f, dtype=torch.float64, device=device)
     cross = torch.zeros(f, dtype=torch.float64, device=device)
     square = torch.zeros(f, f, dtype=torch.float64, device=device)
     if target is not None:
-        first = target[:step].mean(dtype=torch.float64).to(room.dtype)
+        first = target[:_SHIFT_ROWS].mean(dtype=torch.float64).to(room.dtype)
         y = target.to(room.dtype) - first
     for i in range(0, rows, step):
         block = values[i : i + step]
@@ -74,9 +89,10 @@ def gram_of(
         else:
             x.copy_(block).sub_(shift)
         total += x.sum(0)
-        square += x.mT @ x
+        _add_square(square, x)
         if target is not None:
             cross += torch.mv(x.mT, y[i : i + step])
+    square = _mirrored(square)
     if target is not None:
         exact = y.double()
         total = torch.cat([total, exact.sum()[None]])
@@ -94,8 +110,8 @@ def squares_of(values: Tensor, precise: bool = True) -> Tensor:
     room = _room(values, _step(f, precise), precise)
     for block in values.split(_step(f, precise)):
         x = block if block.dtype == room.dtype else room[: len(block)].copy_(block)
-        matrix += x.mT @ x
-    return matrix
+        _add_square(matrix, x)
+    return _mirrored(matrix)
 
 
 def merged_gram(a: GramMoments, b: GramMoments) -> GramMoments:
@@ -109,9 +125,17 @@ def merged_gram(a: GramMoments, b: GramMoments) -> GramMoments:
 
 
 def gram_over_ranks(mine: GramMoments, comm: Comm) -> GramMoments:
-    """Scatter of the rows of all ranks: a gather of the means, an all-reduce of ``f^2`` numbers."""
+    """Scatter of the rows of all ranks: a gather of the means, an all-reduce of ``f^2`` numbers.
+
+    Two ranks swap all they have instead: as many bytes in one message.
+    """
     if comm.size == 1:
         return mine
+    if comm.size == 2:
+        f = len(mine.mean)
+        parts = comm.all_gather(torch.cat([mine.n[None], mine.mean, mine.scatter.reshape(-1)]))
+        a, b = (GramMoments(p[0], p[1 : f + 1], p[f + 1 :].view(f, f)) for p in parts)
+        return merged_gram(a, b)
     means = comm.all_gather(torch.cat([mine.n[None], mine.mean]))
     n = means[:, 0].sum()
     mean = (means[:, :1] * means[:, 1:]).sum(0) / n.clamp(min=1)
