@@ -122,7 +122,7 @@ def svd(a: SplitArray, method: Literal["tsqr", "gram"] = "tsqr", rank: int | Non
     Args:
         a: Split along its longer axis, or resplit so; the shorter axis has to fit a rank squared.
         method: ``tsqr``, as accurate as LAPACK; ``gram``, eigenvalues of ``a^T a`` in float64, faster, whose error of a
-            singular value ``s`` is ``1e-16 s_max^2 / s``; of float32 matrices ``4e-7 s_max^2 / s`` where that is at
+            singular value ``s`` is ``1e-16 s_max^2 / s``; of float32 matrices ``6e-7 s_max^2 / s`` where that is at
             most ``2e-6 s``.
         rank: How many; None: all.
     """
