@@ -220,6 +220,17 @@ def _wrapped(index: Tensor, length: int, axis: int) -> Tensor:
     return torch.where(index < 0, index + length, index)
 
 
+def _agree_on_bounds(indices: SplitArray, length: int, axis: int) -> None:
+    """Raise IndexError on all ranks where one of them has an index out of bounds: none may wait for one that raises."""
+    mine, far = indices.local.to(torch.int64), torch.iinfo(torch.int64).max
+    least, most = (int(mine.min()), int(mine.max())) if len(mine) else (far, -far)
+    extremes = torch.tensor([-least, most], dtype=torch.int64, device=indices.device)
+    least, most = (indices.comm.all_reduce(extremes, "max") * torch.tensor([-1, 1], device=indices.device)).tolist()
+    for wrong in (least, most):
+        if not -length <= wrong < length and len(indices):
+            raise IndexError(f"index {wrong} is out of bounds for axis {axis} with length {length}")
+
+
 def take(array: SplitArray, indices: Any, axis: int = 0) -> SplitArray:
     """Rows by number along an axis.
 
@@ -230,6 +241,9 @@ def take(array: SplitArray, indices: Any, axis: int = 0) -> SplitArray:
         array: Rows.
         indices: Whole numbers of any shape; a SplitArray with one axis may be split.
         axis: Axis.
+
+    Raises:
+        IndexError: On all ranks, for an index that is out of bounds, whichever rank has it.
     """
     axis = normalized_axis(axis, array.ndim)
     if isinstance(indices, SplitArray) and (indices.ndim != 1 or axis != array.split):
@@ -250,6 +264,7 @@ def take(array: SplitArray, indices: Any, axis: int = 0) -> SplitArray:
         full = (*array.shape[:axis], *shape, *array.shape[axis + 1 :])
         return reshape(found, full)
     split = indices if indices.split == 0 else indices.resplit(0)
+    _agree_on_bounds(split, array.shape[axis], axis)
     wanted = _wrapped(split.local, array.shape[axis], axis)
     return array.like(_fetched(array, wanted, axis), _shape_of(array, axis, len(indices)), axis, split.map)
 

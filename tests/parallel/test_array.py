@@ -151,6 +151,27 @@ def test_ranks_that_disagree_are_told(ranks2):
         assert "do not fit together" in found[0] and "disagree about an array" in found[1]
 
 
+def _one_rank_asks_too_far() -> list[str]:
+    comm = Comm.world(timeout_s=20)
+    found = []
+    a = pa.arange(6, split=0, comm=comm)
+    for wrong in ([0, 1, 2, 6], [-7, 0, 1, 2]):  # of the second rank, of the first rank
+        for call in (lambda i: a[i], lambda i: pa.take(a, i, 0)):
+            try:
+                call(pa.from_global(np.array(wrong), 0, comm))
+            except IndexError as error:
+                found.append(str(error))
+    found.append(str(a[pa.from_global(np.array([5, -6]), 0, comm)].tolist()))
+    return found
+
+
+def test_an_index_out_of_bounds_on_one_rank_is_told_to_all(ranks2):
+    """Else the others would wait for the rows of the one that raised until the time limit."""
+    far, low = (f"index {i} is out of bounds for axis 0 with length 6" for i in (6, -7))
+    for found in ranks2(_one_rank_asks_too_far):
+        assert found == [far, far, low, low, "[5, 0]"]
+
+
 def _dtensor() -> list[bool]:
     comm = Comm.world()
     found = []
