@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import parallel.array as pa
+from parallel.array import learning
 from parallel.array.comm import Comm
 from parallel.array.decompositions import hsvd, lstsq, qr, rsvd, solve, svd
 from parallel.array.distance import cdist, kernel_sums, nearest, neighbour_counts
@@ -357,3 +358,12 @@ def test_state_goes_on_elsewhere():
         while not second.converged and second.n_iter < 50:
             second.step(x, labels)
         assert second.n_iter == whole.n_iter and second.objective == whole.objective
+
+
+@pytest.mark.parametrize("estimator", [learning.KMeans(3), learning.Lasso(0.1), learning.Summary()])
+def test_rows_that_are_not_finite_are_named(estimator):
+    x = np.random.default_rng(0).normal(size=(50, 4))
+    x[3, 1] = np.nan
+    x = pa.from_global(x, 0, Comm())
+    with pytest.raises(ValueError, match="1 of 50 rows have NaN or infinities, the first is row 3"):
+        estimator.fit(x, pa.ones(50, split=0, comm=Comm()) if estimator.supervised else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -53,8 +54,14 @@ class Estimator:
         return self
 
     def step(self, x: SplitArray, y: SplitArray | None = None) -> Step:
-        """One iteration, counted."""
+        """One iteration, counted.
+
+        Raises:
+            ValueError: On all ranks, if the objective is not a number because rows are not finite.
+        """
         done = self.iterate(x, y)
+        if math.isnan(done.objective):
+            finite_rows(self.rows(x), "raise")
         self.n_iter += 1
         self.objective, self.converged = done.objective, done.converged
         return done
