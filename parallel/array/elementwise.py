@@ -123,7 +123,8 @@ def _analytic(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[Spli
     def apply(array: SplitArray) -> SplitArray:
         return map_local(array, lambda local: function(_real(local)))
 
-    return _named(apply, name, f"``{name}`` of every element, as NumPy has it.")
+    note = "; whole numbers give float64, where NumPy has 1 // x" if name == "reciprocal" else ", as NumPy has it"
+    return _named(apply, name, f"``{name}`` of every element{note}.")
 
 
 def _plain(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[SplitArray], SplitArray]:
