@@ -77,9 +77,8 @@ def page() -> str:
         f"Of {len(known) + len(LINALG.split())} functions {len(have)} are there, "
         "in `parallel.array` and `parallel.array.decompositions`.",
         "Operators, slices, masks, arrays of indices and assignment are those of `SplitArray`.",
-        "Other than in NumPy, types are promoted as torch does (int64 and float32 give float32), a whole number over "
-        "0 (`floor_divide`, `remainder`) is an error, and whole numbers to a negative power are 0, not an error "
-        "(but for 1 and -1).",
+        "Other than in NumPy, types are promoted as torch does (int64 and float32 give float32), and whole numbers to "
+        "a negative power are 0, not an error (but for 1 and -1).",
         "",
     ]
     for title, names in groups.items():

@@ -68,14 +68,31 @@ PLAIN = {
     "bitwise_invert": torch.bitwise_not,
     "invert": torch.bitwise_not,
 }
+
+
+def _of_whole(function: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """A division of whole numbers that gives 0 where the divisor is 0, as NumPy's do.
+
+    torch raises there: on the one rank that has the 0, while the others would wait for it.
+    """
+
+    def divided(a: Any, b: Any) -> Tensor:
+        if torch.result_type(a, b).is_floating_point:
+            return function(a, b)
+        zero = torch.as_tensor(b) == 0
+        return torch.where(zero, 0, function(a, torch.where(zero, 1, b)))
+
+    return divided
+
+
 BINARY = {
     "add": torch.add,
     "subtract": torch.subtract,
     "multiply": torch.multiply,
-    "floor_divide": torch.floor_divide,
-    "remainder": torch.remainder,
-    "mod": torch.remainder,
-    "fmod": torch.fmod,
+    "floor_divide": _of_whole(torch.floor_divide),
+    "remainder": _of_whole(torch.remainder),
+    "mod": _of_whole(torch.remainder),
+    "fmod": _of_whole(torch.fmod),
     "power": torch.pow,
     "maximum": torch.maximum,
     "minimum": torch.minimum,

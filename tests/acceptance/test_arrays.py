@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -565,6 +566,28 @@ def test_14_waiting_has_an_end(ranks4):
     assert "all_reduce number 1 of rank 0 of 2 failed or took more than 3 s" in found[0]
 
 
+def _raises_alone() -> str:
+    comm = Comm.world(timeout_s=5)
+    try:
+        if comm.rank == 1:
+            raise RuntimeError("what only rank 1 knows")
+        pa.sum(pa.ones((4, 2), split=0, comm=comm), 0)
+    except pa.CommError as error:
+        return str(error)
+    return "no error"
+
+
+def test_14_the_traceback_of_a_rank_that_raises_alone_is_seen():
+    """The others end as well, at the latest after the time limit of their collectives."""
+    from tests.ranks import RankError, Ranks
+
+    pool = Ranks(2)
+    begun = time.monotonic()
+    with pytest.raises(RankError, match=r"rank 1:(.|\n)*what only rank 1 knows"):
+        pool(_raises_alone)
+    assert time.monotonic() - begun < 60
+
+
 X = pa.from_global(torch.arange(12.0).reshape(6, 2), 0, Comm())
 
 
@@ -578,6 +601,10 @@ X = pa.from_global(torch.arange(12.0).reshape(6, 2), 0, Comm())
         ),
         (lambda: svd(X.astype(torch.float16)), "16 bits are too few"),
         (lambda: PCA(9).fit(X), "k=9"),
+        (lambda: PCA(1).fit(X.astype(torch.float16)), "16 bits are too few"),
+        (lambda: PCA(1).fit(pa.where(X > 10, torch.nan, X)), "1 of 6 rows have NaN or infinities, the first is row 5"),
+        (lambda: PCA(1, "tsqr").fit(X / 0.0), "rows have NaN or infinities"),
+        (lambda: GaussianNB().fit(pa.where(X > 10, torch.nan, X), X[:, 0] * 0), "the first is row 5"),
         (lambda: KMeans(7).fit(X), "k=7: there are only 6 rows"),
         (lambda: KNN(7).fit(X, X[:, 0]), "k=7"),
         (lambda: pa.from_global(X.numpy(), 3, Comm()), "axis=3"),

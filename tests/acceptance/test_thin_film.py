@@ -247,6 +247,19 @@ def test_a_with_the_loss_and_the_sampler_of_the_paper(published):
     assert values(published)["mae"] <= 0.006
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_with_the_loss_of_the_paper_and_all_of_its_distribution(published):
+    """Drawn at temperature 1 without a cut, more different stacks come to be refined."""
+    own, data, _ = load_run(published["folder"])
+    own.net.sampler = dataclasses.replace(own.net.sampler, temperature=1.0, top_p=1.0)
+    found = quiet_trainer().test(own, datamodule=data, verbose=False)[0]
+    print({k: v for k, v in found.items() if "template_equal" in k or k == "test/mae"})
+    assert found["test/mae"] <= 0.006
+    assert found["test/mae"] <= 0.6 * found["test/template_equal/best"]
+    assert found["test/mae"] <= 0.9 * found["test/template_equal/refined"]
+
+
 # --- 8: the published sizes
 
 

@@ -367,3 +367,10 @@ def test_rows_that_are_not_finite_are_named(estimator):
     x = pa.from_global(x, 0, Comm())
     with pytest.raises(ValueError, match="1 of 50 rows have NaN or infinities, the first is row 3"):
         estimator.fit(x, pa.ones(50, split=0, comm=Comm()) if estimator.supervised else None)
+
+
+def test_estimators_say_what_they_take():
+    with pytest.raises(TypeError, match=r"KMeans takes split arrays, not numpy.ndarray: parallel.array.from_global"):
+        KMeans(2).fit(np.ones((5, 2)))
+    assert repr(KNN(3)).startswith("KNN(k=3, metric='euclidean'")
+    assert "tol=0.5" in repr(KMeans(2, tol=0.5))

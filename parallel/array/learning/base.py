@@ -46,8 +46,13 @@ class Estimator:
             raise ValueError(f"max_iter={max_iter}: must be at least 1")
         self.max_iter, self.n_iter, self.objective, self.converged = max_iter, 0, float("nan"), False
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in parameters(self).items())
+        return f"{type(self).__name__}({settings})"
+
     def fit(self, x: SplitArray, y: SplitArray | None = None) -> Estimator:
         """Iterate from the start until convergence, or ``max_iter`` times."""
+        self.check_matrix(x)
         self.begin(x, y)
         while not self.converged and self.n_iter < self.max_iter:
             self.step(x, y)
@@ -93,14 +98,31 @@ class Estimator:
         if self.fitted and getattr(self, self.fitted[0], None) is None:
             raise ValueError(f"{type(self).__name__} is not fitted yet: call fit(x) first")
 
+    def check_matrix(self, x: SplitArray) -> None:
+        """Refuse what is no split matrix of at least 32 bits.
+
+        Raises:
+            TypeError: For NumPy arrays and tensors.
+            ValueError: For other shapes, and 16-bit types.
+        """
+        if not isinstance(x, SplitArray):
+            raise TypeError(
+                f"{type(self).__name__} takes split arrays, not {type(x).__module__}.{type(x).__name__}: "
+                "parallel.array.from_global(x, split=0) makes one"
+            )
+        if x.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"{type(self).__name__} of {x.dtype}: 16 bits are too few; use astype(torch.float32)")
+        if x.ndim != 2:
+            raise ValueError(f"{type(self).__name__} takes a matrix of rows, not an array of shape {x.shape}")
+
     def rows(self, x: SplitArray) -> SplitArray:
         """A matrix whose rows are split, or whole on all ranks.
 
         Raises:
-            ValueError: For arrays that are no matrix of numbers.
+            TypeError: See `check_matrix`.
+            ValueError: See `check_matrix`.
         """
-        if x.ndim != 2:
-            raise ValueError(f"{type(self).__name__} takes a matrix of rows, not an array of shape {x.shape}")
+        self.check_matrix(x)
         x = x.resplit(0) if x.split == 1 else x
         return x if x.dtype.is_floating_point else x.astype(torch.float64)
 
@@ -168,4 +190,4 @@ def parameters(estimator: Any) -> dict[str, Any]:
     import inspect
 
     names = [n for n in inspect.signature(type(estimator).__init__).parameters if n != "self"]
-    return {name: getattr(estimator, name) for name in names}
+    return {name: getattr(estimator, name) for name in names if hasattr(estimator, name)}

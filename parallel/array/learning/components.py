@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.array.array import SplitArray
 from parallel.array.decompositions import hsvd, rsvd, svd
 from parallel.array.gram import GramMoments, gram_of, gram_over_ranks, merged_gram
-from parallel.array.learning.base import Estimator, Step, all_reduce, like_rows
+from parallel.array.learning.base import Estimator, Step, all_reduce, finite_rows, like_rows
 
 Method = Literal["gram", "tsqr", "hsvd", "rsvd", "incremental"]
 METHODS = ("gram", "tsqr", "hsvd", "rsvd", "incremental")
@@ -71,6 +71,7 @@ class PCA(Estimator):
         if self.method in ("gram", "incremental"):
             mine = gram_of(x.local)
             mine = gram_over_ranks(mine, x.comm) if x.split == 0 else mine
+            _require_finite(x, mine.mean)
             if self.method == "incremental" and self.scatter is not None:
                 mine = merged_gram(GramMoments(self.n, self.mean, self.scatter), mine)
             self._from_scatter(mine, k)
@@ -98,6 +99,7 @@ class PCA(Estimator):
         sums = all_reduce(x, x.local.sum(0, dtype=torch.float64))
         self.n = torch.tensor(float(x.shape[0]), dtype=torch.float64)
         self.mean = sums / max(x.shape[0], 1)
+        _require_finite(x, self.mean)
         centred = like_rows(x, (x.local.double() - self.mean).to(x.dtype))
         total = float(all_reduce(x, (x.local.double() - self.mean).square().sum()))
         k = min(k, x.shape[0])
@@ -148,6 +150,12 @@ class PCA(Estimator):
         rows = x.local.double()
         both = all_reduce(x, torch.stack([(rows - back).square().sum(), (rows - self.mean).square().sum()]))
         return math.sqrt(float(both[0]) / max(float(both[1]), 1e-300))
+
+
+def _require_finite(x: SplitArray, mean: Tensor) -> None:
+    """Name the first row that is not finite, on all ranks, where the mean of all rows is not."""
+    if not bool(torch.isfinite(mean).all()):
+        finite_rows(x, "raise")
 
 
 class DMD(Estimator):
