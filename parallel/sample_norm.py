@@ -1,6 +1,7 @@
-"""Batch normalisation whose statistics are those of all samples of a sample group, on any device.
+"""Batch normalisation whose statistics are those of all ranks of a group, on any device.
 
-torch's SyncBatchNorm runs on accelerators alone.
+torch's SyncBatchNorm runs on accelerators alone. Counts, means and sums of squared deviations are gathered and merged
+(Chan, Golub, LeVeque, 1979), never sums of squares; the gradient passes through the merged statistics.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ from parallel.sample_collectives import all_gather, group_sum
 from parallel.sample_layout import SampleShare
 
 
-def share_statistics(model: nn.Module, share: SampleShare) -> Callable[[], None]:
-    """Let every batch normalisation of a model train on the statistics of all ranks of the group.
+def share_statistics(model: nn.Module, share: Callable[[], SampleShare]) -> Callable[[], None]:
+    """Let every batch normalisation of a model train on the statistics of all ranks of a group.
 
     The modules, their parameters and their names stay as they are. Ranks may hold unequal numbers of samples.
+
+    Args:
+        model: Whose modules are looked through.
+        share: Gives the group in every forward pass; in a group of one rank a module computes as it always does.
 
     Returns:
         A function that undoes it.
     """
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and not isinstance(m, nn.SyncBatchNorm)]
-    norms = norms if share.size > 1 else []
     for norm in norms:
         norm.forward = partial(_forward, norm, share)
 
@@ -37,8 +41,9 @@ def share_statistics(model: nn.Module, share: SampleShare) -> Callable[[], None]
     return undo
 
 
-def _forward(norm: _BatchNorm, share: SampleShare, x: Tensor) -> Tensor:
-    if not norm.training:
+def _forward(norm: _BatchNorm, share_now: Callable[[], SampleShare], x: Tensor) -> Tensor:
+    share = share_now()
+    if not norm.training or share.size < 2:
         return type(norm).forward(norm, x)
     norm._check_input_dim(x)
     y, mean, variance, count = _Normalize.apply(x, norm.weight, norm.bias, norm.eps, share)

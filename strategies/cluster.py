@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +25,8 @@ from parallel.groups import ClusterGroups, Group, destroy, make_cluster_groups
 from parallel.layout import check_local_size
 from parallel.ledger import Ledger
 from parallel.network_model import Delay, NetworkModel
+from parallel.sample_layout import SampleShare
+from strategies.shared_statistics import SharedStatistics
 
 # DDP shall not send buffers around in every forward pass, see `ClusterStrategy.share_buffers`. torch 2.13 has named
 # that argument anew, and with the new one DDP makes them equal where it is built.
@@ -122,6 +125,13 @@ class ClusterStrategy(DDPStrategy):
         super().setup_environment()
         self.interconnect = Interconnect(self.local_size, self.network, Ledger(self.global_rank, self.local_size))
         self._groups = make_cluster_groups(self.local_size, self._timeout)
+        if isinstance(self._layer_sync, TorchSyncBatchNorm) and self.root_device.type != "cuda":
+            self._layer_sync = SharedStatistics(self._statistics_share)  # torch's refuses every other device
+
+    def _statistics_share(self) -> SampleShare:
+        """Whom ``trainer.sync_batchnorm`` takes statistics over: the ranks whose gradients are averaged."""
+        group = self.gradient_group
+        return SampleShare(group.size, group.ranks.index(self.global_rank), group, interconnect=self.interconnect)
 
     @property
     def ledger(self) -> Ledger:

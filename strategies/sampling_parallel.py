@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch.plugins import LayerSync
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import override
 
@@ -21,8 +20,8 @@ from parallel.layout import global_groups, node_groups
 from parallel.phase_times import PhaseTimes
 from parallel.sample_collectives import all_gather
 from parallel.sample_layout import SampleShare, check_sample_parallel_size, mesh
-from parallel.sample_norm import share_statistics
 from strategies.cluster import ClusterStrategy
+from strategies.shared_statistics import SharedStatistics
 
 log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
 
@@ -116,7 +115,7 @@ class SamplingParallel(ClusterStrategy):
         if size > 1:  # not later, where a rank without a batch to evaluate would miss it
             self._metric_group = self._data_group.handle or self._group_of_one()
         if self.sync_bn == "sample":
-            self._layer_sync = _SharedStatistics(self._share)
+            self._layer_sync = SharedStatistics(lambda: self._share)
         if self.global_rank == 0:
             log.info("%d share(s) of the data, samples shared over %d process(es)", world // size, size)
 
@@ -274,24 +273,6 @@ class SamplingParallel(ClusterStrategy):
     def on_test_end(self) -> None:
         super().on_test_end()
         self._metrics_over_all()
-
-
-class _SharedStatistics(LayerSync):
-    """Applied by Lightning to the module before it is wrapped for training, and reverted at its end."""
-
-    def __init__(self, share: SampleShare) -> None:
-        self._share, self._undo = share, None
-
-    @override
-    def apply(self, model: nn.Module) -> nn.Module:
-        self._undo = share_statistics(model, self._share)
-        return model
-
-    @override
-    def revert(self, model: nn.Module) -> nn.Module:
-        if self._undo is not None:
-            self._undo()
-        return model
 
 
 def checksum(tensor: Tensor) -> Tensor:

@@ -167,37 +167,42 @@ def losses(experiment: str, folder: str, devices: int, *overrides: str) -> list[
     )  # fmt: skip
     result = job.run(plain(composed(*overrides, run_dir=folder)))
     assert result["status"] == "completed", result.get("error")
-    if not (path := next(Path(folder).rglob("metrics.csv"), None)):
-        return []
-    rows = pd.read_csv(path)
+    return logged_losses(Path(folder)) if devices == 1 else []
+
+
+def logged_losses(folder: Path) -> list[float]:
+    """Of the steps of a run."""
+    (found,) = folder.rglob("metrics.csv")
+    rows = pd.read_csv(found)
     return rows["train/loss_step" if "train/loss_step" in rows else "train/loss"].dropna().tolist()
 
 
-@pytest.mark.parametrize(
-    ("experiment", "overrides"),
-    [
-        (
-            "energy_scaling/afno_pretrain",
-            ("data.batch_size=8", "data.records=20", "data.num_train=4", "model.linear_patterns=0", "model.net.dim=32"),
-        ),
-        pytest.param(
-            "energy_scaling/resnet_cds_gbs",
-            ("trainer=multi_gpu", "data.batch_size=32", "trainer.sync_batchnorm=true"),
-            marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="batch norms are synchronised on GPUs only"),
-        ),
-    ],
-    ids=["afno", "resnet"],
-)
-def test_4_two_processes_compute_what_one_does(experiment, overrides, tmp_path, ranks2):
-    if "afno" in experiment:
-        overrides = (*overrides, f"data.cache_dir={tmp_path}")
-    ranks2(losses, experiment, str(tmp_path / "two"), 2, *overrides)
-    one = losses(experiment, str(tmp_path / "one"), 1, *overrides)
-    (found,) = Path(tmp_path / "two").rglob("metrics.csv")
-    rows = pd.read_csv(found)
-    two = rows["train/loss_step" if "train/loss_step" in rows else "train/loss"].dropna().tolist()
+def test_4_two_processes_compute_what_one_does(tmp_path, ranks2):
+    overrides = ("data.batch_size=8", "data.records=20", "data.num_train=4", "model.linear_patterns=0")
+    overrides = (*overrides, "model.net.dim=32", f"data.cache_dir={tmp_path}")
+    ranks2(losses, "energy_scaling/afno_pretrain", str(tmp_path / "two"), 2, *overrides)
+    one = losses("energy_scaling/afno_pretrain", str(tmp_path / "one"), 1, *overrides)
+    two = logged_losses(tmp_path / "two")
     assert len(one) == len(two) == 10
     assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_4_batch_normalisation_of_two_processes_is_that_of_one(tmp_path, ranks2):
+    """In float64, where losses of ten steps agree to 1e-14.
+
+    In float32 rounding hides it: where batch normalisation sees a few dozen values, gradients are so ill-conditioned
+    that those of one process with and without oneDNN differ by 0.4 to 2 % in the first step (ResNet-50 on digits).
+    """
+    overrides = ("data.batch_size=32", "trainer.precision=64-true")
+    overrides = (*overrides, "trainer.limit_val_batches=null")  # the rate follows the loss of validation
+    synchronised, own = (*overrides, "trainer.sync_batchnorm=true"), overrides
+    one = losses("energy_scaling/resnet_cds_gbs", str(tmp_path / "one"), 1, *synchronised)
+    ranks2(losses, "energy_scaling/resnet_cds_gbs", str(tmp_path / "two"), 2, *synchronised)
+    two = logged_losses(tmp_path / "two")
+    assert len(one) == len(two) == 10
+    assert two == pytest.approx(one, rel=1e-10)
+    ranks2(losses, "energy_scaling/resnet_cds_gbs", str(tmp_path / "own"), 2, *own)
+    assert logged_losses(tmp_path / "own") != pytest.approx(one, rel=1e-3)
 
 
 # --- 8, 9: schedule and subsets --------------------------------------------------------------------------------------

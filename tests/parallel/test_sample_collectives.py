@@ -234,7 +234,7 @@ def normalised():
         layer, (x, slope) = norm(dims, **kwargs), batch(dims)
         own = slice(0, 2) if mine.index == 0 else slice(2, 6)
         x = x[own].requires_grad_()
-        undo = share_statistics(nn.Sequential(layer), mine)
+        undo = share_statistics(nn.Sequential(layer), lambda: mine)
         for _ in range(2):  # running statistics move twice
             y = layer(x)
         (2 * y * slope[own]).sum().backward()  # K times the gradient, as the losses here give it

@@ -540,19 +540,19 @@ class Listen(pl.Callback):
         pl_module.heard.setdefault(self.phase, set()).update(ranks for _, ranks in self.tap.heard)
 
 
-def tapped(folder, group_size):
+def tapped(folder, group_size, shared):
     net = network(norm=True)
-    module = Tapped(net)
-    module, trainer, seen = fit(folder, module=module, callbacks=(Listen(),), group_size=group_size)
+    module, options = Tapped(net), {"sync_batchnorm": shared}
+    module, trainer, seen = fit(folder, module=module, callbacks=(Listen(),), trainer=options, group_size=group_size)
     between = trainer.strategy.interconnect.between
     return module.heard, [t["inter_node_bytes"] for t in seen.totals], between.totals()["inter_node_bytes"]
 
 
-@pytest.mark.parametrize("group_size", [1, 2])
-def test_no_byte_passes_between_groups_in_an_ab_phase(ranks4, tmp_path, group_size):
-    """Heard below torch.distributed, with a batch norm whose statistics DDP sends around."""
+@pytest.mark.parametrize(("group_size", "shared"), [(1, False), (2, False), (2, True)])
+def test_no_byte_passes_between_groups_in_an_ab_phase(ranks4, tmp_path, group_size, shared):
+    """Heard below torch.distributed, with a batch norm whose statistics DDP sends around, or the norm itself."""
     everyone = (0, 1, 2, 3)
-    for rank, (heard, inter, _) in enumerate(ranks4(tapped, str(tmp_path), group_size)):
+    for rank, (heard, inter, _) in enumerate(ranks4(tapped, str(tmp_path), group_size, shared)):
         own = rank // group_size
         assert heard["warmup"] == heard["full"] == {everyone}
         assert heard["ab"] == {tuple(range(own * group_size, (own + 1) * group_size))}
