@@ -504,3 +504,17 @@ def test_a_step_of_a_peer_moves_all_of_the_same_network(peer, monkeypatch):
         step()
     assert torch.isfinite(loss())
     assert all(not torch.equal(p, old) for p, old in zip(parameters, before, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------- energy_scaling
+
+
+def test_steps_of_the_scaling_study_run():
+    from benchmarks import energy_scaling
+
+    result = energy_scaling.run(repeats=1, calls=1)
+    assert [row["what"].split(",")[0] for row in result.rows] == [
+        "a training step of ResNet-50",
+        "a training step of AFNO",
+    ]
+    assert all(row["value"] > 0 and record.holds(row) is not None for row in result.rows)

@@ -1,6 +1,7 @@
 """What the scaling study must show: the numbered lines of the acceptance list of its document.
 
-Lines 5 and 6 are in tests/networks/test_afno.py and benchmarks/afno.py, 7 in tests/networks/test_resnet.py.
+Lines 5 and 6 are in tests/networks/test_afno.py, benchmarks/afno.py and benchmarks/energy_scaling.py, 7 in
+tests/networks/test_resnet.py and benchmarks/energy_scaling.py.
 """
 
 from __future__ import annotations
