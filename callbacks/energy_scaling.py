@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -286,15 +287,16 @@ def plans_section(forecasts: Sequence[Forecast]) -> Section:
             str(f.plan.local_batch_size),
             f"{f.plan.num_samples:,}",
             f"{f.plan.epochs:g}",
-            f"{number(f.hours)} ({number(f.hours_low)} to {number(f.hours_high)})",
-            f"{number(f.energy_kwh)} ({number(f.energy_low)} to {number(f.energy_high)})",
+            _with_bounds(f.hours, f.hours_low, f.hours_high),
+            _with_bounds(f.energy_kwh, f.energy_low, f.energy_high),
             "" if f.co2_kg is None else number(f.co2_kg),
             "; ".join(f.extrapolates),
         ]
         for f in forecasts
     ]
     columns = ("devices", "LBS", "samples", "epochs", "hours (95 %)", "kWh (95 %)", "CO2 [kg]", "beyond the runs")
-    return Section("Forecasts", ["Intervals from the errors of left-out runs."], columns, rows)
+    text = "Intervals from the errors of the fits, wider the farther a plan is from the runs."
+    return Section("Forecasts", [text], columns, rows)
 
 
 def _first_job(folder: Path) -> Mapping[str, Any]:
@@ -312,6 +314,11 @@ def _mode(job: Mapping[str, Any], metric: str | None) -> str:
         if isinstance(callback, Mapping) and callback.get("monitor") == metric and callback.get("mode"):
             return str(callback["mode"])
     return better_is(metric)
+
+
+def _with_bounds(value: float, low: float, high: float) -> str:
+    bounds = f"{number(low)} to {number(high)}" if math.isfinite(high) else "unknown: nothing was tested"
+    return f"{number(value)} ({bounds})"
 
 
 def _symbol(term: str) -> str:

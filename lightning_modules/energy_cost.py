@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from physics.energy_cost import Forecast, fit_cost, fit_time, forecast, leave_one_out
+from physics.energy_cost import Forecast, fit_cost, fit_time, forecast
 from physics.energy_cost.analysis import analyse, cost_terms
 from physics.energy_cost.configuration import distinct
 from physics.energy_cost.planning import better_is
@@ -102,9 +102,8 @@ class EnergyCostModel(pl.LightningModule):
         records = distinct(datamodule.means)
         terms = cost_terms(records)  # those of the test
         cost, time = fit_cost(records, terms), fit_time(records)
-        left_out = leave_one_out(records, terms) if len(records) > len(cost.terms) else []
         kg = None if self.carbon_intensity is None else self.carbon_intensity / 1000
-        self.forecasts = [forecast(plan, cost, time, records, left_out, kg) for plan in datamodule.plans]
+        self.forecasts = [forecast(plan, cost, time, records, kg) for plan in datamodule.plans]
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from physics.energy_cost.configuration import Record
+from physics.energy_cost.intervals import Uncertainty, uncertainty
 
 Array = NDArray[np.float64]
 
@@ -91,6 +92,7 @@ class CostFit:
         unidentified: Directions of the weighted columns that no run has anything of; a configuration that needs them
             cannot be predicted.
         scale: Lengths of the weighted columns.
+        uncertainty: Of forecasts.
     """
 
     terms: tuple[str, ...]
@@ -103,6 +105,7 @@ class CostFit:
     local_batch_size: float | None = None
     unidentified: tuple[tuple[float, ...], ...] = ()
     scale: tuple[float, ...] = ()
+    uncertainty: Uncertainty | None = None
 
     @property
     def mean_error(self) -> float:
@@ -131,6 +134,16 @@ class CostFit:
             ValueError: See `parts`.
         """
         return math.fsum(self.parts(record).values())
+
+    def half_width(self, record: Record) -> float:
+        """Relative half width of the 95 % interval of the energy of a run whose hours are known.
+
+        Raises:
+            ValueError: See `parts`.
+        """
+        assert self.uncertainty is not None
+        row = np.array(_row(self.terms, record))
+        return self.uncertainty.half_width(row / self.predict(record))
 
     def _check(self, record: Record) -> None:
         if self.devices_per_node is not None and not math.isclose(record.devices_per_node, self.devices_per_node):
@@ -227,16 +240,18 @@ def fit_cost(
             f"these runs hardly tell {' and '.join(names)} apart; only configurations like theirs can be predicted"
         )
     coefficients = _solve(matrix)
+    errors = matrix @ coefficients - 1
     samples = [_solve(_weighted(terms, draw)) for draw in draws]
     return CostFit(
         terms,
         tuple(float(value) for value in coefficients),
         tuple(_interval([sample[i] for sample in samples], float(c)) for i, c in enumerate(coefficients)),
-        tuple(float(value) for value in matrix @ coefficients - 1),
+        tuple(float(value) for value in errors),
         condition,
         tuple(warnings),
         unidentified=tuple(tuple(float(x) for x in direction) for direction in weak),
         scale=tuple(float(1 / length) for length in lengths),
+        uncertainty=uncertainty(matrix, errors, COLLINEAR),
         **constants,
     )
 

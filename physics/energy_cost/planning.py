@@ -16,6 +16,7 @@ from scipy.optimize import nnls
 
 from physics.energy_cost.configuration import Configuration, Record
 from physics.energy_cost.fitting import COLLINEAR, CostFit
+from physics.energy_cost.intervals import Uncertainty, uncertainty
 
 TIME_TERMS: dict[str, str] = {
     "samples": "t_s [s per sample]",
@@ -35,11 +36,13 @@ class TimeFit:
         left_out: The same when the others predict it.
         unidentified: Directions of the weighted columns that no run has anything of.
         scale: Factors of the columns.
+        uncertainty: Of forecasts.
     """
 
     coefficients: tuple[float, ...]
     errors: tuple[float, ...]
     left_out: tuple[float, ...]
+    uncertainty: Uncertainty
     unidentified: tuple[tuple[float, ...], ...] = ()
     scale: tuple[float, ...] = ()
 
@@ -62,10 +65,14 @@ class TimeFit:
                 )
         return float(np.dot(row, self.coefficients)) / 3600
 
-    @property
-    def spread(self) -> float:
-        """Root mean square of the leave-one-out errors: what an interval of a forecast is made of."""
-        return math.sqrt(float(np.mean(np.square(self.left_out))))
+    def half_width(self, plan: Configuration) -> float:
+        """Relative half width of the 95 % interval of the hours of a plan.
+
+        Raises:
+            ValueError: See `device_hours`.
+        """
+        row = np.array(_time_row(plan.devices, plan.samples, plan.updates, plan.epochs)) / 3600
+        return self.uncertainty.half_width(row / self.device_hours(plan))
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ class Forecast:
     Attributes:
         plan: What was asked for.
         hours: T, wall time; ``hours_low``, ``hours_high``: 95 % interval.
-        energy_kwh: E; ``energy_low``, ``energy_high``: 95 % interval. From the leave-one-out errors of both fits.
+        energy_kwh: E; ``energy_low``, ``energy_high``: 95 % interval, from both fits. Intervals widen with the distance
+            from the runs (`intervals.Uncertainty`); they reach from 0 to infinity where a fit was not tested.
         parts_kwh: Energy by term.
         co2_kg: Of the energy, if the carbon intensity was given.
         extrapolates: What of the plan lies outside of the runs, in words.
@@ -109,10 +117,12 @@ def fit_time(records: Sequence[Record]) -> TimeFit:
     _, values, directions = np.linalg.svd(matrix / lengths, full_matrices=True)
     weak = [directions[i] for i in range(matrix.shape[1]) if i >= len(values) or values[i] < COLLINEAR]
     left_out = [float(row @ _solve(np.delete(matrix, i, axis=0)) - 1) for i, row in enumerate(matrix)]
+    errors = matrix @ coefficients - 1
     return TimeFit(
         tuple(float(c) for c in coefficients),
-        tuple(float(e) for e in matrix @ coefficients - 1),
+        tuple(float(e) for e in errors),
         tuple(left_out),
+        uncertainty(matrix, errors, COLLINEAR),
         tuple(tuple(float(x) for x in direction) for direction in weak),
         tuple(float(1 / length) for length in lengths),
     )
@@ -123,7 +133,6 @@ def forecast(
     cost: CostFit,
     time: TimeFit,
     records: Sequence[Record],
-    left_out: Sequence[float],
     kg_co2_per_kwh: float | None = None,
 ) -> Forecast:
     """Hours and energy of a plan.
@@ -133,7 +142,6 @@ def forecast(
         cost: Fitted to ``records``.
         time: Fitted to ``records``.
         records: The runs.
-        left_out: Leave-one-out errors of ``cost``.
         kg_co2_per_kwh: Carbon intensity of the electricity.
 
     Raises:
@@ -145,8 +153,8 @@ def forecast(
     energy = math.fsum(parts.values())
     # Energy follows the device hours in some terms, the rest is fixed by the plan.
     moving = math.fsum(value for term, value in parts.items() if term in ("node", "device", "node+device"))
-    spread_time = 1.96 * time.spread
-    spread = math.hypot(1.96 * _rms(left_out), spread_time * moving / energy)
+    spread_time = time.half_width(plan)
+    spread = math.hypot(cost.half_width(planned), spread_time * moving / energy if moving else 0.0)
     return Forecast(
         plan,
         hours=hours / plan.devices,
@@ -234,10 +242,6 @@ def _solve(matrix: np.ndarray) -> np.ndarray:
     lengths = np.where(used, np.linalg.norm(matrix, axis=0), 1.0)
     found: np.ndarray = nnls(matrix / lengths, np.ones(len(matrix)))[0]
     return found / lengths
-
-
-def _rms(values: Sequence[float]) -> float:
-    return math.sqrt(float(np.mean(np.square(values)))) if len(values) else 0.0
 
 
 def _outside(plan: Configuration, records: Sequence[Record]) -> list[str]:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from physics.energy_cost import Configuration, fit_cost, fit_time, forecast, knee, leave_one_out, pareto_front
+from physics.energy_cost import Configuration, fit_cost, fit_time, forecast, knee, pareto_front
 from physics.energy_cost.records import read_table
 from tests.physics.energy_cost.test_fitting import record
 
@@ -23,7 +23,7 @@ def test_hours_that_were_put_in_are_found():
 def test_a_plan_is_what_the_run_would_have_been():
     cost, time = fit_cost(GROWING), fit_time(GROWING)
     plan = Configuration(8, 32, 40_000, 10)
-    found = forecast(plan, cost, time, GROWING, leave_one_out(GROWING), 0.4)
+    found = forecast(plan, cost, time, GROWING, 0.4)
     assert found.hours == pytest.approx(record(8, 32).hours, rel=0.05)
     exact = record(8, 32, device_hours=8 * found.hours)
     parts = {
@@ -37,9 +37,19 @@ def test_a_plan_is_what_the_run_would_have_been():
     assert found.co2_kg == pytest.approx(0.4 * found.energy_kwh)
     assert found.energy_low < found.energy_kwh < found.energy_high
     assert not found.extrapolates
-    far = forecast(Configuration(512, 32, 40_000, 10), cost, time, GROWING, leave_one_out(GROWING))
+    far = forecast(Configuration(512, 32, 40_000, 10), cost, time, GROWING)
     assert far.co2_kg is None
     assert far.extrapolates == ("512 devices; the runs have 1 to 16",)
+    near, wide = (f.energy_high / f.energy_kwh - 1 for f in (found, far))
+    assert wide > 2 * near, "what is far from the runs is less sure"
+    assert far.hours_high / far.hours > 2 * found.hours_high / found.hours - 1
+
+
+def test_a_forecast_of_an_untested_fit_has_no_bounds():
+    few = [record(1, 16), record(2, 256), record(8, 64), record(16, 16)]
+    found = forecast(Configuration(2, 32, 40_000, 10), fit_cost(few), fit_time(GROWING), few)
+    assert (found.energy_low, found.energy_high) == (0.0, math.inf)
+    assert 0 < found.hours_low < found.hours_high < math.inf
 
 
 @pytest.mark.parametrize(
