@@ -119,15 +119,16 @@ def _read_run(name: str, result: Mapping[str, Any], metric: str | None) -> dict[
     gpus = sorted(set(hardware.get("cuda") or []))
     on_cpu = (config.get("trainer") or {}).get("accelerator") == "cpu"
     kinds = str(hardware.get("cpu") or "") if on_cpu or not gpus else ", ".join(gpus)
-    epochs = float(result.get("epoch") or 1) or 1.0
+    sizes = result.get("scaling") or {}  # of `callbacks.scaling_record`; runs without it are nearly as well known
+    epochs = sizes.get("epochs") or float(result.get("epoch") or 1)
     return {
         "name": name,
         "experiment": f"{config.get('name') or result.get('name')}",
         "devices": devices,
         "nodes": nodes,
-        "local_batch_size": max(round(samples / (updates * devices)), 1),
-        "num_samples": round(samples / epochs),
-        "epochs": epochs,
+        "local_batch_size": max(round(sizes.get("local_batch_size") or samples / (updates * devices)), 1),
+        "num_samples": sizes.get("num_samples") or round(samples / epochs),
+        "epochs": float(epochs),
         "samples": float(samples),
         "updates": int(updates),
         "energy_kwh": stage["it_kwh"],
