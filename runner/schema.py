@@ -8,7 +8,7 @@ from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from runner.stamp import run_stamp
 from runner.wandb_key import wandb_offline
@@ -83,6 +83,27 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
 
 
+def _number(factor: Any) -> float:
+    """A factor of a product; ``trainer.devices`` may be a number, a list of devices, or something that is neither.
+
+    Raises:
+        ValueError: Says what is needed instead.
+    """
+    if isinstance(factor, list | tuple | ListConfig):
+        return len(factor)
+    listed = [part for part in factor.split(",") if part.strip()] if isinstance(factor, str) else []
+    if len(listed) > 1 or (isinstance(factor, str) and factor.endswith(",")):
+        return len(listed)  # "0,1": these devices
+    if isinstance(factor, str) and factor.isdigit():
+        return int(factor)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 0:
+        raise ValueError(
+            f"{factor} is no number to multiply by; where batches or rates are multiples of the devices, set "
+            "trainer.devices to their number (auto and -1 are known too late)"
+        )
+    return factor
+
+
 def register() -> None:
     """Make the schema and the resolvers known to Hydra; calling it again changes nothing.
 
@@ -94,7 +115,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("stamp", run_stamp, replace=True)
     OmegaConf.register_new_resolver("count", len, replace=True)
     OmegaConf.register_new_resolver("days", lambda steps, day: -(-steps // day), replace=True)
-    OmegaConf.register_new_resolver("part", lambda part, number: int(part * number), replace=True)
-    OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
+    OmegaConf.register_new_resolver("part", lambda part, number: int(part * _number(number)), replace=True)
+    OmegaConf.register_new_resolver("product", lambda *factors: math.prod(map(_number, factors)), replace=True)
     OmegaConf.register_new_resolver("job_type", lambda train: "train" if train else "evaluate", replace=True)
     OmegaConf.register_new_resolver("wandb_offline", wandb_offline, replace=True)

@@ -50,6 +50,27 @@ def test_mistake(override, message):
     assert len(lines) == 1 and message in lines[0], lines
 
 
+@pytest.mark.parametrize("devices", ["auto", "-1"])
+@pytest.mark.parametrize("experiment", ["energy_scaling", "energy_scaling/afno_pretrain", "weather/weak_scaling"])
+def test_devices_that_batches_and_rates_are_multiples_of(experiment, devices):
+    with pytest.raises(ConfigMistakes) as error:
+        check(composed(f"experiment={experiment}", f"trainer.devices={devices}"))
+    lines = [line for line in error.value.found if "set trainer.devices to their number" in line]
+    assert lines and all(f"{devices} is no number to multiply by" in line for line in lines), error.value.found
+
+
+@pytest.mark.parametrize(
+    ("devices", "nodes", "expected"), [("4", 1, 4), ("[0,2]", 1, 2), ("'0,1,3'", 1, 3), ("'2'", 3, 6), ("2", 4, 8)]
+)
+def test_products_of_devices_and_nodes(devices, nodes, expected):
+    overrides = (f"trainer.devices={devices}", f"trainer.num_nodes={nodes}")
+    images = composed("experiment=energy_scaling", *overrides, "data.local_batch_size=32")
+    assert images.model.optimizer.lr == pytest.approx(0.1 * 32 * expected / 256)
+    assert composed("experiment=energy_scaling/afno_pretrain", *overrides).data.batch_size == 4 * expected
+    paper = composed("experiment=energy_scaling/paper", *overrides)
+    assert paper.model.optimizer.lr == pytest.approx(0.1 * expected)
+
+
 def test_all_at_once_with_those_of_the_command_line():
     lines = found("++model.widht=3", "++trainer.max_epoch=3", more=["sed: no such key or group."])
     assert [line.split(":")[0] for line in lines] == ["sed", "model.widht", "trainer.max_epoch"]
