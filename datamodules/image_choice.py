@@ -76,12 +76,15 @@ class ImageChoice:
             seed=self.split_seed,
         )
 
-    def parts(self, train: StoredImages, test: StoredImages | None) -> dict[str, ImageSet]:
+    def parts(
+        self, train: StoredImages, test: StoredImages | None, val: StoredImages | None = None
+    ) -> dict[str, ImageSet]:
         """The images of all parts.
 
         Args:
             train: What is stored to train on.
             test: What is stored to test; None: a part of ``train``.
+            val: What is stored to validate; None: a part of ``train`` too (``val_fraction``).
 
         Raises:
             ValueError: Names the argument and the remedy.
@@ -101,6 +104,10 @@ class ImageChoice:
             test_rows = self._rows_of_classes(test.labels)
         sets = {"test": self._load(test, self._limited(test, test_rows, "test"))}
         chosen = self._load(train, self._limited(train, rows, "train"))
+        if val is not None:
+            if self.val_fraction:
+                raise ValueError(f"data.val_fraction={self.val_fraction}: data.val_folder has the images; set it to 0")
+            return {"train": chosen, "val": self._load(val, self._rows_of_classes(val.labels)), **sets}
         in_val = stratified(chosen.labels, self.val_fraction, self.split_seed)
         if self.val_fraction and not in_val.any():
             raise ValueError(f"data.val_fraction={self.val_fraction} leaves no image for validation; increase it")
@@ -120,9 +127,10 @@ class ImageChoice:
         Raises:
             ValueError: If they differ, or have other channels than are wanted.
         """
-        shape, test_shape = sets["train"].pixels.shape[1:], sets["test"].pixels.shape[1:]
-        if shape != test_shape:
-            raise ValueError(f"{self.name}: training images have the shape {shape}, test images {test_shape}")
+        shape = sets["train"].pixels.shape[1:]
+        for part in ("test", "val"):
+            if (other := sets[part].pixels.shape[1:]) != shape:
+                raise ValueError(f"{self.name}: training images have the shape {shape}, {part} images {other}")
         height, width, stored = shape
         if self.to_rgb and stored != 1:
             raise ValueError(f"data.to_rgb=true: {self.name} has {stored} channels already; set data.to_rgb=false")
@@ -218,3 +226,15 @@ def grown(images: ImageSet, samples_per_device: int, devices: int, seed: int, na
             f"training images; use at most {len(images.rows) // devices}"
         )
     return images.take(stratified_subset(images.labels, wanted, seed))
+
+
+def cut_alike(images: ImageSet, share: float, seed: int) -> ImageSet:
+    """The share of the validation images that `grown` has left of the training images, at least one.
+
+    Args:
+        images: All of them.
+        share: 0 to 1.
+        seed: Of the choice.
+    """
+    number = max(round(share * len(images.rows)), min(1, len(images.rows)))
+    return images if number == len(images.rows) else images.take(stratified_subset(images.labels, number, seed))

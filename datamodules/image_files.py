@@ -14,7 +14,7 @@ from datamodules.readers.image_folder import read_image_folder
 from datamodules.readers.image_npz import read_image_npz
 from datamodules.readers.stored_images import StoredImages, require_md5
 
-FilePart = Literal["train", "test"]
+FilePart = Literal["train", "val", "test"]
 
 NUM_FILES: dict[str, int] = {"digits": 0, "idx": 4, "image_folder": 1, "npz": 1, "synthetic": 0}
 """How many files a reader takes."""
@@ -32,6 +32,7 @@ class ImageFiles:
         md5: Expected checksums, one per file; None: not checked.
         cache_dir: Where ``image_folder`` keeps decoded images.
         train_folder: Its training part.
+        val_folder: Its validation part; None: validation takes some of the training images.
         test_folder: Its test part; None: there is none.
         stored_size: Height and width that it resizes and cuts images to; None: they have one size already.
         num_channels: That images are decoded with; None: as they are.
@@ -48,6 +49,7 @@ class ImageFiles:
     md5: Sequence[str] | None
     cache_dir: Path
     train_folder: str
+    val_folder: str | None
     test_folder: str | None
     stored_size: int | None
     num_channels: int | None
@@ -59,6 +61,10 @@ class ImageFiles:
             raise ValueError(f"data.file={self.files or None}: data.reader={self.reader} needs {wanted} file(s)")
         if self.md5 is not None and len(self.md5) != wanted:
             raise ValueError(f"data.md5 has {len(self.md5)} checksums for {wanted} file(s); give one for each, or null")
+        if self.val_folder is not None and self.reader != "image_folder":
+            raise ValueError(
+                f"data.val_folder={self.val_folder}: data.reader={self.reader} has no folders; set it to null"
+            )
         if self.stored_size is not None and self.stored_size < 1:
             raise ValueError(f"data.stored_size={self.stored_size}: must be at least 1")
 
@@ -90,7 +96,9 @@ class ImageFiles:
         return other if self.reader == "idx" and not path.exists() and other.is_file() else path
 
     def read(self, part: FilePart) -> StoredImages | None:
-        """A part as the files have it; None: they have no test part. Not of ``synthetic``, which has no files."""
+        """A part as the files have it; None: they have no such part. Not of ``synthetic``, which has no files."""
+        if part == "val" and self.val_folder is None:
+            return None
         paths = [self._path(file) for file in self.files]
         if self.reader == "digits":
             return read_digits() if part == "train" else None
@@ -107,7 +115,7 @@ class ImageFiles:
             if root.is_dir():
                 raise ValueError(f"data.md5: {root} is a folder, which has no checksum; set data.md5=null")
             require_md5(root, None, self.md5[0])
-        folder = self.train_folder if part == "train" else self.test_folder
+        folder = {"train": self.train_folder, "val": self.val_folder, "test": self.test_folder}[part]
         if folder is None:
             return None
         read = partial(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from datamodules.image_choice import ImageChoice, grown
+from datamodules.image_choice import ImageChoice, cut_alike, grown
 from datamodules.image_files import FilePart, ImageFiles
 from datamodules.image_input import Augmentation, Normalization, channel_statistics, shifted
 from datamodules.image_predictions import prediction_table
@@ -71,6 +71,8 @@ class Images(LightningDataModule):
         md5: Expected checksums, one per file (``idx``: of the uncompressed content); null: not checked.
         cache_dir: Where ``image_folder`` keeps decoded images; null: ``wattlight/images`` in the user's cache folder.
         train_folder: ``image_folder``: part below ``file`` that holds one folder per class.
+        val_folder: ``image_folder``: the same of the validation part, with ``val_fraction=0``; it may be the test part.
+            Null: validation takes ``val_fraction`` of the training images.
         test_folder: ``image_folder``: the same of the test part; null: there is none.
         stored_size: ``image_folder``: height and width that images are resized and cut to when they are decoded; null:
             they have one size already.
@@ -109,8 +111,8 @@ class Images(LightningDataModule):
         predict_part: Part that prediction goes through: ``train``, ``val`` or ``test``.
         batch_size: Images per training step over all devices.
         local_batch_size: Images per training step on each device, in place of ``batch_size``; null: that one.
-        samples_per_device: Training images for each device that there is, chosen by class (validation not included):
-            the set grows with the number of devices; null: all.
+        samples_per_device: Training images for each device that there is, chosen by class: the set grows with their
+            number, and so does that of validation in training, in the same proportion; null: all.
         eval_batch_size: Images per evaluation step over all devices.
         drop_last: Drop the incomplete last batch of a training epoch.
         num_workers: Loader processes.
@@ -134,6 +136,7 @@ class Images(LightningDataModule):
         md5: str | Sequence[str] | None = None,
         cache_dir: str | None = None,
         train_folder: str = "train",
+        val_folder: str | None = None,
         test_folder: str | None = "test",
         stored_size: int | None = None,
         test_size: int | None = None,
@@ -185,6 +188,7 @@ class Images(LightningDataModule):
             md5=None if md5 is None else [md5] if isinstance(md5, str) else list(md5),
             cache_dir=_default_cache() if cache_dir is None else Path(cache_dir).expanduser(),
             train_folder=train_folder,
+            val_folder=val_folder,
             test_folder=test_folder,
             stored_size=stored_size,
             num_channels=1 if to_rgb else num_channels,
@@ -276,14 +280,16 @@ class Images(LightningDataModule):
             )
 
     def _read(self, part: FilePart) -> StoredImages | None:
-        """A part as it is stored; None: there is no test part."""
-        return self._choice.generated(part) if self._files.reader == "synthetic" else self._files.read(part)
+        """A part as it is stored; None: there is no such part."""
+        if self._files.reader != "synthetic":
+            return self._files.read(part)
+        return None if part == "val" else self._choice.generated(part)
 
     def _open(self) -> dict[str, ImageSet]:
         """All parts."""
         self._files.require()
-        train, test = self._read("train"), self._read("test")
-        sets = self._choice.parts(train, test)
+        train, val, test = (self._read(part) for part in ("train", "val", "test"))
+        sets = self._choice.parts(train, test, val)
         self._peak, self._class_names = train.peak, self._choice.class_names(train.class_names)
         self._shape = self._choice.checked_shape(sets)
         log.info("%s: %s", self.name, ", ".join(f"{len(images.rows)} {part}" for part, images in sets.items()))
@@ -331,22 +337,29 @@ class Images(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader:
-        layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
-        devices = layout["num_replicas"] if layout else 1
-        size = self.batch_size if self.local_batch_size is None else self.local_batch_size * devices
-        return self._loader(self._grown(devices), size, shuffle=True, drop_last=self.drop_last)
+        size = self.batch_size if self.local_batch_size is None else self.local_batch_size * self._devices
+        return self._loader(self._grown(), size, shuffle=True, drop_last=self.drop_last)
 
-    def _grown(self, devices: int) -> ImageSet:
-        """The training images of that many devices (``samples_per_device``)."""
+    @property
+    def _devices(self) -> int:
+        """How many share the images."""
+        layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+        return layout["num_replicas"] if layout else 1
+
+    def _grown(self) -> ImageSet:
+        """The training images of the devices that there are (``samples_per_device``)."""
         images = self._set("train")
         if self.samples_per_device is None:
             return images
-        return grown(images, self.samples_per_device, devices, self.split_seed, self.name)
+        return grown(images, self.samples_per_device, self._devices, self.split_seed, self.name)
 
     @override
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        """Give the validation images; none without a ``val_fraction``."""
-        return self._loader("val", self.eval_batch_size) if len(self._set("val").rows) else []
+        """Give the validation images, as many in training as the training images there call for; none without any."""
+        images = self._set("val")
+        if self.samples_per_device is not None and self.trainer is not None and self.trainer.state.fn == "fit":
+            images = cut_alike(images, len(self._grown().rows) / len(self._set("train").rows), self.split_seed)
+        return self._loader(images, self.eval_batch_size) if len(images.rows) else []
 
     @override
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
