@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from networks.drop_path import DropPath, rates
 
-Depth = Literal[18, 34, 50, 101, 152]
+Depth = Literal[18, 26, 34, 50, 101, 152]
 Stem = Literal["imagenet", "cifar", "rs"]
 
 _BLOCKS: dict[int, tuple[int, int, int, int]] = {
     18: (2, 2, 2, 2),
+    26: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
     101: (3, 4, 23, 3),
     152: (3, 8, 36, 3),
 }
+_BASIC = (18, 34)  # the others have bottlenecks
 _WIDTHS = (64, 128, 256, 512)
 _SQUEEZE = 4  # channels over hidden units of a squeeze-and-excitation layer
 
@@ -94,7 +96,7 @@ class ResNet(nn.Module):
     """Residual network of four stages, global mean and a linear layer.
 
     Args:
-        depth: 18 or 34 (basic blocks), 50, 101 or 152 (bottlenecks).
+        depth: 18 or 34 (basic blocks), 26, 50, 101 or 152 (bottlenecks).
         num_classes: Outputs.
         num_channels: Channels of an image.
         stem: ``imagenet``: convolution 7 x 7 of stride 2 and max-pooling, for images of about 224 pixels. ``cifar``:
@@ -126,7 +128,7 @@ class ResNet(nn.Module):
             raise ValueError(f"model.net.width={width} leaves too few channels; 0.25 is a quarter of them")
         self.num_classes, self.num_channels = num_classes, num_channels
         widths = [round(w * width) for w in _WIDTHS]
-        expansion = 4 if depth >= 50 else 1
+        expansion = 1 if depth in _BASIC else 4
         channels = widths[0]
         self.conv1 = _stem(stem, num_channels, channels)
         self.bn1 = nn.BatchNorm2d(channels)

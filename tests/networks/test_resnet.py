@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from networks.resnet import ResNet, SqueezeExcitation
+from tests.composing import composed
 
 
 def size(*args, **kwargs) -> int:
@@ -22,6 +23,16 @@ def test_sizes_are_the_published_ones(depth, published):
 def test_the_variant_for_small_images_has_its_published_size():
     assert size(18, 10, stem="cifar") == 11_173_962
     assert size(50, 10, stem="cifar") == 23_520_842
+
+
+def test_the_small_preset_is_made_of_the_blocks_of_resnet_50():
+    """At full width it has the 16.0 million parameters of timm.s resnet26."""
+    assert size(26) == 15_995_176
+    net = composed("data=digits", "model=image_resnet26_s").model.net
+    assert (net.depth, net.width, net.stem) == (26, 0.5, "cifar")
+    with torch.device("meta"):
+        assert size(26, 10, 1, "cifar", 0.5) == 3_502_442
+        assert isinstance(ResNet(26).layer1[0].conv3, nn.Conv2d)
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(50, 35.69), (101, 63.62), (152, 86.62)])
@@ -51,7 +62,7 @@ def test_stages_halve_the_image(depth, stem, pixels):
 
 def test_every_layer_of_the_depth_is_on_the_way():
     """The name counts the convolutions of the blocks, the first one and the linear layer."""
-    for depth in (18, 34, 50, 101, 152):
+    for depth in (18, 26, 34, 50, 101, 152):
         with torch.device("meta"):
             convolutions = [n for n, m in ResNet(depth).named_modules() if isinstance(m, nn.Conv2d)]
         assert len([n for n in convolutions if "downsample" not in n]) + 1 == depth
