@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from typing_extensions import override
 
+from callbacks.energy.identity import local_processes
 from callbacks.energy.meters.base import Availability, Channel, Meter, Progress
 
 
@@ -73,7 +74,7 @@ class SimulatedDevices(Meter):
 
     @override
     def open(self) -> list[Channel]:
-        devices = self.devices or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        devices = self.devices or local_processes(os.environ)
         self._watts = self.node_w + devices * self.device_w
         self._last, self._total_j, self._done = self.clock(), 0.0, self._progress()
         source = (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import statistics
 
 import pytest
@@ -31,6 +32,28 @@ def test_energy_is_that_of_the_model(monkeypatch):
     assert meter.read() == pytest.approx([4 * 350])
     done[0] = Progress(25, 13)
     assert meter.read() == pytest.approx([4 * 350 + 20 * 0.5 + 10 * 2])
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, 1),
+        ({"LOCAL_WORLD_SIZE": "3", "SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}, 3),  # run.py in a step
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, 2),
+        ({"SLURM_NTASKS_PER_NODE": "4"}, 1),  # a batch script that starts one process
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "1"}, 4),
+        ({"SLURM_STEP_NUM_TASKS": "11", "SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": "2"}, 3),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1"}, 1),
+    ],
+)
+def test_processes_of_a_machine_however_they_were_started(monkeypatch, environ, expected):
+    for key in [key for key in os.environ if key.startswith(("SLURM_", "OMPI_")) or key == "LOCAL_WORLD_SIZE"]:
+        monkeypatch.delenv(key)
+    for key, value in environ.items():
+        monkeypatch.setenv(key, value)
+    (channel,) = SimulatedDevices(200.0, 50.0).open()
+    assert f"{expected} x 50 W" in channel.source
 
 
 def test_nobody_need_tell_the_progress():
