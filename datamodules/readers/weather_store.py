@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ PACKED = "fields"
 # Names of ERA5 in data sets, by the short names that people say.
 ALIASES = {
     "msl": "mean_sea_level_pressure", "u10": "10m_u_component_of_wind", "v10": "10m_v_component_of_wind",
-    "t2m": "2m_temperature", "z": "geopotential", "q": "specific_humidity", "t": "temperature",
+    "t2m": "2m_temperature", "sp": "surface_pressure", "tcwv": "total_column_water_vapour",
+    "z": "geopotential", "q": "specific_humidity", "r": "relative_humidity", "t": "temperature",
     "u": "u_component_of_wind", "v": "v_component_of_wind", "tp": "total_precipitation",
     "lsm": "land_sea_mask", "slt": "soil_type", "orography": "geopotential_at_surface",
 }  # fmt: skip
@@ -58,6 +60,12 @@ class Channel:
     def parse(cls, name: str, level: float | None = None) -> Channel:
         """A channel by the long or short name of its variable."""
         return cls(_LONG.get(name, name), level)
+
+    @classmethod
+    def named(cls, name: str) -> Channel:
+        """A channel by its `name`: ``t2m`` is at the surface, ``t850`` on a level."""
+        found = None if name in ALIASES else re.fullmatch(r"([a-z]+)(\d+)", name)
+        return cls(_LONG.get(name, name)) if found is None else cls(found[1], float(found[2]))
 
 
 class _CountingFile(io.RawIOBase):

@@ -58,6 +58,7 @@ class WeatherZarr(LightningDataModule):
         surface: Channels at the surface.
         pressure: Variables on pressure levels, each at all ``levels``, in this order.
         levels: Pressures, hPa.
+        named: All channels by name in place of these three, in the order of the network (``[t2m, z500, ...]``).
         statics: Fields that do not change; they are standardised, but for a land mask.
         height: Checked: rows; one less than the store has leaves out the south pole.
         width: Checked: columns.
@@ -98,6 +99,7 @@ class WeatherZarr(LightningDataModule):
         surface: Sequence[str] = (),
         pressure: Sequence[str] = (),
         levels: Sequence[float] = (),
+        named: Sequence[str] | None = None,
         statics: Sequence[str] = (),
         height: int = 32,
         width: int = 64,
@@ -127,6 +129,10 @@ class WeatherZarr(LightningDataModule):
         self.store_name, self.data_dir, self.cache_dir = store, data_dir, cache_dir
         self.channels = [Channel.parse(name) for name in surface]
         self.channels += [Channel.parse(name, float(level)) for name in pressure for level in levels]
+        if named is not None:
+            if self.channels:
+                raise ValueError("data.named gives all channels: set data.surface, data.pressure and data.levels to []")
+            self.channels = [Channel.named(name) for name in named]
         self.statics = [Channel.parse(name).variable for name in statics]
         self.height, self.width, self.num_inputs, self.num_outputs = height, width, num_inputs, num_outputs
         self.step_h, self.step_input = step_h, step_input
@@ -161,7 +167,7 @@ class WeatherZarr(LightningDataModule):
             )
         names = [channel.name for channel in self.channels]
         if not names:
-            raise ValueError("data.surface and data.pressure are empty: name the channels to forecast")
+            raise ValueError("data.surface, data.pressure and data.named are empty: name the channels to forecast")
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"data.surface and data.pressure name {twice[0]} twice")
         inputs = len(names) + len(self.statics) + self.step_input

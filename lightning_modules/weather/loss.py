@@ -1,4 +1,4 @@
-"""Weights of channels and latitudes in the training loss."""
+"""The training losses: weighted squared error, or relative distance."""
 
 from __future__ import annotations
 
@@ -62,3 +62,14 @@ def squared_error(
     """
     weight = (latitude[:, None, None] * channel) ** power
     return ((prediction - target).square() * weight.to(prediction)).sum() / count
+
+
+def relative_distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean over the batch of ||p - t|| / ||t|| over all channels and points, unweighted (FourCastNet), a scalar.
+
+    Args:
+        prediction: (B, H, W, V), normalised, whole fields.
+        target: The same.
+    """
+    distance = (prediction - target).flatten(1).norm(dim=1)
+    return (distance / target.flatten(1).norm(dim=1)).mean()

@@ -18,7 +18,7 @@ from lightning_modules.metrics.weather import products
 from lightning_modules.supervised import Supervised
 from lightning_modules.weather.baselines import FittedBaselines
 from lightning_modules.weather.blocks import Blocks
-from lightning_modules.weather.loss import channel_weights, squared_error
+from lightning_modules.weather.loss import channel_weights, relative_distance, squared_error
 from lightning_modules.weather.rollout import Rollouts
 from lightning_modules.weather.scoring import OfBatch, Scoring, logged, skill
 from parallel.sharding import clip_grad_norm_, grid_of
@@ -26,6 +26,7 @@ from parallel.sharding import clip_grad_norm_, grid_of
 Batch = dict[str, Tensor]
 Mode = Literal["fixed", "cycle", "random"]
 Rollout = Literal["autoregressive", "latent"]
+Loss = Literal["squared", "relative"]
 Stage = Literal["val", "test"]
 
 # Specific humidity is shown in g/kg.
@@ -66,6 +67,8 @@ class WeatherMixerModule(Supervised):
         rollout: How training rolls out, ``autoregressive`` (the loss is the mean over the steps) or ``latent`` (that of
             the last).
         eval_rollout: How evaluation and prediction do.
+        loss: ``squared``: weighted mean squared error. ``relative``: ||p - t|| / ||t|| of a sample over all channels
+            and points, without weights (FourCastNet); for whole fields alone.
         channel_weights: Of the loss: null, ``era5`` (the paper's), or a mapping of names to weights.
         weight_power: Exponent of the weights: 1, or 2 as in the published code.
         latitude_weighted: Whether the loss weights latitudes by their area.
@@ -94,6 +97,7 @@ class WeatherMixerModule(Supervised):
         rollout_max: int = 1,
         rollout: Rollout = "autoregressive",
         eval_rollout: Rollout = "autoregressive",
+        loss: Loss = "squared",
         channel_weights: str | Mapping[str, float] | None = None,
         weight_power: int = 1,
         latitude_weighted: bool = True,
@@ -104,7 +108,7 @@ class WeatherMixerModule(Supervised):
         weights: str | None = None,
         seed: int = 0,
     ) -> None:
-        chosen = {"rollout_mode": (rollout_mode, Mode), "rollout": (rollout, Rollout)}
+        chosen = {"rollout_mode": (rollout_mode, Mode), "rollout": (rollout, Rollout), "loss": (loss, Loss)}
         for key, (value, choices) in {**chosen, "eval_rollout": (eval_rollout, Rollout)}.items():
             if value not in get_args(choices):
                 raise ValueError(f"model.{key}={value!r} is unknown; choose {', '.join(get_args(choices))}")
@@ -115,6 +119,10 @@ class WeatherMixerModule(Supervised):
             )
         if weight_power not in (1, 2):
             raise ValueError(f"model.weight_power={weight_power}: choose 1, or 2 as in the published code")
+        if loss == "relative" and (channel_weights is not None or latitude_weighted):
+            raise ValueError(
+                "model.loss=relative has no weights: set model.latitude_weighted=false and model.channel_weights=null"
+            )
         if not edge_lr_factor > 0:
             raise ValueError(f"model.edge_lr_factor={edge_lr_factor}: must be above 0")
         with torch.device("meta"):  # counted before it is built; see `configure_model`
@@ -124,7 +132,7 @@ class WeatherMixerModule(Supervised):
         self.make_net = net
         self.edge_lr_factor = edge_lr_factor
         self.rollout_mode, self.rollout_max = rollout_mode, rollout_max
-        self.rollout, self.eval_rollout = rollout, eval_rollout
+        self.rollout, self.eval_rollout, self.loss = rollout, eval_rollout, loss
         self.weights_kind, self.weight_power, self.latitude_weighted = channel_weights, weight_power, latitude_weighted
         self.linear_patterns, self.linear_ridge, self.baseline_samples = linear_patterns, linear_ridge, baseline_samples
         self.logged_channels, self.weights, self.seed = logged_channels, weights, seed
@@ -228,6 +236,8 @@ class WeatherMixerModule(Supervised):
                 f"data.train_steps={self.rollout_max}"
             )
         grid = grid_of(self._trainer)
+        if self.loss == "relative" and not grid.is_serial:
+            raise ValueError("model.loss=relative needs whole fields: use model.loss=squared, or strategy=ddp")
         sizes = {name: getattr(self.net, name) for name in ("height", "width", "num_inputs", "num_outputs")}
         for name, size in sizes.items():
             if getattr(self.data, name) != size:
@@ -278,11 +288,13 @@ class WeatherMixerModule(Supervised):
 
     def _loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """This rank's share of the loss of a batch."""
+        own = slice(0, self.blocks.own_count)
+        if self.loss == "relative":
+            return relative_distance(prediction[..., own], target[..., own])
         latitude = self._constant("latitude")
         if not self.latitude_weighted:
             latitude = torch.ones_like(latitude)
         count = len(target) * self.data.height * self.data.width * self.data.num_outputs
-        own = slice(0, self.blocks.own_count)
         return squared_error(
             prediction[..., own], target[..., own], latitude, self._constant("channel"), self.weight_power, count
         )
