@@ -18,6 +18,7 @@ from typing_extensions import override
 from callbacks.energy.findings import number
 from callbacks.energy.report import Section, markdown, page, png
 from callbacks.figures import energy_scaling as plots
+from callbacks.scaling_traces import power_traces
 from physics.energy_cost import Forecast
 from physics.energy_cost.analysis import analyse, check_sources
 from physics.energy_cost.fitting import TERMS
@@ -71,7 +72,9 @@ class ScalingReport(pl.Callback):
     @override
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            write_report(pl_module.analysis, self.dirpath, self.figures_dir, trainer.datamodule.skipped)
+            data = trainer.datamodule
+            pl_module.analysis["power"] = power_traces(data.folders, data.records)
+            write_report(pl_module.analysis, self.dirpath, self.figures_dir, data.skipped)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -81,6 +84,9 @@ class ScalingReport(pl.Callback):
             (self.dirpath / "plans.csv").write_text(_csv(rows))
             text = markdown("Planned trainings", [plans_section(pl_module.forecasts)])
             (self.dirpath / "plans.md").write_text(text)
+            if pl_module.analysis:  # of the test before: its page gets the forecasts
+                skipped = trainer.datamodule.skipped
+                write_report(pl_module.analysis, self.dirpath, self.figures_dir, skipped, pl_module.forecasts)
             print(text)
 
 
@@ -112,16 +118,28 @@ def sweep_report(
             out.append(str(error))
             continue
         name = "energy_scaling" if len({r.hardware for r in records}) == 1 else f"energy_scaling_{_slug(kind)}"
-        analysis = analyse(chosen, metric_mode=mode)
+        analysis = analyse(chosen, metric_mode=mode) | {"power": power_traces([folder], chosen)}
         paths = write_report(analysis, folder / name, folder / "figures", skipped)
         out.append(f"{summary(analysis)}\n\n{paths[-1]}")
     return "\n\n".join(out)
 
 
 def write_report(
-    analysis: Mapping[str, Any], folder: Path, figures_dir: Path, skipped: Mapping[str, str]
+    analysis: Mapping[str, Any],
+    folder: Path,
+    figures_dir: Path,
+    skipped: Mapping[str, str],
+    forecasts: Sequence[Forecast] = (),
 ) -> list[Path]:
-    """Write all files; returns their paths, the page last."""
+    """Write all files; returns their paths, the page last.
+
+    Args:
+        analysis: Of `physics.energy_cost.analysis.analyse`, with ``power`` of `callbacks.scaling_traces`.
+        folder: Of tables and page.
+        figures_dir: Of the figures.
+        skipped: Runs that were left out, with reasons.
+        forecasts: Planned trainings, for the page.
+    """
     images = {}
     for name in plots.FIGURES:
         try:
@@ -130,6 +148,8 @@ def write_report(
             log.info("no figure %s: %s", name, error)
     captions = [(name.replace("_", " "), image) for name, image in images.items()]
     sections = report_sections(analysis, skipped)
+    if forecasts:
+        sections.insert(1, plans_section(forecasts))
     names = dict.fromkeys(name for row in analysis["rows"] for name in row["phases_s"])
     rows = [
         {key: row[key] for key in row if key not in _NOT_FLAT}
@@ -265,10 +285,49 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
         text = f"The largest global batch, from the best one on, that loses at most {lost} of it: {quality['knee']}."
         rows = [[str(size), number(value, 4)] for size, value in quality["points"]]
         sections.append(Section("Quality", [text], ("global batch size", "metric"), rows))
+    sections.insert(1, _recommendation(analysis))
     if analysis["refused"] or skipped:
         rows = [[what, why] for what, why in [*analysis["refused"].items(), *skipped.items()]]
         sections.append(Section("Left out", [], ("what", "why"), rows))
     return sections
+
+
+def _recommendation(analysis: Mapping[str, Any]) -> Section:
+    """Runs that are worth a choice: nothing beats them in time, energy and quality at once."""
+    costs = []
+    for row in (analysis["rows"][i] for i in analysis["front"]):
+        millions = row["num_samples"] * row["epochs"] / 1e6
+        costs.append((row["hours"] / millions, row["energy_kwh"] / millions, row))
+    costs.sort(key=lambda cost: cost[0])
+    fast, thrifty = costs[0], min(costs, key=lambda cost: cost[1])
+    text = ["Runs that no other one beats in wall time and energy per sample, and in the metric where all have one."]
+    if fast is thrifty:
+        text.append(f"{_named(fast[2])} is both the fastest and the cheapest.")
+    else:
+        text.append(
+            f"{_named(fast[2])} takes {number(fast[0] / thrifty[0])} of the time and {number(fast[1] / thrifty[1])} "
+            f"times the energy of {_named(thrifty[2])}."
+        )
+    if (quality := analysis["quality"]) and quality["inside"]:
+        text.append(f"Beyond a global batch of {quality['knee']} the metric is worse.")
+    cells = [
+        [
+            row["series"],
+            str(row["devices"]),
+            str(row["local_batch_size"]),
+            str(row["global_batch_size"]),
+            number(hours),
+            number(kwh),
+            "" if row["metric"] is None else number(row["metric"], 4),
+        ]
+        for hours, kwh, row in costs
+    ]
+    columns = ("series", "n", "LBS", "GBS", "hours per million samples", "kWh per million samples", "metric")
+    return Section("Recommendation", text, columns, cells)
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['devices']} x {row['local_batch_size']} ({row['series']})"
 
 
 def plan_row(found: Forecast) -> dict[str, Any]:

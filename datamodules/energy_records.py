@@ -103,6 +103,12 @@ class EnergyRecords(LightningDataModule):
         for name, reason in self.skipped.items():
             log.warning("data.source: %s is left out: %s", name, reason)
 
+    @property
+    def folders(self) -> list[Path]:
+        """Sources that are folders of runs."""
+        sources = [self.source] if isinstance(self.source, str) else list(self.source)
+        return [Path(source) for source in sources if source != "published" and Path(source).is_dir()]
+
     def _read(self) -> list[Record]:
         sources = [self.source] if isinstance(self.source, str) else list(self.source)
         if not sources:

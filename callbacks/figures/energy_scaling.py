@@ -38,6 +38,7 @@ FIGURES = (
     "time_and_energy",
     "metric_against_batch",
     "step_phases",
+    "power_traces",
 )
 """In the order of a report."""
 
@@ -281,6 +282,30 @@ def step_phases(analysis: Analysis) -> Figure:
     axes.set_xlabel("time of a training step [ms]")
     axes.grid(visible=False, axis="y")
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize="small")
+    return figure
+
+
+def power_traces(analysis: Analysis) -> Figure:
+    """Power of all machines over the time of a run, a panel for each number of devices, a line for each batch."""
+    traces = analysis.get("power") or []
+    if not traces:
+        raise ValueError("no run has left its power over time: the records of callbacks.energy are elsewhere")
+    counts = sorted({trace["devices"] for trace in traces})
+    names = sorted({trace["local_batch_size"] for trace in traces})
+    figure, panels = make_figure(1.4 + 3.0 * len(counts), 3.4, columns=len(counts))
+    highest = max(max(trace["watts"]) for trace in traces)
+    for axes, devices in zip(panels, counts, strict=True):
+        for trace in (trace for trace in traces if trace["devices"] == devices):
+            i = names.index(trace["local_batch_size"])
+            axes.plot(trace["time_s"], trace["watts"], color=_color(i), linewidth=0.9)
+        axes.set_ylim(0, 1.1 * highest)
+        axes.set_xlim(left=0)
+        axes.set_title(f"{devices} device{'s' if devices > 1 else ''}", fontsize="medium")
+        axes.set_xlabel("time since start [s]")
+    panels[0].set_ylabel("power [W]")
+    for i, size in enumerate(names):
+        panels[0].plot([], [], color=_color(i), label=f"{size} samples per device and step")
+    figure.legend(loc="outside upper center", ncols=min(len(names), 3), frameon=False, fontsize="small")
     return figure
 
 

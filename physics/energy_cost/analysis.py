@@ -17,7 +17,7 @@ from physics.energy_cost.fitting import (
     leave_one_out,
     nested_models,
 )
-from physics.energy_cost.planning import TIME_TERMS, TimeFit, fit_time, knee
+from physics.energy_cost.planning import TIME_TERMS, TimeFit, fit_time, knee, pareto_front
 
 MIXED = 0.3
 """Shares of estimated energy that differ by more than this are not fitted together: processors and memory beside
@@ -59,7 +59,8 @@ def analyse(
 
     Returns:
         ``rows`` (a configuration each: what was measured, efficiencies, residuals), ``series`` (proportional fits),
-        ``cost`` and ``models`` (sums of costs), ``time``, ``quality``, ``refused`` (what could not be fitted -> why).
+        ``cost`` and ``models`` (sums of costs), ``time``, ``quality``, ``front`` (numbers of the rows that nothing
+        beats), ``refused`` (what could not be fitted -> why).
         Plain numbers and strings; not finite ones are None.
     """
     means = mean_over_seeds(records)
@@ -84,7 +85,23 @@ def analyse(
         found["refused"]["time"] = str(error)
     found["quality"] = _quality(means, metric_mode, tolerance)
     found["rows"] = _rows(means, found)
+    found["front"] = _front(means, metric_mode)
     return _plain(found)
+
+
+def _front(means: Sequence[Record], mode: str) -> list[int]:
+    """Rows that no other one beats in wall time per sample, energy per sample and, where all know it, the metric."""
+    sign = -1.0 if mode == "max" else 1.0
+    known = all(record.metric is not None and math.isfinite(record.metric) for record in means)
+    points = [
+        (
+            record.hours / (record.num_samples * record.epochs),
+            record.energy_kwh / (record.num_samples * record.epochs),
+            sign * record.metric if known and record.metric is not None else 0.0,
+        )
+        for record in means
+    ]
+    return pareto_front(points)
 
 
 class _Draws:

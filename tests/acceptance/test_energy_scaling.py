@@ -150,9 +150,12 @@ def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
         assert stage["samples"] == steps * devices * batch
         assert stage["device_updates"] == steps * devices
         assert stage["device_updates"] <= devices * 2 * math.ceil(images // devices / batch)
+        scaling = result["scaling"]
+        assert (scaling["devices"], scaling["local_batch_size"], scaling["num_samples"]) == (devices, batch, images)
+        assert (scaling["global_batch_size"], scaling["epochs"]) == (devices * batch, 2)
     assert "costs: P_node [kW]" in printed
     page = (folder / "energy_scaling" / "scaling.html").read_text()
-    assert page.count("data:image/png;base64") == 9
+    assert page.count("data:image/png;base64") == 10
     assert (folder / "energy_scaling" / "scaling.tex").read_text().count(r"\\") == 7
 
 
@@ -306,24 +309,27 @@ def test_10_a_fourier_network_learns_rotations_and_a_second_step(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2400)
 def test_11_large_batches_lose_quality_beyond_a_knee(tmp_path):
-    """A twentieth of CIFAR-10, epochs fixed, the rate in proportion to the batch."""
+    """A twentieth of CIFAR-10, epochs fixed, the rate in proportion to the batch, means over two seeds."""
     if not (CIFAR / "cifar10-imagefolder.zip").is_file():
         pytest.skip(f"no cifar10-imagefolder.zip in {CIFAR}")
-    sizes, metrics = (16, 32, 64, 128, 256, 512, 1024), []
+    sizes, seeds, metrics = (16, 32, 64, 128, 256, 512, 1024), (0, 1), {}
     for size in sizes:
-        overrides = (
-            "experiment=energy_scaling/resnet_cds_gbs", "data=cifar10_small", f"data_dir={CIFAR}", "trainer=cpu",
-            "data.image_size=16", f"data.batch_size={size}", "data.local_batch_size=null", "data.val_fraction=0.1",
-            "model.net.width=0.125", "logger=none", "callbacks=none", "trainer.max_epochs=5",
-        )  # fmt: skip
-        result = job.run(plain(composed(*overrides, run_dir=tmp_path / str(size))))
-        assert result["status"] == "completed", result.get("error")
-        metrics.append(result["metrics"]["test/accuracy"])
-    found = knee(sizes, metrics)
+        for seed in seeds:
+            overrides = (
+                "experiment=energy_scaling/resnet_cds_gbs", "data=cifar10_small", f"data_dir={CIFAR}", "trainer=cpu",
+                "data.image_size=16", f"data.batch_size={size}", "data.local_batch_size=null", "data.val_fraction=0.1",
+                "model.net.width=0.125", "logger=none", "callbacks=none", "trainer.max_epochs=5", f"seed={seed}",
+            )  # fmt: skip
+            result = job.run(plain(composed(*overrides, run_dir=tmp_path / f"{size}-{seed}")))
+            assert result["status"] == "completed", result.get("error")
+            metrics.setdefault(size, []).append(result["metrics"]["test/accuracy"])
+    means = [float(np.mean(metrics[size])) for size in sizes]
+    print(metrics)
+    found = knee(sizes, means)
     assert sizes[0] < found < sizes[-1], metrics
-    assert metrics[-1] < max(metrics) - 0.03
+    assert means[-1] < max(means) - 0.03
 
 
 # --- 12: the report --------------------------------------------------------------------------------------------------
@@ -344,6 +350,8 @@ def test_12_the_report_opens_offline_and_is_the_same_twice(tmp_path):
     page = pages[0].decode()
     assert page.count("data:image/png;base64") == 7
     assert not re.search(r"(src|href)=[\"']?https?:", page)
+    for title in ("Recommendation", "Forecasts", "Energy as a sum of costs"):
+        assert f">{title}</h2>" in page, title
     metrics = result["metrics"]
     assert metrics["test/loo_mean_error"] == pytest.approx(0.0139, abs=5e-4)
     plans = (tmp_path / "one" / "energy_scaling" / "plans.csv").read_text().splitlines()

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from callbacks.energy_scaling import sweep_report
+from callbacks.scaling_traces import power_traces
 from physics.energy_cost.records import read_runs
 
 METRIC = {64: 0.95, 128: 0.948, 256: 0.90}  # by global batch size: if more is better, 128 is the last good one
@@ -100,3 +101,55 @@ def test_measured_and_estimated_runs_are_refused_together(tmp_path):
     write_sweep(tmp_path / "b", "val/accuracy", estimated=0.45)
     assert "data.allow_mixed=true" in sweep_report(tmp_path)
     assert "costs:" in sweep_report(tmp_path, allow_mixed=True)
+
+
+def write_power(folder, watts, machines=1):
+    """Readings every second of counters that have taken so many watts since the last one, shared by the machines."""
+    for machine in range(machines):
+        lines, joules = [{"kind": "start"}], 0.0
+        for second, power in enumerate([0.0, *watts]):
+            joules += power / machines
+            lines.append({"kind": "sample", "t": float(second), "total_j": joules})
+        path = folder / "energy" / f"host{machine}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"kind": "sa')  # killed while it wrote
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_power_over_time_is_drawn(tmp_path, machines):
+    write_sweep(tmp_path, "val/accuracy")
+    expected = {}
+    for job, path in enumerate(sorted(tmp_path.glob("*/results.json"))):
+        expected[path.parent.name] = [100.0 + job, 200.0 + job, 150.0]
+        write_power(path.parent, expected[path.parent.name], machines)
+    records, _ = read_runs(tmp_path)
+    traces = power_traces([tmp_path], records)
+    assert len(traces) == 9
+    for trace, record in zip(traces, records, strict=True):
+        assert trace["watts"] == pytest.approx(expected[record.name])
+        assert trace["time_s"] == [0.5, 1.5, 2.5]
+        assert (trace["devices"], trace["local_batch_size"]) == (record.devices, record.local_batch_size)
+    sweep_report(tmp_path)
+    assert (tmp_path / "figures" / "power_traces.png").stat().st_size > 5000
+    assert not power_traces([tmp_path / "elsewhere"], records)
+
+
+def test_what_nothing_beats_is_recommended(tmp_path):
+    write_sweep(tmp_path, "val/accuracy")
+    sweep_report(tmp_path)
+    text = (tmp_path / "energy_scaling" / "scaling.md").read_text()
+    part = text.split("## Recommendation")[1].split("##")[0]
+    analysis = json.loads((tmp_path / "energy_scaling" / "scaling.json").read_text())
+    rows = [analysis["rows"][i] for i in analysis["front"]]
+    assert part.count("\n| ") == len(rows) + 1  # and the head
+    fastest = min(analysis["rows"], key=lambda row: row["hours"])
+    thriftiest = min(analysis["rows"], key=lambda row: row["energy_kwh"])
+    best = max(analysis["rows"], key=lambda row: row["metric"])
+    for row in (fastest, thriftiest):
+        assert f"{row['devices']} x {row['local_batch_size']} ({row['series']})" in part
+    assert best["metric"] in [row["metric"] for row in rows]
+    for row in rows:
+        others = [other for other in analysis["rows"] if other is not row]
+        keys = [(o["hours"], o["energy_kwh"], -o["metric"]) for o in others]
+        own = (row["hours"], row["energy_kwh"], -row["metric"])
+        assert not any(all(a <= b for a, b in zip(key, own, strict=True)) and key != own for key in keys)
