@@ -11,6 +11,8 @@ from datamodules.synthetic_gemm import PARAMETERS, combinations, run_times_ms, s
 from datamodules.tables import Tables
 from lightning_modules.feedback import FeedbackRegressor
 from networks.feedback import Perceptron
+from runner import job
+from tests.composing import composed, plain
 from tests.lightning_modules import feedback_runs as runs
 from tests.lightning_modules.tiny_series import quiet_trainer
 
@@ -170,3 +172,32 @@ def test_a_trainer_takes_it(tmp_path):
     assert found["test/mse"] < 0.3 and 0 < found["test/mape"] < 30
     predictions = torch.cat([o["prediction"] for o in trainer.predict(module, datamodule=data)])
     assert predictions.shape == (10, 1) and float(predictions.mean()) == pytest.approx(16, abs=4)
+
+
+WINE = [*(f"property {i}" for i in range(11)), "quality"]  # as many columns as UCI's files
+
+
+@pytest.mark.parametrize("separator", [";", ","])
+def test_the_experiment_reads_the_files_of_a_user(separator, tmp_path):
+    generator = np.random.default_rng(0)
+    for name, rows in (("red", 60), ("white", 140)):
+        x = generator.normal(size=(rows, 11)).round(3)
+        table = [(*row, grade) for row, grade in zip(x, (5 + x[:, 0]).round().astype(int), strict=True)]
+        write(tmp_path / f"winequality-{name}.csv", table, separator, WINE)
+    lean = ("logger=none", "callbacks=none", "num_threads=1", "trainer.max_epochs=3")
+    config = composed("experiment=f3/wine", f"data_dir={tmp_path}", *lean, run_dir=tmp_path / "run")
+    result = job.run(plain(config))
+    assert result["status"] == "completed", result.get("error")
+    assert 0 < result["metrics"]["test/mse"] < 1.5
+    _, data = job.build(plain(config))
+    data.setup()
+    (batch,) = data.test_dataloader()
+    assert batch["features"].shape == (40, 12)
+    assert len(batch["features"][:, -1].unique()) == 2  # red and white, standardised
+
+
+def test_the_stand_in_needs_no_file(tmp_path):
+    lean = ("logger=none", "callbacks=none", "num_threads=1", "trainer.max_epochs=1", "data.num_rows=500")
+    result = job.run(plain(composed("experiment=f3/gemm", *lean, run_dir=tmp_path)))
+    assert result["status"] == "completed", result.get("error")
+    assert result["metrics"]["test/mse"] > 0
