@@ -3,7 +3,8 @@
 Our addition to the paper, for NT-R (`networks.fusion.reconstruction`), which fits the next layer anyway. From the
 outputs backwards, the channels of a group are taken one by one, each the one that reduces most the squared error of a
 ridge regression of what the layer that reads them should give: the mean of the members' outputs, or the channels that
-were kept behind it, each weighted by what it moves.
+were kept behind it, each weighted by what it moves. A channel of an image is the block of its pixels that the layer
+sees: the kernel of a convolution, all pixels where they are flattened.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from networks.fusion.assembly import Kept
-from networks.fusion.layout import Axis, ChannelGroups, Layer, Part
-from networks.fusion.reconstruction import inputs_and_outputs
+from networks.fusion.layout import ChannelGroups, Layer
+from networks.fusion.reconstruction import inputs_and_outputs, is_regression
 from networks.fusion.selection import keep_best
+
+_MOST_FEATURES = 4096  # of blocks of pixels: their products are a square matrix of float64, updated for every choice
 
 
 @torch.no_grad()
@@ -28,10 +31,13 @@ def keep_fitting(
     batches: Sequence[Tensor],
     p: float = 2.0,
     ridge: float = 1e-2,
+    positions: int = 8192,
+    seed: int = 0,
 ) -> Kept:
     """The channels of all networks from which the next layers can be fitted best.
 
-    Groups that anything else than one linear layer reads are chosen by importance.
+    Groups that anything else than one layer reads, convolutions of more than 4,096 values of all networks together,
+    and those that are not fitted (padded otherwise than with zeros, in groups), are chosen by importance.
 
     Args:
         networks: The members, in evaluation mode.
@@ -41,37 +47,48 @@ def keep_fitting(
         batches: Unlabelled inputs, ``(item, ...)`` each.
         p: See `networks.fusion.selection.importance`.
         ridge: Penalty of the regressions over the mean of the squared features.
+        positions: Places of an image that a batch gives to the regression of a convolution, at most, drawn at random.
+        seed: Of that draw.
     """
     known = groups[0]
     kept = keep_best(networks, groups, widths, scales, p)
     worth: dict[int, Tensor] = {}  # by group: how much the channels of all networks move what reads them
     for g in reversed(known.free):
-        layer = _reader(known, g)
-        if layer is None:
+        layer, size = _reader(networks, known, g)
+        weights = [] if layer is None else [network.get_submodule(layer.name).weight.flatten(1) for network in networks]
+        if layer is None or (size > 1 and sum(w.shape[1] for w in weights) > _MOST_FEATURES):
             continue
         behind = known.axes[layer.weight][0].parts[0].group
         pinned = known.groups[behind].pinned
-        gram, cross, moved, made = _moments(networks, layer, None if pinned else kept[behind], scales, batches)
-        weights = [network.get_submodule(layer.name).weight for network in networks]
+        generator = torch.Generator().manual_seed(seed)
+        gram, cross, moved, made = _moments(
+            *(networks, layer, None if pinned else kept[behind], scales, batches, positions, generator)
+        )
         norms = [w.norm(dim=0) * (scale if pinned else 1) for w, scale in zip(weights, scales, strict=True)]
-        worth[g] = torch.cat(norms).double() * moved
+        worth[g] = (torch.cat(norms).double() * moved).view(-1, size).norm(dim=1)
         if behind in worth:
             own = torch.cat([w for w in _of_members(worth[behind], weights, kept[behind])])
             cross = cross * (own / made.clamp(min=1e-12))
-        chosen = torch.zeros(len(gram), dtype=torch.bool)
-        chosen[_greedy(gram, cross, widths[g], ridge)] = True
-        kept[g] = [one.nonzero()[:, 0] for one in chosen.split([w.shape[1] for w in weights])]
+        chosen = torch.zeros(len(gram) // size, dtype=torch.bool)
+        chosen[_greedy(gram, cross, widths[g], ridge, size)] = True
+        kept[g] = [one.nonzero()[:, 0] for one in chosen.split([w.shape[1] // size for w in weights])]
     return kept
 
 
-def _reader(groups: ChannelGroups, g: int) -> Layer | None:
-    """The linear layer that reads a group, if it alone does, and reads and makes nothing else."""
+def _reader(networks: Sequence[nn.Module], groups: ChannelGroups, g: int) -> tuple[Layer | None, int]:
+    """The layer that reads a group, if it alone does, and reads and makes nothing else; its features per channel."""
     readers = [slot.tensor for slot in groups.groups[g].slots if slot.role == "reader"]
     layer = next((one for one in groups.layers if [one.weight] == readers), None)
-    if layer is None or layer.kind != "linear" or groups.axes[layer.weight].get(1) != Axis((Part(g),)):
-        return None
-    out = groups.axes[layer.weight][0]
-    return layer if len(out.parts) == 1 and out == Axis((Part(out.parts[0].group),)) else None
+    if layer is None or not is_regression(networks[0], layer):
+        return None, 1
+    read, out = groups.axes[layer.weight].get(1), groups.axes[layer.weight][0]
+    if read is None or read.outer != 1 or [part.group for part in read.parts] != [g]:
+        return None, 1
+    if out.outer != 1 or len(out.parts) != 1 or out.parts[0].inner != 1:
+        return None, 1
+    if layer.kind == "linear":
+        return layer, read.parts[0].inner
+    return layer, networks[0].get_submodule(layer.name).weight[0, 0].numel()
 
 
 def _of_members(values: Tensor, weights: Sequence[Tensor], kept: Sequence[Tensor]) -> list[Tensor]:
@@ -86,6 +103,8 @@ def _moments(
     kept: Sequence[Tensor] | None,
     scales: Sequence[float],
     batches: Sequence[Tensor],
+    positions: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Products of what reaches a layer in all networks, with itself and with what it should give, and deviations.
 
@@ -100,6 +119,9 @@ def _moments(
             t = sum(scale * out for scale, (_, out) in zip(scales, pairs, strict=True))
         else:
             t = torch.cat([out[:, own.to(out.device)] for own, (_, out) in zip(kept, pairs, strict=True)], 1)
+        if layer.kind == "conv2d" and len(h) > positions:
+            some = torch.randperm(len(h), generator=generator)[:positions].to(h.device)
+            h, t = h[some], t[some]
         gram, cross = gram + (h.T @ h).double(), cross + (h.T @ t).double()
         features, targets = features + h.double().sum(0), targets + t.double().sum(0)
         squares, count = squares + t.double().square().sum(0), count + len(h)
@@ -110,20 +132,26 @@ def _moments(
     return gram, cross, moved, made
 
 
-def _greedy(gram: Tensor, cross: Tensor, count: int, ridge: float) -> Tensor:
-    """Features that explain targets best, one by one, by a Cholesky factorisation that grows with them.
+def _greedy(gram: Tensor, cross: Tensor, count: int, ridge: float, size: int = 1) -> Tensor:
+    """Channels that explain targets best, one by one.
 
     Args:
         gram: H^T H, (feature, feature) float64.
         cross: H^T Z, (feature, target) float64.
-        count: Features to choose.
+        count: Channels to choose.
         ridge: Penalty over the mean of the diagonal.
+        size: Features of a channel, side by side.
 
     Returns:
         Their numbers, (count,).
     """
+    penalty = (ridge * gram.diagonal().mean()).clamp(min=torch.finfo(gram.dtype).tiny)
+    return _single(gram, cross, count, penalty) if size == 1 else _blocks(gram, cross, count, penalty, size)
+
+
+def _single(gram: Tensor, cross: Tensor, count: int, penalty: Tensor) -> Tensor:
+    """Channels of one feature, by a Cholesky factorisation that grows with them."""
     left = gram.diagonal().clone()  # squares that the chosen ones do not explain
-    penalty = (ridge * left.mean()).clamp(min=torch.finfo(left.dtype).tiny)
     cross, factor = cross.clone(), gram.new_zeros(len(gram), count)
     chosen: list[int] = []
     for i in range(count):
@@ -135,5 +163,29 @@ def _greedy(gram: Tensor, cross: Tensor, count: int, ridge: float) -> Tensor:
         factor[:, i] = column
         cross -= torch.outer(column, cross[best] / root)
         left = (left - column.square()).clamp(min=0)
+        chosen.append(best)
+    return torch.tensor(chosen, device=gram.device)
+
+
+def _blocks(gram: Tensor, cross: Tensor, count: int, penalty: Tensor, size: int) -> Tensor:
+    """Channels of several features: what the chosen ones explain is taken out of all products."""
+    number = len(gram) // size
+    gram, cross = gram.clone(), cross.clone()
+    gram.diagonal().add_(penalty)
+    each = torch.arange(number, device=gram.device)
+    chosen: list[int] = []
+    for _ in range(count):
+        own = gram.view(number, size, number, size)[each, :, each]  # (channel, size, size)
+        mine = cross.view(number, size, -1)
+        gain = (mine * torch.linalg.solve(own, mine)).sum((1, 2))
+        gain[chosen] = -1.0
+        best = int(gain.argmax())
+        rows = slice(best * size, (best + 1) * size)
+        column, factor = gram[:, rows].clone(), torch.linalg.cholesky(own[best])
+        explained = torch.cholesky_solve(torch.cat([gram[rows], cross[rows]], 1), factor)
+        gram -= column @ explained[:, : len(gram)]
+        cross -= column @ explained[:, len(gram) :]
+        gram[rows], gram[:, rows] = 0.0, 0.0
+        gram[rows, rows] = torch.eye(size, dtype=gram.dtype, device=gram.device)  # chosen: must stay solvable
         chosen.append(best)
     return torch.tensor(chosen, device=gram.device)

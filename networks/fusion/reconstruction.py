@@ -60,12 +60,13 @@ def reconstruct(
     for network in networks:
         network.eval()
     for layer in groups[0].layers:
-        if groups[0].is_free(groups[0].axis(layer.weight, 1)) and _is_regression(fused, layer):
+        if groups[0].is_free(groups[0].axis(layer.weight, 1)) and is_regression(fused, layer):
             _fit(layer, fused, (sources, scales), networks, groups, batches, ridge, positions, seed)
     return fused
 
 
-def _is_regression(network: nn.Module, layer: Layer) -> bool:
+def is_regression(network: nn.Module, layer: Layer) -> bool:
+    """Whether what a layer gives is linear in rows that `inputs_and_outputs` can make."""
     module = network.get_submodule(layer.name)
     return layer.kind == "linear" or getattr(module, "padding_mode", "zeros") == "zeros"
 
