@@ -61,7 +61,7 @@ def reconstruct(
         network.eval()
     for layer in groups[0].layers:
         if groups[0].is_free(groups[0].axis(layer.weight, 1)) and is_regression(fused, layer):
-            _fit(layer, fused, (sources, scales), networks, groups, batches, ridge, positions, seed)
+            fit(layer, fused, (sources, scales), networks, groups, batches, ridge, positions, seed)
     return fused
 
 
@@ -71,7 +71,7 @@ def is_regression(network: nn.Module, layer: Layer) -> bool:
     return layer.kind == "linear" or getattr(module, "padding_mode", "zeros") == "zeros"
 
 
-def _fit(
+def fit(
     layer: Layer,
     fused: nn.Module,
     come_from: tuple[Sources, Sequence[float]],
@@ -82,6 +82,7 @@ def _fit(
     positions: int,
     seed: int,
 ) -> None:
+    """Fit one layer of a fused network whose earlier layers are fitted; ``come_from`` are sources and scales."""
     module, parameters = fused.get_submodule(layer.name), dict(fused.named_parameters())
     weight, bias = parameters[layer.weight], None if layer.bias is None else parameters[layer.bias]
     outputs, features = weight.shape[0], weight[0].numel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -44,11 +44,16 @@ class Transplant:
     @property
     def sources(self) -> Sources:
         """The same by member: which fused channels are its own, which of its channels they are, all with weight 1."""
-        found: Sources = {}
-        for g, (member, channel) in self.origin.items():
-            places = [(member == k).nonzero()[:, 0] for k in range(len(self.scales))]
-            found[g] = [(own, channel[own], 1.0) for own in places]
-        return found
+        return sources_of(self.origin, len(self.scales))
+
+
+def sources_of(origin: Mapping[int, tuple[Tensor, Tensor]], members: int) -> Sources:
+    """By member what ``origin`` is by fused channel; all weights are 1."""
+    found: Sources = {}
+    for g, (member, channel) in origin.items():
+        places = [(member == k).nonzero()[:, 0] for k in range(members)]
+        found[g] = [(own, channel[own], 1.0) for own in places]
+    return found
 
 
 def transplant(
@@ -129,7 +134,7 @@ def _joint(
 ) -> Transplant:
     scales = output_scales(groups, how=weighting)
     kept = choose(networks, groups, widths, scales, p=p)
-    return Transplant(assemble(networks, groups, kept, scales), _origin(kept), scales)
+    return Transplant(assemble(networks, groups, kept, scales), origin_of(kept), scales)
 
 
 def _shares(widths: dict[int, int], members: int, fraction: float | None) -> dict[int, list[int]]:
@@ -156,7 +161,7 @@ def _merged(
             else:
                 kept[g] += best_of([importance(network, one, g, p)], count, one.groups[g].name)
     scales = output_scales(groups, kept, weighting)
-    return Transplant(assemble(networks, groups, kept, scales), _origin(kept), scales)
+    return Transplant(assemble(networks, groups, kept, scales), origin_of(kept), scales)
 
 
 def _staged(
@@ -183,8 +188,7 @@ def _staged(
             origin[g] = tuple(torch.stack([pair[i][c] for pair, c in zip(pairs, channel, strict=True)]) for i in (0, 1))
         columns = zip(*(n.scales for n, _ in nodes), strict=True)
         scales = [sum(s * own for s, own in zip(joined.scales, column, strict=True)) for column in columns]
-        resized = _resized(nodes[0][1], widths)
-        return Transplant(joined.network, origin, scales), resized
+        return Transplant(joined.network, origin, scales), resized(nodes[0][1], widths)
 
     if order == "iterative":
         done = leaves[0]
@@ -199,13 +203,14 @@ def _staged(
     return leaves[0][0]
 
 
-def _resized(groups: ChannelGroups, widths: dict[int, int]) -> ChannelGroups:
+def resized(groups: ChannelGroups, widths: dict[int, int]) -> ChannelGroups:
     """The same groups with other widths."""
     changed = tuple(dataclasses.replace(one, width=widths.get(g, one.width)) for g, one in enumerate(groups.groups))
     return dataclasses.replace(groups, groups=changed)
 
 
-def _origin(kept: Kept) -> dict[int, tuple[Tensor, Tensor]]:
+def origin_of(kept: Kept) -> dict[int, tuple[Tensor, Tensor]]:
+    """Member and channel of every channel of the network that `networks.fusion.assembly.assemble` makes of them."""
     return {
         g: (torch.cat([torch.full_like(own, k) for k, own in enumerate(each)]), torch.cat(list(each)))
         for g, each in kept.items()
