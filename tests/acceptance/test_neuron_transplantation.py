@@ -333,22 +333,37 @@ def test_fitting_to_all_images_of_cifar(cifar, perceptrons):
     assert any(above)
 
 
+def fitted_by_activations(networks: Sequence[nn.Module], image: Tensor) -> nn.Module:
+    return fuse(networks, "nt_r", [image[:2]], image.split(2000), channels="activations").model
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_ambition(cifar, perceptrons):
-    """Zero-shot 60 % of the way to the ensemble, and half a point above the distilled member after three epochs."""
-    ways, gains = [], []
+def test_the_ambition_at_once(cifar, perceptrons):
+    """60 % of the way from the members to the ensemble, without a step of training."""
+    ways = []
     for seed in range(5):
-        networks, image = perceptrons(seed), cifar["train"][0]
-        fused = fuse(networks, "nt_r", [image[:2]], image.split(2000), channels="activations").model
+        networks = perceptrons(seed)
         each = [accuracy(network, cifar["test"]) for network in networks]
         low, high = statistics.fmean(each), accuracy(ensemble_of(networks), cifar["test"])
+        fused = fitted_by_activations(networks, cifar["train"][0])
         ways.append((accuracy(fused, cifar["test"]) - low) / (high - low))
+    assert statistics.fmean(ways) >= 0.6, ways
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_ambition_distilled(cifar, perceptrons):
+    """Half a point above the distilled best member, both after three epochs."""
+    gains = []
+    for seed in range(5):
+        networks = perceptrons(seed)
+        each = [accuracy(network, cifar["test"]) for network in networks]
+        fused = fitted_by_activations(networks, cifar["train"][0])
         control = copy.deepcopy(networks[each.index(max(each))])
         train([fused, control], cifar["train"], 3, seed=100 + seed, teacher=ensemble_of(networks), batch=128)
         gains.append(accuracy(fused, cifar["test"]) - accuracy(control, cifar["test"]))
-    assert statistics.fmean(ways) >= 0.6, (ways, gains)
-    assert statistics.fmean(gains) >= 0.5, (ways, gains)
+    assert statistics.fmean(gains) >= 0.5, gains
 
 
 @pytest.mark.slow
