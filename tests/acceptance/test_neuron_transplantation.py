@@ -340,7 +340,7 @@ def fitted_by_activations(networks: Sequence[nn.Module], image: Tensor) -> nn.Mo
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_ambition_at_once(cifar, perceptrons):
-    """60 % of the way from the members to the ensemble, without a step of training."""
+    """60 % of the way from the members to the ensemble, without a step of training: 0.71, 0.68 (seeds 0, 1)."""
     ways = []
     for seed in range(5):
         networks = perceptrons(seed)
@@ -354,7 +354,7 @@ def test_the_ambition_at_once(cifar, perceptrons):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_ambition_distilled(cifar, perceptrons):
-    """Half a point above the distilled best member, both after three epochs."""
+    """Half a point above the distilled best member, both after three epochs: -0.3, 2.4 (seeds 0, 1)."""
     gains = []
     for seed in range(5):
         networks = perceptrons(seed)
