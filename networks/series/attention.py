@@ -43,15 +43,44 @@ class FullAttention(nn.Module):
         queries, keys, values = (
             x.expand(*leading, *x.shape[-3:]).flatten(0, -4).transpose(1, 2) for x in (queries, keys, values)
         )
-        attended = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.causal,
-            scale=self.scale,
-        )
+        dropout = self.dropout if self.training else 0.0
+        if dropout and queries.device.type == "cpu":
+            attended = attend_with_dropout(queries, keys, values, dropout, causal=self.causal, scale=self.scale)
+        else:
+            attended = F.scaled_dot_product_attention(
+                queries, keys, values, dropout_p=dropout, is_causal=self.causal, scale=self.scale
+            )
         return attended.transpose(1, 2).unflatten(0, leading)
+
+
+def attend_with_dropout(
+    queries: Tensor, keys: Tensor, values: Tensor, dropout: float, *, causal: bool, scale: float
+) -> Tensor:
+    """`scaled_dot_product_attention` with dropout of the attention weights, for CPUs.
+
+    Torch's fused CPU kernel has no dropout, and its other one draws a floating-point number per attention weight. Here
+    a 64-bit random number decides about four weights, so that the probability is a multiple of 2^-16; a training step
+    of the pruning study's small Transformer is a fifth faster.
+
+    Args:
+        queries: (..., L_Q, width).
+        keys: (..., L_K, width).
+        values: (..., L_K, width of values).
+        dropout: probability that an attention weight is dropped, below 1.
+        causal: a query attends to its own and earlier steps only.
+        scale: of the scores.
+
+    Returns:
+        (..., L_Q, width of values).
+    """
+    scores = (queries * scale) @ keys.transpose(-2, -1)
+    if causal:
+        scores = scores + torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype).triu(1)
+    weights = scores.softmax(-1)
+    dropped = min(round(dropout * 2**16), 2**16 - 1)
+    bits = torch.empty(-(-weights.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    gone = bits[: weights.numel()].view(weights.shape) < dropped - 2**15
+    return weights.masked_fill(gone, 0) @ values / (1 - dropped / 2**16)
 
 
 class AttentionLayer(nn.Module):

@@ -5,8 +5,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from networks.series.attention import AttentionLayer, FullAttention
+from networks.series.attention import AttentionLayer, FullAttention, attend_with_dropout
 from networks.series.embedding import TokenEmbedding, last_steps, sinusoidal_positions
 from networks.series.transformer import Transformer
 from tests.networks.series.contract import SMALL, BackboneContract, inputs, real_numbers
@@ -116,3 +117,21 @@ def test_label_length() -> None:
     assert last_steps(torch.ones(1, 4, 1), 0).shape == (1, 0, 1)
     with pytest.raises(ValueError, match="label_length=48"):
         Transformer(24, 12, 5, label_length=48, **SMALL)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_dropout_of_attention_weights(causal: bool) -> None:
+    """With the identity as values the output is the weights: dropped ones are zero, the others grow by 1 / (1 - p)."""
+    torch.manual_seed(0)
+    queries, keys = torch.randn(2, 50, 4, 30, 8, dtype=torch.float64)
+    values = torch.eye(30, dtype=torch.float64).expand(50, 4, 30, 30)
+    expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal, scale=0.3)
+    found = attend_with_dropout(queries, keys, values, 0.2, causal=causal, scale=0.3)
+    possible, kept = expected > 0, found > 0
+    assert not (kept & ~possible).any()
+    share = float(kept.sum() / possible.sum())
+    assert share == pytest.approx(0.8, abs=5 * (0.16 / int(possible.sum())) ** 0.5)
+    torch.testing.assert_close(found[kept], expected[kept] / (1 - round(0.2 * 2**16) / 2**16))
+    # No mask of a weight tells that of another: of neighbours 0.64 are both kept.
+    both = float((kept[..., 1:, 0] & kept[..., :-1, 0]).double().mean())
+    assert both == pytest.approx(0.64, abs=0.03)
