@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +16,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.low_rank import draw
-from callbacks.pruning_batches import squared_error, training_batches
+from callbacks.pruning_batches import squared_error, training_batches, validation_error
 from callbacks.pruning_network import NetworkSlot, state_of
 from callbacks.pruning_origin import about, config_of, find_dense, refuse_other_sizes
 from callbacks.pruning_settings import KEY, Rewind, Schedule, Segment, check, densities_of, naming_the_callback, plan_of
-from callbacks.pruning_table import Table, errors, measure, publish
+from callbacks.pruning_table import Table, measure, publish
 from callbacks.replaced_weights import refuse_replaced_weights
 from callbacks.segments import (
     begin_stopping_anew,
@@ -40,7 +39,8 @@ from networks.pruning.weights import apply_masks, enforce, mask_gradients, masks
 log = logging.getLogger(__name__)
 
 # Two runs with other values of these are not the same study.
-_IDENTITY = ("method", "scope", "schedule", "rewind", "densities", "finetune_epochs", "include_complex", "budget")
+_IDENTITY = ("method", "scope", "schedule", "rewind", "densities", "finetune_epochs", "restore_best", "budget")
+_IDENTITY += ("include_complex",)
 
 
 class Pruning(pl.Callback):
@@ -49,16 +49,15 @@ class Pruning(pl.Callback):
     The fit has segments. ``dense`` is the ordinary training (``trainer.max_epochs``, with its early stopping). Then,
     with ``finetune_epochs``, the dense network goes on as long as every pruned one will (``control``: what extra epochs
     alone bring), and every density below 1 is pruned and trained with its masks. Each segment begins with a new
-    optimizer and schedule and ends with the weights of its best validation loss. The networks are kept as files
-    (``<dirpath>/<name>.pt``): ``dense``, ``control``, ``l1_0.512`` (pruned, not trained since), ``l1_0.512_tuned``.
+    optimizer and schedule and ends with its best weights (``restore_best``) or its last. The networks are files in
+    ``dirpath``: ``dense.pt``, ``control.pt``, ``l1_0.512.pt`` (pruned, not trained since), ``l1_0.512_tuned.pt``.
 
     At the end the *deployed* network is put into the module and its checkpoint: the sparsest one whose validation loss
     is within ``deploy_tolerance`` of the dense one's, else the pruned one with the lowest. ``test`` measures all
     networks (`callbacks.pruning_table`) and writes them as one table; ``predict`` forecasts with the deployed one.
 
-    Single weights are masked: masks are buffers, masked weights are set to zero after every step and get no gradient.
-    ``structured`` removes channels; the network of a segment is then a smaller one. A stopped run goes on exactly where
-    it was.
+    Masks of single weights are buffers: what is masked gets no gradient and is set to zero after every step.
+    ``structured`` makes the network of a segment a smaller one. A stopped run goes on exactly where it was.
 
     Args:
         method: Which single weights stay: those of the highest ``l1`` (magnitude), ``taylor`` (weight times gradient),
@@ -73,6 +72,7 @@ class Pruning(pl.Callback):
         finetune_lr: Learning rate of these segments as a part of the dense training's.
         rewind: Weights with which a pruned network begins: its own (``none``), or those of the start of the dense
             training (``init``) or after its first epoch (``early``).
+        restore_best: Whether a segment ends with the weights of its best validation loss, not with its last.
         control: Whether the dense network is trained on for as long.
         include_complex: Whether complex kernels (FEDformer) are pruned too.
         density_of: What a density is a part of: ``prunable`` weights, as in the paper, or the whole ``model``.
@@ -111,6 +111,7 @@ class Pruning(pl.Callback):
         finetune_epochs: int = 0,
         finetune_lr: float = 1.0,
         rewind: Rewind = "none",
+        restore_best: bool = True,
         control: bool = True,
         include_complex: bool = False,
         density_of: DensityOf = "prunable",
@@ -139,7 +140,8 @@ class Pruning(pl.Callback):
             self.pruner = Pruner(method, scope, **options)
         self.densities = densities_of(sparsity, densities)
         self.method, self.scope, self.schedule, self.rewind = method, scope, schedule, rewind
-        self.finetune_epochs, self.finetune_lr, self.control = finetune_epochs, finetune_lr, control
+        self.finetune_epochs, self.finetune_lr = finetune_epochs, finetune_lr
+        self.restore_best, self.control = restore_best, control
         self.dense, self.score_batches, self.deploy_tolerance = dense, score_batches, deploy_tolerance
         self.include_complex, self.budget, self.dirpath = include_complex, budget, Path(dirpath)
         self.table_dir = self.dirpath.parent if table_dir is None else Path(table_dir)
@@ -305,14 +307,14 @@ class Pruning(pl.Callback):
 
     # ------------------------------------------------------------------------------------------------- within a segment
 
+    @property
+    def _masked(self) -> bool:
+        return bool(self.plan) and self.plan[self.number].kind == "tuned" and not self.pruner.structured
+
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if self._masked:
             mask_gradients(self.pruner.weights(pl_module.net))
-
-    @property
-    def _masked(self) -> bool:
-        return bool(self.plan) and self.plan[self.number].kind == "tuned" and not self.pruner.structured
 
     @override
     def on_train_batch_end(
@@ -337,7 +339,8 @@ class Pruning(pl.Callback):
         loss = trainer.callback_metrics.get("val/loss")
         gradual = self.schedule == "cubic" and self._masked
         final = not gradual or self.pruner.reached(pl_module.net, self.plan[self.number].density)
-        if loss is not None and final and (self._best["loss"] is None or float(loss) < self._best["loss"]):
+        best = self._best["loss"] if self.restore_best else None
+        if loss is not None and final and (best is None or float(loss) < best):
             self._best = {"loss": float(loss), "state": state_of(pl_module.net)}
         if trainer.is_last_batch:
             self._end_of_epoch(trainer, pl_module)
@@ -370,8 +373,8 @@ class Pruning(pl.Callback):
         self._keep(trainer, variant)
         if self._best["loss"] is not None:
             self._losses[variant.name] = self._best["loss"]
-            values = {"pruning/density": segment.density, "pruning/best": self._best["loss"]}
             for logger in trainer.loggers:
+                values = {"pruning/density": segment.density, "pruning/best": self._best["loss"]}
                 logger.log_metrics(values, step=trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------------------- the end
@@ -411,12 +414,9 @@ class Pruning(pl.Callback):
         good = [n for n in names if losses[n] <= (1 + self.deploy_tolerance) * self._losses["dense"]]
         return found[min(good, key=lambda n: found[n].density) if good else min(losses, key=losses.__getitem__)]
 
-    @torch.no_grad()
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, variant: Variant) -> float:
         self.slot.put(pl_module, variant)
-        loader = trainer.datamodule.val_dataloader()
-        limit = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
-        return errors(pl_module, loader, limit)["mse"]
+        return validation_error(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------------------- test
 

@@ -1,13 +1,17 @@
-"""What scores of weights are computed from: training batches and the loss of one."""
+"""What networks are judged by: training batches and the loss of one for scores of weights, the validation part."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
+
+from callbacks.pruning_table import errors
 
 
 def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> Iterator[Mapping[str, Tensor]]:
@@ -24,3 +28,10 @@ def squared_error(pl_module: pl.LightningModule) -> Callable[[Mapping[str, Tenso
         return (squared * batch["valid"]).sum() / batch["valid"].sum().clamp(min=1)
 
     return loss
+
+
+@torch.no_grad()
+def validation_error(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+    """MSE of the network in the module over the validation part of a fit."""
+    limit = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
+    return errors(pl_module, trainer.datamodule.val_dataloader(), limit)["mse"]

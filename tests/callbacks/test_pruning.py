@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import pytest
@@ -104,6 +104,31 @@ def test_the_dense_training_is_the_ordinary_one(tmp_path: Path) -> None:
     # The best epoch is kept; here it is the last one.
     for name, value in plain.net.state_dict().items():
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("restore_best", [True, False])
+def test_the_weights_that_a_training_ends_with(tmp_path: Path, restore_best: bool) -> None:
+    """Those of the lowest validation loss, or the last ones; the rate grows, so that these differ."""
+
+    class Validations(pl.Callback):
+        seen: ClassVar[list[tuple[float, dict[str, torch.Tensor]]]] = []
+
+        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            loss = float(trainer.callback_metrics["val/loss"])
+            self.seen.append((loss, copy.deepcopy(pl_module.net.state_dict())))
+
+    module, validations = forecaster(), Validations()
+    module.make_scheduler = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=20)
+    pruning = study(tmp_path, restore_best=restore_best, finetune_epochs=0)
+    trainer(tmp_path, validations, pruning, epochs=5).fit(module, datamodule=TinySeries())
+    losses = [loss for loss, _ in validations.seen]
+    best = losses.index(min(losses))
+    assert best != len(losses) - 1
+    loss, state = validations.seen[best if restore_best else -1]
+    dense = load_variant(tmp_path / "pruned" / "dense.pt")
+    assert dense.about["val_loss"] == loss
+    for name, value in dense.state.items():
+        assert torch.equal(state[name], value)
 
 
 @pytest.mark.parametrize("method", ["l1", "structured"])
