@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from callbacks.low_rank import draw
-from callbacks.pruning_batches import squared_error, training_batches, validation_error
+from callbacks.pruning_batches import squared_error, training_batches, validation_loss
 from callbacks.pruning_network import NetworkSlot, state_of
 from callbacks.pruning_origin import about, config_of, find_dense, refuse_other_sizes
 from callbacks.pruning_settings import KEY, Rewind, Schedule, Segment, check, densities_of, naming_the_callback, plan_of
@@ -39,8 +39,7 @@ from networks.pruning.weights import apply_masks, enforce, mask_gradients, masks
 log = logging.getLogger(__name__)
 
 # Two runs with other values of these are not the same study.
-_IDENTITY = ("method", "scope", "schedule", "rewind", "densities", "finetune_epochs", "restore_best", "budget")
-_IDENTITY += ("include_complex",)
+_IDENTITY = ("method", "scope", "schedule", "rewind", "densities", "finetune_epochs", "include_complex", "budget")
 
 
 class Pruning(pl.Callback):
@@ -49,8 +48,9 @@ class Pruning(pl.Callback):
     The fit has segments. ``dense`` is the ordinary training (``trainer.max_epochs``, with its early stopping). Then,
     with ``finetune_epochs``, the dense network goes on as long as every pruned one will (``control``: what extra epochs
     alone bring), and every density below 1 is pruned and trained with its masks. Each segment begins with a new
-    optimizer and schedule and ends with its best weights (``restore_best``) or its last. The networks are files in
-    ``dirpath``: ``dense.pt``, ``control.pt``, ``l1_0.512.pt`` (pruned, not trained since), ``l1_0.512_tuned.pt``.
+    optimizer and schedule and ends with the weights of its best validation loss, those that it began with among them:
+    where further training only overfits, none of it is kept. The networks are files in ``dirpath``: ``dense.pt``,
+    ``control.pt``, ``l1_0.512.pt`` (pruned, not trained since), ``l1_0.512_tuned.pt``.
 
     At the end the *deployed* network is put into the module and its checkpoint: the sparsest one whose validation loss
     is within ``deploy_tolerance`` of the dense one's, else the pruned one with the lowest. ``test`` measures all
@@ -72,7 +72,6 @@ class Pruning(pl.Callback):
         finetune_lr: Learning rate of these segments as a part of the dense training's.
         rewind: Weights with which a pruned network begins: its own (``none``), or those of the start of the dense
             training (``init``) or after its first epoch (``early``).
-        restore_best: Whether a segment ends with the weights of its best validation loss, not with its last.
         control: Whether the dense network is trained on for as long.
         include_complex: Whether complex kernels (FEDformer) are pruned too.
         density_of: What a density is a part of: ``prunable`` weights, as in the paper, or the whole ``model``.
@@ -111,7 +110,6 @@ class Pruning(pl.Callback):
         finetune_epochs: int = 0,
         finetune_lr: float = 1.0,
         rewind: Rewind = "none",
-        restore_best: bool = True,
         control: bool = True,
         include_complex: bool = False,
         density_of: DensityOf = "prunable",
@@ -140,8 +138,7 @@ class Pruning(pl.Callback):
             self.pruner = Pruner(method, scope, **options)
         self.densities = densities_of(sparsity, densities)
         self.method, self.scope, self.schedule, self.rewind = method, scope, schedule, rewind
-        self.finetune_epochs, self.finetune_lr = finetune_epochs, finetune_lr
-        self.restore_best, self.control = restore_best, control
+        self.finetune_epochs, self.finetune_lr, self.control = finetune_epochs, finetune_lr, control
         self.dense, self.score_batches, self.deploy_tolerance = dense, score_batches, deploy_tolerance
         self.include_complex, self.budget, self.dirpath = include_complex, budget, Path(dirpath)
         self.table_dir = self.dirpath.parent if table_dir is None else Path(table_dir)
@@ -154,7 +151,7 @@ class Pruning(pl.Callback):
         self.plan: list[Segment] = []
         self.number, self.begin = 0, 0  # running segment, epoch in which it began
         self._ended = self._over = False
-        self._best: dict[str, Any] = {"loss": None, "state": None}
+        self._best: dict[str, Any] = {"loss": None, "state": None, "epoch": 0}
         self._points: dict[str, dict[str, Tensor]] = {}  # weights of the start (init) and after an epoch (early)
         self._kept: dict[str, Variant] = {}  # dense, and what the next density of an iterative schedule begins with
         self.slot = NetworkSlot()  # the network in the module
@@ -247,7 +244,7 @@ class Pruning(pl.Callback):
     def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a segment after the dense one: prune, rewind, new optimizers."""
         segment = self.plan[self.number]
-        self._best, self._steps = {"loss": None, "state": None}, 0
+        self._best, self._steps = {"loss": None, "state": None, "epoch": 0}, 0
         if segment.kind == "control":
             self.slot.put(pl_module, self._kept["dense"])
         else:
@@ -260,6 +257,8 @@ class Pruning(pl.Callback):
             else:
                 self.slot.put(pl_module, pruned)
             self._rewind(pl_module)
+        if segment.kind == "control" or self.schedule != "cubic":
+            self._best |= {"loss": validation_loss(trainer, pl_module), "state": state_of(pl_module.net)}
         trainer.strategy.setup_optimizers(trainer)
         scale_rates(trainer, self.finetune_lr)
         begin_stopping_anew(trainer)
@@ -339,9 +338,9 @@ class Pruning(pl.Callback):
         loss = trainer.callback_metrics.get("val/loss")
         gradual = self.schedule == "cubic" and self._masked
         final = not gradual or self.pruner.reached(pl_module.net, self.plan[self.number].density)
-        best = self._best["loss"] if self.restore_best else None
-        if loss is not None and final and (best is None or float(loss) < best):
-            self._best = {"loss": float(loss), "state": state_of(pl_module.net)}
+        if loss is not None and final and (self._best["loss"] is None or float(loss) < self._best["loss"]):
+            epoch = trainer.current_epoch + 1 - self.begin
+            self._best = {"loss": float(loss), "state": state_of(pl_module.net), "epoch": epoch}
         if trainer.is_last_batch:
             self._end_of_epoch(trainer, pl_module)
 
@@ -365,7 +364,8 @@ class Pruning(pl.Callback):
     def _end_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> None:
         segment = self.plan[self.number]
         state = state_of(pl_module.net) if self._best["state"] is None else self._best["state"]
-        known = about(self, trainer) | {"epochs": epochs, "val_loss": self._best["loss"]}
+        best = {"best_epoch": self._best["epoch"], "val_loss": self._best["loss"]}
+        known = about(self, trainer) | {"epochs": epochs} | best
         if segment.kind == "dense":
             known |= {"init": self._points["init"], "early": self._points.get("early")}
         method = self.method if segment.kind == "tuned" else "none"
@@ -416,7 +416,7 @@ class Pruning(pl.Callback):
 
     def _loss(self, trainer: pl.Trainer, pl_module: pl.LightningModule, variant: Variant) -> float:
         self.slot.put(pl_module, variant)
-        return validation_error(trainer, pl_module)
+        return validation_loss(trainer, pl_module)
 
     # ------------------------------------------------------------------------------------------------------------- test
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 
@@ -10,8 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-
-from callbacks.pruning_table import errors
 
 
 def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule, number: int) -> Iterator[Mapping[str, Tensor]]:
@@ -31,7 +28,17 @@ def squared_error(pl_module: pl.LightningModule) -> Callable[[Mapping[str, Tenso
 
 
 @torch.no_grad()
-def validation_error(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
-    """MSE of the network in the module over the validation part of a fit."""
-    limit = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
-    return errors(pl_module, trainer.datamodule.val_dataloader(), limit)["mse"]
+def validation_loss(trainer: pl.Trainer, pl_module: pl.LightningModule) -> float:
+    """``val/loss`` of the network in the module during a fit, as the validation of an epoch would log it."""
+    limit = trainer.num_val_batches[0] if trainer.num_val_batches else None
+    loader = islice(trainer.datamodule.val_dataloader(), None if limit == float("inf") else limit)
+    total, windows, training = 0.0, 0.0, pl_module.training
+    pl_module.eval()
+    for index, batch in enumerate(loader):
+        batch = move_data_to_device(batch, pl_module.device)
+        with trainer.precision_plugin.forward_context():
+            loss = pl_module.validation_step(batch, index)["loss"]
+        total += float(loss) * float(batch["valid"].sum())
+        windows += float(batch["valid"].sum())
+    pl_module.train(training)
+    return total / windows

@@ -182,6 +182,7 @@ def _row(pruning: Pruning, trainer: pl.Trainer, pl_module: pl.LightningModule, v
         "parameters": num_real(network),
         "nnz": alive,
         "epochs": variant.about.get("epochs"),
+        "best_epoch": variant.about.get("best_epoch"),
         "val_loss": variant.about.get("val_loss"),
         "layers": found.layers if not variant.cuts else {},
         "widths": widths(network) if variant.cuts else {},

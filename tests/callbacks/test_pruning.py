@@ -6,7 +6,7 @@ import copy
 import functools
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -106,29 +106,37 @@ def test_the_dense_training_is_the_ordinary_one(tmp_path: Path) -> None:
         torch.testing.assert_close(found.state_dict()[name], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("restore_best", [True, False])
-def test_the_weights_that_a_training_ends_with(tmp_path: Path, restore_best: bool) -> None:
-    """Those of the lowest validation loss, or the last ones; the rate grows, so that these differ."""
+class Validations(pl.Callback):
+    """Loss and network of every validation."""
 
-    class Validations(pl.Callback):
-        seen: ClassVar[list[tuple[float, dict[str, torch.Tensor]]]] = []
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, dict[str, torch.Tensor]]] = []
 
-        def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            loss = float(trainer.callback_metrics["val/loss"])
-            self.seen.append((loss, copy.deepcopy(pl_module.net.state_dict())))
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val/loss"])
+        self.seen.append((loss, copy.deepcopy(pl_module.net.state_dict())))
 
+
+def test_a_training_ends_with_its_best_weights(tmp_path: Path) -> None:
+    """The rate grows, so that they are not the last ones; where it only harms they are those that it began with."""
     module, validations = forecaster(), Validations()
     module.make_scheduler = functools.partial(torch.optim.lr_scheduler.ExponentialLR, gamma=20)
-    pruning = study(tmp_path, restore_best=restore_best, finetune_epochs=0)
+    pruning = study(tmp_path, densities=[0.5], finetune_epochs=1, finetune_lr=1e3)
     trainer(tmp_path, validations, pruning, epochs=5).fit(module, datamodule=TinySeries())
     losses = [loss for loss, _ in validations.seen]
-    best = losses.index(min(losses))
-    assert best != len(losses) - 1
-    loss, state = validations.seen[best if restore_best else -1]
-    dense = load_variant(tmp_path / "pruned" / "dense.pt")
-    assert dense.about["val_loss"] == loss
-    for name, value in dense.state.items():
-        assert torch.equal(state[name], value)
+    best = losses.index(min(losses[:5]))
+    assert best < 4 and min(losses[5:]) > 2 * losses[best]
+    found = {name: load_variant(tmp_path / "pruned" / f"{name}.pt") for name in ("dense", "control", "l1_0.5")}
+    assert found["dense"].about["val_loss"] == losses[best] and found["dense"].about["best_epoch"] == best + 1
+    for name, value in validations.seen[best][1].items():
+        assert torch.equal(found["dense"].state[name], value)
+        assert torch.equal(found["control"].state[name], value)
+    assert found["control"].about["best_epoch"] == 0 and found["control"].about["epochs"] == 1
+    assert found["control"].about["val_loss"] == pytest.approx(losses[best], rel=1e-5)
+    tuned = load_variant(tmp_path / "pruned" / "l1_0.5_tuned.pt")
+    assert tuned.about["best_epoch"] == 0
+    for name, value in found["l1_0.5"].state.items():
+        assert torch.equal(tuned.state[name], value)
 
 
 @pytest.mark.parametrize("method", ["l1", "structured"])
