@@ -46,11 +46,10 @@ class Pruning(pl.Callback):
     """Train dense, prune to one density after the other, fine-tune each, and compare all of them in the test.
 
     The fit has segments. ``dense`` is the ordinary training (``trainer.max_epochs``, with its early stopping). Then,
-    with ``finetune_epochs``, the dense network goes on as long as every pruned one will (``control``: what extra epochs
+    with ``finetune_epochs``, the dense network goes on as long as the pruned ones will (``control``: what extra epochs
     alone bring), and every density below 1 is pruned and trained with its masks. Each segment begins with a new
-    optimizer and schedule and ends with the weights of its best validation loss, those that it began with among them:
-    where further training only overfits, none of it is kept. The networks are files in ``dirpath``: ``dense.pt``,
-    ``control.pt``, ``l1_0.512.pt`` (pruned, not trained since), ``l1_0.512_tuned.pt``.
+    optimizer and schedule and ends with the weights of its best validation loss, those that it began with among them.
+    Networks are files in ``dirpath``: ``dense``, ``control``, ``l1_0.512`` (not trained since), ``l1_0.512_tuned``.
 
     At the end the *deployed* network is put into the module and its checkpoint: the sparsest one whose validation loss
     is within ``deploy_tolerance`` of the dense one's, else the pruned one with the lowest. ``test`` measures all
@@ -72,7 +71,7 @@ class Pruning(pl.Callback):
         finetune_lr: Learning rate of these segments as a part of the dense training's.
         rewind: Weights with which a pruned network begins: its own (``none``), or those of the start of the dense
             training (``init``) or after its first epoch (``early``).
-        control: Whether the dense network is trained on for as long.
+        control: Whether the dense network is trained on for as long; all densities together if ``iterative``.
         include_complex: Whether complex kernels (FEDformer) are pruned too.
         density_of: What a density is a part of: ``prunable`` weights, as in the paper, or the whole ``model``.
         exclude_output: Whether layers with one output, or one per series, stay dense.
@@ -153,7 +152,7 @@ class Pruning(pl.Callback):
         self._ended = self._over = False
         self._best: dict[str, Any] = {"loss": None, "state": None, "epoch": 0}
         self._points: dict[str, dict[str, Tensor]] = {}  # weights of the start (init) and after an epoch (early)
-        self._kept: dict[str, Variant] = {}  # dense, and what the next density of an iterative schedule begins with
+        self._kept: dict[str, Variant] = {}  # dense, and what the next segment of an iterative schedule begins with
         self.slot = NetworkSlot()  # the network in the module
         self._losses: dict[str, float] = {}  # best validation losses by name
         self._deployed: str | None = None
@@ -246,7 +245,7 @@ class Pruning(pl.Callback):
         segment = self.plan[self.number]
         self._best, self._steps = {"loss": None, "state": None, "epoch": 0}, 0
         if segment.kind == "control":
-            self.slot.put(pl_module, self._kept["dense"])
+            self.slot.put(pl_module, self._before("control"))
         else:
             pruned = self._prune(trainer, pl_module, segment.density)
             self._keep(trainer, pruned)
@@ -279,7 +278,7 @@ class Pruning(pl.Callback):
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rho: float) -> Variant:
         """The network of a density, not trained since; the module holds some network afterwards."""
-        source = self._kept["last"] if self.schedule == "iterative" and "last" in self._kept else self._kept["dense"]
+        source = self._before("tuned")
         self.slot.put(pl_module, source)
         if self.pruner.structured:
             batch = next(training_batches(trainer, pl_module, 1))
@@ -290,6 +289,10 @@ class Pruning(pl.Callback):
         self._mask(trainer, pl_module, rho)
         return Variant("pruned", rho, self.method, state_of(pl_module.net), [], about(self, trainer))
 
+    def _before(self, stage: str) -> Variant:
+        last = self._kept.get("last") if self.schedule == "iterative" else None
+        return self._kept["dense"] if last is None or last.stage != stage else last
+
     def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rho: float) -> None:
         """Mask the network in the module."""
         batches = functools.partial(training_batches, trainer, pl_module, self.score_batches)
@@ -298,9 +301,8 @@ class Pruning(pl.Callback):
         apply_masks(self.pruner.weights(pl_module.net), masks)
 
     def _keep(self, trainer: pl.Trainer, variant: Variant) -> None:
-        self._kept |= {"dense": variant} if variant.stage == "dense" else {}
-        if variant.stage == "tuned":
-            self._kept["last"] = variant
+        if variant.stage != "pruned":
+            self._kept["dense" if variant.stage == "dense" else "last"] = variant
         if trainer.is_global_zero and not trainer.fast_dev_run:
             variant.save(self.dirpath)
 
@@ -362,20 +364,18 @@ class Pruning(pl.Callback):
         trainer.should_stop = self._over
 
     def _end_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epochs: int) -> None:
-        segment = self.plan[self.number]
+        segment, loss = self.plan[self.number], self._best["loss"]
         state = state_of(pl_module.net) if self._best["state"] is None else self._best["state"]
-        best = {"best_epoch": self._best["epoch"], "val_loss": self._best["loss"]}
-        known = about(self, trainer) | {"epochs": epochs} | best
+        known = about(self, trainer) | {"epochs": epochs, "best_epoch": self._best["epoch"], "val_loss": loss}
         if segment.kind == "dense":
             known |= {"init": self._points["init"], "early": self._points.get("early")}
         method = self.method if segment.kind == "tuned" else "none"
         variant = Variant(segment.kind, segment.density, method, state, list(self.slot.cuts), known)
         self._keep(trainer, variant)
-        if self._best["loss"] is not None:
-            self._losses[variant.name] = self._best["loss"]
+        if loss is not None:
+            self._losses[variant.name] = loss
             for logger in trainer.loggers:
-                values = {"pruning/density": segment.density, "pruning/best": self._best["loss"]}
-                logger.log_metrics(values, step=trainer.global_step)
+                logger.log_metrics({"pruning/density": segment.density, "pruning/best": loss}, trainer.global_step)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

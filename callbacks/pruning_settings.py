@@ -90,7 +90,8 @@ def plan_of(pruning: Pruning, dense_epochs: int) -> list[Segment]:
     """Parts of the fit in their order."""
     plan = [Segment("dense", 1.0, dense_epochs)]
     if pruning.finetune_epochs:
-        if pruning.control:
-            plan.append(Segment("control", 1.0, pruning.finetune_epochs))
-        plan += [Segment("tuned", rho, pruning.finetune_epochs) for rho in pruning.densities if rho < 1]
+        tuned = [Segment("tuned", rho, pruning.finetune_epochs) for rho in pruning.densities if rho < 1]
+        # Iterative: the sparsest network was trained on in every segment, so its control is, unless it begins anew.
+        in_a_row = max(1, len(tuned)) if pruning.schedule == "iterative" and pruning.rewind == "none" else 1
+        plan += [Segment("control", 1.0, pruning.finetune_epochs)] * (in_a_row if pruning.control else 0) + tuned
     return plan

@@ -209,6 +209,17 @@ def test_every_way_to_prune(tmp_path: Path, options: dict[str, Any]) -> None:
         assert start.keys() == forecaster().net.state_dict().keys()
 
 
+def test_the_control_of_an_iterative_schedule(tmp_path: Path) -> None:
+    """The network of the lowest density was trained on at every density above it; so long is its control."""
+    epochs, pruning = Epochs(), study(tmp_path, schedule="iterative", finetune_epochs=1, finetune_lr=0.1)
+    validations = Validations()
+    trainer(tmp_path, validations, pruning, epochs, epochs=1).fit(forecaster(), datamodule=TinySeries())
+    assert [left for left, *_ in epochs.seen] == [1, 1, 1, 0.5, 0.2]
+    losses = [loss for loss, _ in validations.seen]
+    control = load_variant(tmp_path / "pruned" / "control.pt")
+    assert losses[2] < losses[1] < losses[0] and control.about["val_loss"] == losses[2]
+
+
 def test_early_stopping_ends_a_segment_not_the_study(tmp_path: Path) -> None:
     module = forecaster()
     stop = EarlyStopping("val/loss", min_delta=100.0, patience=1, check_on_train_epoch_end=False)
