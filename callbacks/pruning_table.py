@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 NAIVE, LINEAR = "repeat last day", "DLinear"
+RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # of DLinear: the best on the validation part
 ERRORS = ("mse", "mae", "rmse", "mape", "mspe")
 _SHOWN = {
     "name": "network",
@@ -295,8 +296,12 @@ def _references(
     history, channels = batch["history"].shape[1], batch["history"].shape[2]
     naive = SeasonalNaive(data.cycle_length, data.horizon)
     train = islice(data.train_dataloader(), None if math.isinf(limit) or limit > 1 else 1)
-    linear = Direct(least_squares(train, history, data.horizon, channels)).to(pl_module.device)
-    network, found = pl_module.net, []
+    fitted = least_squares(train, history, data.horizon, channels, RIDGES)
+    network, found, best = pl_module.net, [], []
+    for linear in fitted:
+        pl_module.net = Direct(linear).to(pl_module.device, batch["history"].dtype)
+        best.append(errors(pl_module, data.val_dataloader(), limit)["mse"])
+    linear = Direct(fitted[best.index(min(best))]).to(pl_module.device)
     for name, reference in ((NAIVE, naive), (LINEAR, linear)):
         pl_module.net = reference.to(batch["history"].dtype)
         row: Row = {"name": name, "stage": "reference", "method": "none", "parameters": num_real(reference)}

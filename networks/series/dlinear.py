@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -101,12 +101,17 @@ class DLinear(nn.Module):
 
 @torch.no_grad()
 def least_squares(
-    batches: Iterable[Mapping[str, Tensor]], history_length: int, horizon: int, channels: int, ridge: float = 1e-6
-) -> DLinear:
-    """The DLinear network with the least squared error on some windows: no training, and no seed.
+    batches: Iterable[Mapping[str, Tensor]],
+    history_length: int,
+    horizon: int,
+    channels: int,
+    ridges: Sequence[float] = (1e-6,),
+) -> list[DLinear]:
+    """The DLinear networks with the least squared error on some windows: no training, and no seed.
 
     Trend and seasonal part add up to the window, so that the network is one linear map of it, whose best weights solve
-    the normal equations; both parts of the network get them.
+    the normal equations; both parts of the network get them. Of windows that are no more than their steps every one
+    can be met exactly, which forecasts nothing: then a larger penalty is needed.
 
     Args:
         batches: ``history`` (batch, time, channel), ``target`` (batch, horizon, channel) and ``valid`` (batch,
@@ -114,7 +119,10 @@ def least_squares(
         history_length: steps of the window.
         horizon: steps to forecast.
         channels: number of channels, which share the map.
-        ridge: penalty on the weights, in parts of the mean square of the window.
+        ridges: penalties on the weights, in parts of the mean square of the window.
+
+    Returns:
+        A network per penalty.
     """
     gram = torch.zeros(history_length + 1, history_length + 1, dtype=torch.float64)
     moment = torch.zeros(history_length + 1, horizon, dtype=torch.float64)
@@ -125,11 +133,15 @@ def least_squares(
         windows = functional.pad(windows, (0, 1), value=1.0)
         gram += windows.T @ windows
         moment += windows.T @ targets
-    penalty = torch.eye(history_length + 1, dtype=torch.float64) * ridge * gram.diagonal().mean()
-    penalty[-1, -1] = 0
-    solution = torch.linalg.lstsq(gram + penalty, moment, driver="gelsd").solution
-    network = DLinear(history_length, horizon, channels)
-    for part in (network.seasonal, network.trend):
-        part.weight.copy_(solution[:-1].T)
-        part.bias.copy_(solution[-1] / 2)
-    return network
+    weights = torch.ones(history_length + 1, dtype=torch.float64)
+    weights[-1] = 0
+    found = []
+    for ridge in ridges:
+        penalty = torch.diag(weights * ridge * gram.diagonal().mean())
+        solution = torch.linalg.lstsq(gram + penalty, moment, driver="gelsd").solution
+        network = DLinear(history_length, horizon, channels)
+        for part in (network.seasonal, network.trend):
+            part.weight.copy_(solution[:-1].T)
+            part.bias.copy_(solution[-1] / 2)
+        found.append(network)
+    return found

@@ -317,7 +317,7 @@ def test_least_squares_is_the_best_dlinear() -> None:
     data = TinySeries(gaps=False)
     data.setup()
     loader = list(data.train_dataloader())
-    best = least_squares(loader, WEEK, 10, 2, ridge=0.0)
+    (best,) = least_squares(loader, WEEK, 10, 2, [0.0])
 
     def loss(network: torch.nn.Module) -> torch.Tensor:
         return torch.cat([(network(b["history"]) - b["target"]).flatten() for b in loader]).square().mean()
