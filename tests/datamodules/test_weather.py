@@ -223,7 +223,7 @@ def test_rechunk_from_the_command_line(tmp_path, store, capsys):
         ({"height": 9}, r"data\.height=9, data\.width=16: .* has 8 x 16 points; set data\.height=8"),
         ({"num_outputs": 5}, r"data\.num_outputs=5, but the data have 3: set data\.num_outputs=3"),
         ({"num_inputs": 7}, r"data\.num_inputs=7, but the data have 4"),
-        ({"surface": [], "pressure": []}, r"data\.surface and data\.pressure are empty"),
+        ({"surface": [], "pressure": []}, r"data\.surface, data\.pressure and data\.named are empty"),
         ({"surface": ["msl", "msl"], "num_outputs": 4, "num_inputs": 5}, "name msl twice"),
         ({"surface": ["t2m"]}, r"has no variable 't2m'; it has geopotential, land_sea_mask"),
         ({"levels": [850, 700]}, "z has no level 700; it has 500, 850, 1000"),
