@@ -330,7 +330,7 @@ def _own_lines(path: Path, comm: Comm, header: int) -> tuple[bytes, int]:
     """Whole lines that begin in this rank's range of bytes."""
     if not path.exists():
         raise FileNotFoundError(f"no file {path}")
-    with open(path, "rb", buffering=1 << 16) as file:
+    with open(path, "rb", buffering=1 << 12) as file:  # what is read beyond the own lines
         for _ in range(header):
             file.readline()
         start = file.tell()
