@@ -7,6 +7,7 @@ carried: regression on a few thousand unlabelled inputs finds it, layer by layer
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -153,12 +154,8 @@ def inputs_and_outputs(
         raise _ReachedError
 
     hook = module.register_forward_hook(stop)
-    try:
+    with hook, suppress(_ReachedError):  # the hook is removed at the end, whatever happens
         network(batch)
-    except _ReachedError:
-        pass
-    finally:
-        hook.remove()
     if layer.kind == "linear":
         return seen["in"].flatten(0, -2), seen["out"].flatten(0, -2)
     out = seen["out"].flatten(2).mT.flatten(0, 1)

@@ -12,12 +12,11 @@ from torch import Tensor
 from parallel.array.array import SplitArray
 from parallel.array.chunks import offsets
 from parallel.array.gram import QUICK_ERROR, squares_of
-from parallel.array.products import matmul
+from parallel.array.products import matmul, tall_product
 from parallel.array.rng import Generator
 from parallel.array.shaping import transpose
 
 _OVERSAMPLING = 5
-_TALL_ROWS = 8192  # of a block that stays in the cache
 _QUICK_LIMIT = 2e-6  # relative error of a singular value up to which products in float32 are kept
 
 
@@ -147,21 +146,6 @@ def svd(a: SplitArray, method: Literal["tsqr", "gram"] = "tsqr", rank: int | Non
     error = float((s[k:].double().square().sum() / s.double().square().sum().clamp(min=1e-300)).sqrt())
     u = a.like(u[:, :k], (a.shape[0], k), a.split, a.map or None)
     return SVD(u, s[:k], a.like(vh[:k].mT.contiguous(), (a.shape[1], k), None), error)
-
-
-def tall_product(rows: Tensor, matrix: Tensor) -> Tensor:
-    """``rows @ matrix`` in the type of ``matrix``, stored in that of ``rows``, for few columns.
-
-    BLAS multiplies a short matrix by a wide one four times as fast as a tall one by a narrow one: the result is a view
-    of its transpose, columns one after the other.
-    """
-    if matrix.dtype == rows.dtype:
-        return (matrix.mT @ rows.mT).mT
-    out = rows.new_empty(matrix.shape[1], len(rows))
-    for i in range(0, len(rows), _TALL_ROWS):
-        block = rows[i : i + _TALL_ROWS]
-        out[:, i : i + len(block)] = matrix.mT @ block.to(matrix.dtype).mT
-    return out.mT
 
 
 def _gram_eigen(a: SplitArray, rank: int | None = None) -> tuple[Tensor, Tensor, bool]:

@@ -8,6 +8,8 @@ from torch import Tensor
 from parallel.array.array import SplitArray
 from parallel.array.chunks import balanced, offsets
 
+_TALL_ROWS = 8192  # of a block that stays in the cache
+
 
 def matmul(a: SplitArray, b: SplitArray) -> SplitArray:
     """``a @ b``, of vectors and matrices; leading axes are batches that are not split.
@@ -105,6 +107,21 @@ def trace(array: SplitArray) -> SplitArray:
     from parallel.array.shaping import diagonal
 
     return total(diagonal(array))
+
+
+def tall_product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """``rows @ matrix`` in the type of ``matrix``, stored in that of ``rows``, for few columns.
+
+    BLAS multiplies a short matrix by a wide one four times as fast as a tall one by a narrow one: the result is a view
+    of its transpose, columns one after the other.
+    """
+    if matrix.dtype == rows.dtype:
+        return (matrix.mT @ rows.mT).mT
+    out = rows.new_empty(matrix.shape[1], len(rows))
+    for i in range(0, len(rows), _TALL_ROWS):
+        block = rows[i : i + _TALL_ROWS]
+        out[:, i : i + len(block)] = matrix.mT @ block.to(matrix.dtype).mT
+    return out.mT
 
 
 def _row(a: SplitArray) -> SplitArray:

@@ -311,6 +311,8 @@ def load_csv(
     for rank, (count, wrong, _) in enumerate(found):
         if wrong >= 0:
             reason = mistake[1] if rank == comm.rank and mistake is not None else "see the other ranks"
+            if before + wrong == 0:
+                reason += "; a line of names is left out by header=1 (data.csv_header=1)"
             raise ValueError(f"{path}, line {before + wrong + 1}: {reason}")
         before += count
     before, widths = lines_skipped, {width for _, _, width in found if width >= 0}

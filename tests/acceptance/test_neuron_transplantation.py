@@ -10,7 +10,7 @@ import copy
 import json
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,8 +113,10 @@ def test_the_same_as_torch_pruning(name, count):
 def test_every_group_has_its_width_again(count):
     torch.manual_seed(0)
     networks = [MLP(hidden=(512, 64)) for _ in range(count)]
-    fused = transplant(networks, examined(networks, [torch.zeros(2, 1, 8, 8)])).network
-    MLP(hidden=(512, 64)).load_state_dict(fused.state_dict(), strict=True)
+    state = transplant(networks, examined(networks, [torch.zeros(2, 1, 8, 8)])).network.state_dict()
+    own = MLP(hidden=(512, 64))
+    assert {name: value.shape for name, value in state.items()} == {n: v.shape for n, v in own.state_dict().items()}
+    own.load_state_dict(state, strict=True)
 
 
 # --- 4: special cases -------------------------------------------------------------------------------------------------
@@ -333,8 +335,12 @@ def test_fitting_to_all_images_of_cifar(cifar, perceptrons):
     assert any(above)
 
 
-def fitted_by_activations(networks: Sequence[nn.Module], image: Tensor) -> nn.Module:
-    return fuse(networks, "nt_r", [image[:2]], image.split(2000), channels="activations").model
+def fused_perceptrons(cifar, perceptrons) -> Iterator[tuple[int, list[nn.Module], list[float], nn.Module]]:
+    """Of five seeds: the networks, their accuracies on the test images, and what they are fused to."""
+    for seed in range(5):
+        networks, image = perceptrons(seed), cifar["train"][0]
+        fused = fuse(networks, "nt_r", [image[:2]], image.split(2000), channels="activations").model
+        yield seed, networks, [accuracy(network, cifar["test"]) for network in networks], fused
 
 
 @pytest.mark.slow
@@ -342,11 +348,8 @@ def fitted_by_activations(networks: Sequence[nn.Module], image: Tensor) -> nn.Mo
 def test_the_ambition_at_once(cifar, perceptrons):
     """60 % of the way from the members to the ensemble, without a step of training: 0.71, 0.68 (seeds 0, 1)."""
     ways = []
-    for seed in range(5):
-        networks = perceptrons(seed)
-        each = [accuracy(network, cifar["test"]) for network in networks]
+    for _, networks, each, fused in fused_perceptrons(cifar, perceptrons):
         low, high = statistics.fmean(each), accuracy(ensemble_of(networks), cifar["test"])
-        fused = fitted_by_activations(networks, cifar["train"][0])
         ways.append((accuracy(fused, cifar["test"]) - low) / (high - low))
     assert statistics.fmean(ways) >= 0.6, ways
 
@@ -356,10 +359,7 @@ def test_the_ambition_at_once(cifar, perceptrons):
 def test_the_ambition_distilled(cifar, perceptrons):
     """Half a point above the distilled best member, both after three epochs: -0.3, 2.4 (seeds 0, 1)."""
     gains = []
-    for seed in range(5):
-        networks = perceptrons(seed)
-        each = [accuracy(network, cifar["test"]) for network in networks]
-        fused = fitted_by_activations(networks, cifar["train"][0])
+    for seed, networks, each, fused in fused_perceptrons(cifar, perceptrons):
         control = copy.deepcopy(networks[each.index(max(each))])
         train([fused, control], cifar["train"], 3, seed=100 + seed, teacher=ensemble_of(networks), batch=128)
         gains.append(accuracy(fused, cifar["test"]) - accuracy(control, cifar["test"]))

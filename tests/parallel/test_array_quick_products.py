@@ -9,13 +9,14 @@ import torch
 import parallel.array as pa
 from parallel.array import distance
 from parallel.array.chunks import balanced
-from parallel.array.decompositions import svd, tall_product
+from parallel.array.decompositions import svd
 from parallel.array.distance import cdist, tile
 from parallel.array.gram import QUICK_ERROR, gram_of, squares_of, well_conditioned
 from parallel.array.learning import Lasso, lasso_path
 from parallel.array.learning.k_means import lloyd_sums
 from parallel.array.learning.lasso import Problem, duality_gap, problem_moments
 from parallel.array.moments import moments_of
+from parallel.array.products import tall_product
 from tests.parallel.array_cases import comm_of
 
 

@@ -175,3 +175,10 @@ def test_a_reader_that_fails_is_heard():
     stopped = prefetched(read, 2)
     next(stopped)
     stopped.close()  # its thread ends
+
+
+def test_a_line_of_names_is_pointed_at(tmp_path):
+    (tmp_path / "rows.csv").write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(ValueError, match=r"line 1: .*header=1 \(data.csv_header=1\)"):
+        load(tmp_path / "rows.csv", split=0, comm=Comm())
+    assert load(tmp_path / "rows.csv", split=0, comm=Comm(), header=1).numpy().tolist() == [[1, 2], [3, 4]]

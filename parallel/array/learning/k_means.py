@@ -74,7 +74,6 @@ class KMeans(Estimator):
         empty: What becomes of a centre without rows: ``keep`` it where it is, or move it to the row ``farthest`` from
             its own centre.
         seed: Of the start, which is the same for every number of ranks.
-        nan_policy: Of rows with NaN: ``raise``, or ``omit`` (by the caller, see `base.finite_rows`).
 
     Attributes:
         centres: ``(k, f)``.
