@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
+from scipy.stats import norm as normal
+from scipy.stats import t as student
 
 from physics.energy_cost.configuration import Record
 from physics.energy_cost.intervals import Uncertainty, uncertainty
@@ -274,6 +276,10 @@ def nested_models(records: Sequence[Record]) -> list[tuple[CostFit, list[float]]
 def bootstrap(groups: Sequence[Sequence[Record]], count: int, seed: int = 0) -> list[list[Record]]:
     """Draw means of configurations: repetitions with replacement; a published mean from a normal distribution.
 
+    Repetitions are few, often two: their deviations are those from their own mean, too small by sqrt((n - 1) / n), and
+    know their spread badly. They are widened by sqrt(n / (n - 1)), and by the quantile of Student's t of all
+    configurations together, sum of n - 1, over the normal one.
+
     Args:
         groups: Runs of each configuration, or the one record of its mean and deviation.
         count: Draws.
@@ -283,17 +289,21 @@ def bootstrap(groups: Sequence[Sequence[Record]], count: int, seed: int = 0) -> 
         ``count`` lists of a record per group.
     """
     generator = np.random.default_rng(seed)
+    repetitions = [len(members) if len(members) > 1 else members[0].repetitions for members in groups]
+    freedom = sum(n - 1 for n in repetitions)
+    few = float(student.ppf(0.975, freedom) / normal.ppf(0.975)) if freedom else 1.0
     out = []
     for _ in range(count):
         drawn = []
-        for members in groups:
+        for members, n in zip(groups, repetitions, strict=True):
             first = members[0]
             if len(members) > 1:
-                chosen = [members[i] for i in generator.integers(len(members), size=len(members))]
-                energy = float(np.mean([member.energy_kwh for member in chosen]))
-                hours = float(np.mean([member.device_hours for member in chosen]))
+                measured = np.array([(member.energy_kwh, member.device_hours) for member in members])
+                mean = measured.mean(axis=0)
+                shift = measured[generator.integers(n, size=n)].mean(axis=0) - mean
+                energy, hours = (float(x) for x in mean + few * math.sqrt(n / (n - 1)) * shift)
             else:
-                share = 1 / math.sqrt(max(first.repetitions - 1, 1))
+                share = few / math.sqrt(max(n - 1, 1))
                 energy = first.energy_kwh + share * first.energy_rms_kwh * float(generator.standard_normal())
                 hours = first.device_hours + share * first.device_hours_rms * float(generator.standard_normal())
             drawn.append(replace(first, energy_kwh=energy, device_hours=hours))

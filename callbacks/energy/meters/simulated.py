@@ -28,7 +28,7 @@ class SimulatedDevices(Meter):
         j_per_update: Energy of an optimizer step on one device, J.
         devices: Of this node; None: the processes of the run on it.
         noise: Relative standard deviation of the energy between two readings.
-        seed: Of the noise.
+        seed: Of the noise, a number or any text: runs that are compared need different ones, or all err alike.
 
     Raises:
         ValueError: If a number is negative or not finite.
@@ -42,7 +42,7 @@ class SimulatedDevices(Meter):
         j_per_update: float = 1.781,
         devices: int | None = None,
         noise: float = 0.0,
-        seed: int = 0,
+        seed: int | str = 0,
     ) -> None:
         numbers = {
             "node_w": node_w,
