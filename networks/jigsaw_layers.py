@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from parallel.sharding import JigsawGrid, NormPlan, Plan, make_parameter, sharded_layer_norm, sharded_linear
 from parallel.sharding.blocks import local
-from parallel.sharding.cost import Shapes, can_move_activations, cheaper, received
+from parallel.sharding.cost import MESSAGE, Shapes, can_move_activations, cheaper, received
 from parallel.sharding.counter import keep_mask, key_of
 from parallel.sharding.layout import Axis, Layout
 from parallel.sharding.linear import rows_of
@@ -88,6 +88,7 @@ class ShardedLinear(ShardedLayer):
         variant: What travels between ranks, see `parallel.sharding.linear`; auto: what costs less.
         positions: Positions of the whole field (``batch * width`` of the axis that is not mapped) for which ``auto``
             decides.
+        message: What ``auto`` takes a message to cost, in elements.
         pipelined: Whether transfers and products overlap.
         needs_x: Whether the input wants a gradient.
     """
@@ -106,6 +107,7 @@ class ShardedLinear(ShardedLayer):
         diagonals: Sequence[float] | None = None,
         variant: Choice = "auto",
         positions: int = 1,
+        message: int = MESSAGE,
         pipelined: bool = True,
         needs_x: bool = True,
     ) -> None:
@@ -131,11 +133,11 @@ class ShardedLinear(ShardedLayer):
         else:
             self.bias = None
         self.plan = Plan(name, grid, other, outputs.local, rows, "weights", pipelined)
-        self.plan = replace(self.plan, variant=self._chosen(variant, positions))
+        self.plan = replace(self.plan, variant=self._chosen(variant, positions, message))
 
-    def _chosen(self, variant: Choice, positions: int) -> Literal["weights", "activations"]:
+    def _chosen(self, variant: Choice, positions: int, message: int) -> Literal["weights", "activations"]:
         if variant == "auto":
-            return cheaper(self.plan, self.shapes(positions))
+            return cheaper(self.plan, self.shapes(positions), message=message)
         return variant if can_move_activations(self.plan) else "weights"
 
     def shapes(self, positions: int) -> Shapes:
@@ -159,9 +161,11 @@ class ShardedLinear(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the local block ``(batch, token, channel)``, whose features are those of all parts side by side."""
-        blocks = [local(getattr(self, weight)) for weight in self.weights]
-        weight = blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
-        bias = None if self.bias is None else local(self.bias)
+        parameters = [getattr(self, weight) for weight in self.weights]
+        blocks = local(*parameters) if self.bias is None else local(*parameters, self.bias)
+        count = len(parameters)
+        weight = blocks[0] if count == 1 else torch.cat(blocks[:count], 1)
+        bias = None if self.bias is None else blocks[count]
         if bias is not None and self.bias_repeats > 1:
             bias = bias.repeat_interleave(self.bias_repeats)
         return sharded_linear(x, weight, bias, self.plan)
@@ -212,7 +216,7 @@ class JigsawLayerNorm(ShardedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the local block ``(..., channel)``, the parts side by side."""
-        values = [local(getattr(self, name)) for name in self.names]
+        values = local(*(getattr(self, name) for name in self.names))
         gamma = values[0] if len(values) == 2 else torch.cat(values[0::2])
         beta = values[1] if len(values) == 2 else torch.cat(values[1::2])
         return sharded_layer_norm(x, gamma, beta, self.plan)

@@ -6,6 +6,7 @@ Ranks are numbered node by node: rank ``r`` is process ``r % local_size`` of nod
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -52,6 +53,12 @@ def crossings(ranks: Sequence[int], local_size: int) -> int:
 
     0: all links of the group are fast. A ring over whole nodes crosses once per node.
     """
+    return _crossings(tuple(ranks), local_size)
+
+
+@lru_cache(maxsize=4096)
+def _crossings(ranks: tuple[int, ...], local_size: int) -> int:
+    """Asked for every collective, with few answers."""
     if len(ranks) < 2:
         return 0
     nodes = [rank // local_size for rank in ranks]

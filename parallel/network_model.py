@@ -58,8 +58,8 @@ class NetworkModel:
             local_size: Ranks of a node.
             sharing: Groups that use the links of the same nodes at the same time with as many bytes each.
         """
-        slow = crossings(ranks, local_size)
-        if not self.active or not slow:
+        slow = crossings(ranks, local_size) if self.active else 0
+        if not slow:
             return 0.0
         # The busiest interface sends over this many of the ring's edges.
         edges = -(-slow // len({rank // local_size for rank in ranks}))

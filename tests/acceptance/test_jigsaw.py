@@ -159,8 +159,11 @@ def _kinds(token, channel):
     return {flow.kind for flow in grid.traffic.received}
 
 
-def _costs(token, channel, shapes):
-    """Received bytes, most of all ranks, of both variants of a layer on tokens, and the one that auto chooses."""
+def _costs(token, channel, shapes, message):
+    """Received bytes, most of all ranks, of both variants of a layer on tokens, and the one that auto chooses.
+
+    A message counts as so many elements of four bytes.
+    """
     grid, found = make_grid(token, channel), []
     from networks.jigsaw_layers import TokenLinear, Width
 
@@ -169,12 +172,13 @@ def _costs(token, channel, shapes):
         for variant in ("weights", "activations", "auto"):
             layer = TokenLinear(
                 "layer", grid, Width(tokens, tokens // token), Width(hidden, hidden // token), 0,
-                variant=variant, positions=batch * channels,
+                variant=variant, positions=batch * channels, message=message,
             )  # fmt: skip
             grid.traffic.clear()
             x = torch.randn(batch, tokens // token, channels // channel, requires_grad=True)
             layer(x).sum().backward()
-            most = torch.tensor(grid.traffic.total(), dtype=torch.float64)
+            sent_home = 2 * (layer.plan.variant == "activations")  # there and back; all else is sent either way
+            most = torch.tensor(grid.traffic.total() + 4 * message * sent_home, dtype=torch.float64)
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
             cost[variant] = float(most)
         found.append((cost, layer.plan.variant))
@@ -184,14 +188,15 @@ def _costs(token, channel, shapes):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grid", [(1, 2), (2, 2)])
-def test_5_auto_takes_the_cheaper_variant(ranks2, ranks4, grid):
+@pytest.mark.parametrize("message", [0, 100])
+def test_5_auto_takes_the_cheaper_variant(ranks2, ranks4, grid, message):
     draw = random.Random(0)
     shapes = [
         (draw.choice((1, 2, 4)), 8 * draw.randint(1, 12), 8 * draw.randint(1, 12), 8 * draw.randint(1, 12))
         for _ in range(20)
     ]
     chosen = set()
-    for cost, variant in (ranks2 if grid == (1, 2) else ranks4)(_costs, *grid, shapes)[0]:
+    for cost, variant in (ranks2 if grid == (1, 2) else ranks4)(_costs, *grid, shapes, message)[0]:
         assert cost["auto"] == min(cost.values()), cost
         chosen.add(variant)
     assert chosen == {"weights", "activations"}

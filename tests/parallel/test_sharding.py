@@ -232,6 +232,15 @@ def test_the_cheaper_variant_is_chosen():
     assert cheaper(Plan("token_in", JigsawGrid(2, 1), "channel", hidden // 2, hidden // 2), shapes) == "weights"
 
 
+def test_small_layers_send_fewer_messages():
+    """Of 1024 tokens of 256 channels activations are fewer bytes, and take longer: a message more in each direction."""
+    for grid in (JigsawGrid(1, 2), JigsawGrid(2, 2)):
+        hidden = 512 // grid.token_size
+        plan = Plan("token_in", grid, "channel", hidden, rows_of(hidden, grid.channel_size, grid.token_size))
+        shapes = Shapes(1024 * 512, 1024 * 256, 512 * 256)
+        assert cheaper(plan, shapes, message=0) == "activations" and cheaper(plan, shapes) == "weights"
+
+
 def test_activations_stay_where_features_do_not_divide():
     plan = Plan("recovery", JigsawGrid(2, 2), "token", 7, rows_of(7, 2, 2))
     assert not can_move_activations(plan) and cheaper(plan, Shapes(10**9, 1, 1)) == "weights"
