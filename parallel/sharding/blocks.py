@@ -36,10 +36,8 @@ class _Blocks(torch.autograd.Function):
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.specs = [tensor._spec if isinstance(tensor, DTensor) else None for tensor in tensors]
-        return tuple(
-            tensor._local_tensor.view_as(tensor._local_tensor) if isinstance(tensor, DTensor) else tensor.view_as(tensor)
-            for tensor in tensors
-        )
+        blocks = [tensor._local_tensor if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        return tuple(block.view_as(block) for block in blocks)
 
     @staticmethod
     @once_differentiable

@@ -23,10 +23,9 @@ from dataclasses import dataclass
 
 from parallel.sharding.linear import Plan, Variant
 
-
 MESSAGE = 1 << 18
-"""Elements that could travel in the time that one more message costs: 1 MiB of float32. gloo needs about 0.5 to 1 ms for a
-message and moves 1 to 2 GB/s; NCCL 10 to 20 us, at 25 to 200 GB/s."""
+"""Elements that could travel in the time that one more message costs: 1 MiB of float32. gloo needs about 0.5 to 1 ms
+a message and moves 1 to 2 GB/s; NCCL 10 to 20 us, at 25 to 200 GB/s."""
 
 
 @dataclass(frozen=True)

@@ -157,10 +157,14 @@ class _Linear(torch.autograd.Function):
         with without_autocast(x):
             grad = grad.contiguous()
             bias_grad = transfer = None
-            if ctx.has_bias:  # on its way while the products are computed
+            more: tuple[Tensor, ...] = ()
+            if ctx.has_bias:
                 bias_grad = grad.sum((0, 1) if plan.dim == -1 else (0, 2), dtype=_sum_dtype(grad))
-                transfer = start_sum(bias_grad, plan.gather_group, plan, "shared_gradient")
-            x_grad, weight_grad = _backward_of(plan)(grad, x, weight, plan, ctx.needs_input_grad[0])
+                if _takes_passengers(plan, bias_grad, x):
+                    more = (bias_grad,)
+                else:  # on its way while the products are computed
+                    transfer = start_sum(bias_grad, plan.gather_group, plan, "shared_gradient")
+            x_grad, weight_grad = _backward_of(plan)(grad, x, weight, plan, ctx.needs_input_grad[0], *more)
             if transfer is not None:
                 transfer.wait()
             if bias_grad is not None:
@@ -186,6 +190,12 @@ def _forward_of(plan: Plan) -> Any:
 
         return ring.forward
     return forward_weights
+
+
+def _takes_passengers(plan: Plan, vector: Tensor, x: Tensor) -> bool:
+    from parallel.sharding import ring
+
+    return _backward_of(plan) is ring.backward and ring.carries(plan, vector, x)
 
 
 def _backward_of(plan: Plan) -> Any:

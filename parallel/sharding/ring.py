@@ -8,6 +8,7 @@ whole on a rank.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -160,11 +161,19 @@ def _wait(transfers: list[Transfer]) -> None:
         transfer.wait()
 
 
-def backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool) -> tuple[Tensor | None, Tensor]:
+def carries(plan: Plan, passenger: Tensor, x: Tensor) -> bool:
+    """Whether the one message of weight gradients between two ranks can take a sum over them with it."""
+    return plan.gather_size == 2 and passenger.dtype == plan.wide(x.new_empty(0)).dtype
+
+
+def backward(
+    grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool, passenger: Tensor | None = None
+) -> tuple[Tensor | None, Tensor]:
     """Gradients of the input block and of the stored block of the weight.
 
     While the blocks of the weight walk around the ring (for the gradient of the input), the sums of their gradients
-    follow one step behind, so that each ends at the rank that stores the block.
+    follow one step behind, so that each ends at the rank that stores the block. ``passenger`` is a vector that is
+    summed over the two ranks of the gather group on the way, in place (`carries`): a message less.
     """
     size, index, group = plan.gather_size, plan.gather_index, plan.gather_group
     following, previous = _neighbours(group.ranks, index) if size > 1 else (0, 0)
@@ -179,15 +188,23 @@ def backward(grad: Tensor, x: Tensor, weight: Tensor, plan: Plan, needs_x: bool)
             fetched = gathering.fetch(cut[(block_index + 1) % size])
         x_grad = _input_gradient(now, block, x_grad, plan)
         if step == 0:
-            own_grad = _block_gradient(now, x, None, plan)  # waits for the sum of the others
+            own_grad, _ = _block_gradient(now, x, None, plan)  # waits for the sum of the others
             continue
         _wait(moving)
-        block_grad = _block_gradient(now, x, coming, plan)
-        coming = torch.empty_like(block_grad) if free is None else free
-        moving = plan.grid.interconnect.exchange([(block_grad, previous)], [(coming, following)], group, True)
-        plan.received("backward", "weight_gradient", num_bytes(coming))
+        seats = 0 if passenger is None else len(passenger)
+        block_grad, message = _block_gradient(now, x, coming, plan, seats)
+        if passenger is not None:
+            message[-seats:] = passenger
+        coming = torch.empty_like(message) if free is None else free
+        moving = plan.grid.interconnect.exchange([(message, previous)], [(coming, following)], group, True)
+        plan.received("backward", "weight_gradient", num_bytes(block_grad))
         free = block_grad  # once it was sent
     _wait(moving)
+    if passenger is not None:
+        plan.received("backward", "shared_gradient", num_bytes(passenger))
+        coming, others = coming.split([own_grad.numel(), len(passenger)])
+        passenger.add_(others)
+        coming = coming.view_as(own_grad)
     if coming is not None:
         own_grad.add_(coming)
     gathering.finish()
@@ -207,15 +224,26 @@ def _input_gradient(parts: _Parts, block: Tensor | None, x_grad: Tensor | None, 
     return x_grad
 
 
-def _block_gradient(parts: _Parts, x: Tensor, sums: Tensor | None, plan: Plan) -> Tensor:
-    """The gradient of one block of the weight, added to the sums of other ranks in place if there are any."""
+def _block_gradient(parts: _Parts, x: Tensor, sums: Tensor | None, plan: Plan, seats: int = 0) -> tuple[Tensor, Tensor]:
+    """The gradient of one block of the weight, added to the sums of other ranks in place if there are any.
+
+    Returns:
+        (gradient, what to send of it): the same, or a vector with so many ``seats`` behind it.
+    """
     if sums is not None and sums.dtype == x.dtype:
         for piece, part, _ in parts:
             products.outer(part, x, plan.dim, sums[piece.rows], add=True)
-        return sums
-    block_grad, filled = x.new_empty(plan.rows, x.shape[plan.dim]), 0
+        return sums, sums
+    shape, filled = (plan.rows, x.shape[plan.dim]), 0
+    message = x.new_empty(math.prod(shape) + seats)
+    block_grad = message[: math.prod(shape)].view(shape)
     for piece, part, _ in parts:
         products.outer(part, x, plan.dim, block_grad[piece.rows])
         filled = max(filled, piece.rows.stop)
     block_grad[filled:] = 0  # padding
-    return plan.wide(block_grad) if sums is None else sums.add_(block_grad)
+    if sums is not None:
+        block_grad = sums.add_(block_grad)
+        return block_grad, block_grad
+    message = plan.wide(message)
+    block_grad = message[: math.prod(shape)].view(shape)
+    return block_grad, message if seats else block_grad
