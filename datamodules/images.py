@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -115,6 +116,8 @@ class Images(LightningDataModule):
             number, and so does that of validation in training, in the same proportion; null: all.
         eval_batch_size: Images per evaluation step over all devices.
         drop_last: Drop the incomplete last batch of a training epoch.
+        legacy_eval: Validate on random views and without the incomplete last batch, as some published code does: noisy,
+            and pessimistic. Needs ``augment``.
         num_workers: Loader processes.
         pin_memory: Page-locked batches, for GPUs.
         seed: Seed of the order of the training images and of the random views.
@@ -170,6 +173,7 @@ class Images(LightningDataModule):
         samples_per_device: int | None = None,
         eval_batch_size: int = 256,
         drop_last: bool = True,
+        legacy_eval: bool = False,
         num_workers: int = 0,
         pin_memory: bool = False,
         seed: int = 0,
@@ -222,6 +226,7 @@ class Images(LightningDataModule):
         self.shift, self.severity, self.ood = shift, severity, ood
         self.predict_part = predict_part
         self.batch_size, self.eval_batch_size, self.drop_last = batch_size, eval_batch_size, drop_last
+        self.legacy_eval = legacy_eval
         self.local_batch_size, self.samples_per_device = local_batch_size, samples_per_device
         self.num_workers, self.pin_memory, self.seed = num_workers, pin_memory, seed
         self._check_arguments()
@@ -239,6 +244,8 @@ class Images(LightningDataModule):
         for key, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{key}={value}: must be at least 1")
+        if self.legacy_eval and not self.augment:
+            raise ValueError("data.legacy_eval=true validates on random views: set data.augment=true, or leave it out")
         if self.num_workers < 0:
             raise ValueError(f"data.num_workers={self.num_workers}: must not be negative")
         if self.ood is not None and self.ood.ood is not None:
@@ -359,7 +366,13 @@ class Images(LightningDataModule):
         images = self._set("val")
         if self.samples_per_device is not None and self.trainer is not None and self.trainer.state.fn == "fit":
             images = cut_alike(images, len(self._grown().rows) / len(self._set("train").rows), self.split_seed)
+        if self.legacy_eval and (whole := len(images.rows) // self.eval_batch_size * self.eval_batch_size):
+            images = images.take(np.arange(whole))
         return self._loader(images, self.eval_batch_size) if len(images.rows) else []
+
+    def train_eval_dataloader(self) -> DataLoader:
+        """Give the training images in order, for `callbacks.training_evaluation`."""
+        return self._loader(self._grown(), self.eval_batch_size)
 
     @override
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -386,7 +399,7 @@ class Images(LightningDataModule):
     def _prepared(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The input of the running stage."""
         trainer = self.trainer
-        if trainer.training and self.augment:
+        if self.augment and (trainer.training or (trainer.validating and self.legacy_eval)):
             streams = getattr(trainer.lightning_module, "view_streams", None)
             return self.augmented(batch, trainer.current_epoch, [0] if streams is None else streams())
         if trainer.testing or (trainer.predicting and self.predict_part == "test"):

@@ -6,7 +6,8 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,23 @@ class EnergyCallback(pl.Callback):
         if self._recorder is not None:
             self._recorder.switch(label)
 
+    @contextmanager
+    def stage(self, label: str) -> Iterator[None]:
+        """Book what happens within the block to a stage of its own, say ``fit/train_eval``, and then to the one before.
+
+        For callbacks that do work of another kind than training; `count` counts its samples.
+        """
+        before = self._label
+        self._switch(label)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def count(self, batch: Any) -> None:
+        """Count the samples of a batch in the running stage."""
+        self.counts.samples[self._label] = self.counts.samples.get(self._label, 0) + self._batch_size(batch)
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if sum(isinstance(callback, EnergyCallback) for callback in trainer.callbacks) > 1:
@@ -341,8 +359,7 @@ class EnergyCallback(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        samples = self.counts.samples
-        samples[self._label] = samples.get(self._label, 0) + self._batch_size(batch)
+        self.count(batch)
 
     on_validation_batch_end = on_test_batch_end = on_predict_batch_end = _evaluation_batch_end
 

@@ -33,6 +33,7 @@ class Stage:
 
     def __init__(self, stage: str, current_epoch: int = 0, layout: dict | None = None) -> None:
         self.training, self.testing, self.predicting = (stage == name for name in ("train", "test", "predict"))
+        self.validating = stage == "val"
         self.current_epoch, self.distributed_sampler_kwargs = current_epoch, layout
         self.lightning_module = SimpleNamespace(dtype=torch.float32)
 
@@ -546,3 +547,20 @@ def test_the_small_cifar10(tmp_path):
     legacy = instantiate("data", config["data"] | {"normalize": "legacy", "image_size": 32})
     legacy.setup("fit")
     np.testing.assert_allclose(legacy.std, (0.2023, 0.1994, 0.2010), atol=0.006)
+
+
+def test_validation_as_some_published_code_does_it():
+    """Random views, and no incomplete batch; the usual validation sees all images as they are."""
+    options = DIGIT_PARTS | {"augment": True, "padding": 2, "eval_batch_size": 100}
+    usual, legacy = ready("val", **options), ready("val", **options, legacy_eval=True)
+    assert [len(batch["label"]) for batch in usual.val_dataloader()] == [100, 44]
+    (batch,) = legacy.val_dataloader()
+    assert len(batch["label"]) == 100
+    plain = usual.normalized(batch)["image"]
+    assert torch.equal(usual.on_after_batch_transfer(batch, 0)["image"], plain)
+    view = legacy.on_after_batch_transfer(batch, 0)["image"]
+    assert not torch.equal(view, plain) and torch.equal(view, legacy.augmented(batch, 0)["image"])
+    small = ready("val", **options | {"eval_batch_size": 500}, legacy_eval=True)
+    assert len(every(small.val_dataloader())["label"]) == 144  # rather an incomplete batch than none
+    with pytest.raises(ValueError, match=r"data\.legacy_eval=true .* data\.augment=true"):
+        Images(**DIGIT_PARTS, legacy_eval=True)
