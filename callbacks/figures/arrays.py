@@ -77,7 +77,7 @@ def coefficients(outputs: Outputs, datamodule: Any) -> Figure:
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xlabel("column")
     axes.set_ylabel("coefficient")
-    axes.legend(frameon=False)
+    figure.legend(loc="outside upper right", ncols=2, frameon=False, fontsize="small")  # bars are everywhere
     return figure
 
 
