@@ -51,6 +51,8 @@ class StepPhases(pl.Callback):
         self._unwrapped = to_device = trainer.strategy.batch_to_device
 
         def timed(*args: Any, **kwargs: Any) -> Any:
+            if not trainer.training:  # an evaluation within the epoch
+                return to_device(*args, **kwargs)
             self._end("loading")
             batch = to_device(*args, **kwargs)
             self._end("transfer")

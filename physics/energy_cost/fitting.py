@@ -65,7 +65,8 @@ class Proportional:
 
     Attributes:
         kappa_kw: Power per device.
-        low, high: 95 % interval by bootstrap over repetitions; equal to ``kappa_kw`` where nothing was repeated.
+        low, high: 95 % interval, by bootstrap over repetitions, from the residuals where nothing was repeated; 0 to
+            infinity for a single run.
         r_squared: 1 - residual / total sum of squares about the mean; NaN for one run.
         errors: Of each record, (predicted - measured) / measured: a high R^2 hides them.
     """
@@ -85,7 +86,7 @@ class CostFit:
         terms: Names of the columns; merged ones are ``node+device`` and ``samples+updates``.
         coefficients: Of each term, >= 0, in the units of `TERMS`; ``node+device`` is P_device + P_node / n_node [kW],
             ``samples+updates`` is e_s + e_u / LBS [J per sample].
-        intervals: 95 % intervals by bootstrap over repetitions, per term.
+        intervals: 95 % intervals per term, by bootstrap over repetitions, without any from the residuals.
         errors: Of each record, (predicted - measured) / measured.
         condition: Largest / smallest singular value of the weighted columns before anything was merged.
         warnings: What the runs cannot tell apart.
@@ -180,13 +181,16 @@ def fit_proportional(records: Sequence[Record], draws: Sequence[Sequence[Record]
 
     Args:
         records: At least one.
-        draws: Resampled records for the interval (`bootstrap`).
+        draws: Resampled records for the interval (`bootstrap`); without any it comes from the residuals.
     """
     hours = np.array([record.device_hours for record in records])
     energy = np.array([record.energy_kwh for record in records])
     kappa = float(hours @ energy / (hours @ hours))
     residual, total = ((energy - kappa * hours) ** 2).sum(), ((energy - energy.mean()) ** 2).sum()
-    low, high = _interval([fit_proportional(draw).kappa_kw for draw in draws], kappa)
+    low, high = _interval([fit_proportional(draw).kappa_kw for draw in draws])
+    if not draws and len(records) > 1:
+        width = float(student.ppf(0.975, len(records) - 1)) * math.sqrt(residual / (len(records) - 1) / (hours @ hours))
+        low, high = max(0.0, kappa - width), kappa + width
     return Proportional(
         kappa, low, high, float(1 - residual / total) if total > 0 else math.nan, tuple(kappa * hours / energy - 1)
     )
@@ -203,7 +207,7 @@ def fit_cost(
     Args:
         records: Each configuration once; at least as many as terms.
         terms: Of `TERMS`.
-        draws: Resampled records for the intervals (`bootstrap`).
+        draws: Resampled records for the intervals (`bootstrap`); without any they come from the residuals.
 
     Raises:
         ValueError: If there are fewer runs than terms, or runs on different hardware.
@@ -244,16 +248,21 @@ def fit_cost(
     coefficients = _solve(matrix)
     errors = matrix @ coefficients - 1
     samples = [_solve(_weighted(terms, draw)) for draw in draws]
+    spread = uncertainty(matrix, errors, COLLINEAR)
+    widths = spread.of_coefficients()
     return CostFit(
         terms,
         tuple(float(value) for value in coefficients),
-        tuple(_interval([sample[i] for sample in samples], float(c)) for i, c in enumerate(coefficients)),
+        tuple(
+            _interval([sample[i] for sample in samples]) if draws else (max(0.0, float(c) - width), float(c) + width)
+            for i, (c, width) in enumerate(zip(coefficients, widths, strict=True))
+        ),
         tuple(float(value) for value in errors),
         condition,
         tuple(warnings),
         unidentified=tuple(tuple(float(x) for x in direction) for direction in weak),
         scale=tuple(float(1 / length) for length in lengths),
-        uncertainty=uncertainty(matrix, errors, COLLINEAR),
+        uncertainty=spread,
         **constants,
     )
 
@@ -329,9 +338,9 @@ def _inseparable(pair: Sequence[str], records: Sequence[Record]) -> bool:
     return len({getattr(record, key) for record in records}) == 1
 
 
-def _interval(values: Sequence[float], center: float) -> tuple[float, float]:
+def _interval(values: Sequence[float]) -> tuple[float, float]:
     if not values:
-        return (center, center)
+        return (0.0, math.inf)
     low, high = np.quantile(np.array(values), [0.025, 0.975])
     return (float(low), float(high))
 

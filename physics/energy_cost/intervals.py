@@ -42,6 +42,14 @@ class Uncertainty:
         """H of a row."""
         return float(np.square(np.array(self.axes) @ np.array(row)).sum())
 
+    def of_coefficients(self) -> list[float]:
+        """Half widths of the 95 % intervals of the coefficients c themselves, t s sqrt((A'A)^-1)_kk."""
+        terms = len(self.axes[0]) if self.axes else 0
+        if self.freedom < 1:
+            return [math.inf] * terms
+        scale = float(student.ppf(0.975, self.freedom)) * self.deviation
+        return [scale * math.sqrt(self.leverage(unit)) for unit in np.eye(terms)]
+
     def half_width(self, row: Sequence[float]) -> float:
         """Relative half width of the 95 % interval of a new run; infinite where nothing was tested."""
         if self.freedom < 1:

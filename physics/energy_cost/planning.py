@@ -1,7 +1,8 @@
 """What a planned training will cost, from fitted runs: hours, energy, carbon dioxide; which plans are worth a look.
 
-Time is fitted as device hours H = t_s S + t_u [n > 1] n U + t_r n U log2 n + t_e n * epochs: computation per sample,
-communication per device update (also as it grows with the number of devices), and what every epoch costs each device.
+Time is fitted as device hours H = t_s S + t_o n U + t_u [n > 1] n U + t_r n U log2 n + t_e n * epochs: computation per
+sample, what every step costs a device besides, communication per device update (also as it grows with the number of
+devices), and what every epoch costs each device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from physics.energy_cost.intervals import Uncertainty, uncertainty
 
 TIME_TERMS: dict[str, str] = {
     "samples": "t_s [s per sample]",
+    "steps": "t_o [s per device update]",
     "updates": "t_u [s per device update, n > 1]",
     "growth": "t_r [s per device update and doubling of n]",
     "epochs": "t_e [s per device and epoch]",
@@ -234,7 +236,7 @@ def pareto_front(points: Sequence[Sequence[float]]) -> list[int]:
 
 def _time_row(devices: int, samples: float, updates: int, epochs: float) -> list[float]:
     work = devices * updates
-    return [samples, float(work * (devices > 1)), work * math.log2(devices), devices * epochs]
+    return [samples, float(work), float(work * (devices > 1)), work * math.log2(devices), devices * epochs]
 
 
 def _solve(matrix: np.ndarray) -> np.ndarray:

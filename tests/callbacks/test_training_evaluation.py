@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from callbacks.training_evaluation import STAGE
 from runner import job
@@ -42,6 +43,34 @@ def test_scores_and_energy_of_the_training_set(tmp_path):
     assert record["fit/val"]["samples"] < IMAGES  # its own are not among them
     parts = [kwh["it_kwh"] for label, kwh in record.items() if label.startswith("fit/")]
     assert record["fit"]["it_kwh"] == pytest.approx(sum(parts))
+
+
+def test_what_is_evaluated_are_the_images_as_they_are(tmp_path):
+    """Against a pass over the training images by hand, with the weights of the last checkpoint."""
+    train(tmp_path, "callbacks=training_evaluation", "trainer.devices=1", "data.augment=true", "data.padding=2")
+    logged = rows(tmp_path)["train_eval/accuracy"].dropna().tolist()[-1]
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    config = composed(*QUICK, "trainer.devices=1", "data.augment=true", "data.padding=2", run_dir=tmp_path)
+    module, data = (instantiate(config[name]) for name in ("model", "data"))
+    module.load_state_dict(saved)
+    module.eval()
+    data.prepare_data()
+    data.setup("fit")
+    right = 0
+    with torch.no_grad():
+        for batch in data.train_eval_dataloader():
+            right += int((module(data.normalized(batch)["image"]).argmax(1) == batch["label"]).sum())
+    assert logged == pytest.approx(right / IMAGES, abs=1e-6)
+
+
+def test_phases_of_a_step_do_not_contain_it(tmp_path):
+    """One image at a time it lasts longer than the training, and would be the largest phase."""
+    one = ("data.eval_batch_size=1", "trainer.max_epochs=3", "trainer.limit_val_batches=1")
+    train(tmp_path, "callbacks=training_evaluation", "trainer.devices=1", *one)
+    result = json.loads((tmp_path / "results.json").read_text())
+    seconds = 3600 * result["energy"]["stages"][STAGE]["device_hours"] / 3
+    for phase in ("loading", "transfer"):
+        assert result["phases"][phase] * (IMAGES // 16) < 0.3 * seconds, (result["phases"], seconds)
 
 
 def on_two(folder):

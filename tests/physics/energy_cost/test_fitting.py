@@ -5,11 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from physics.energy_cost import Configuration, Record, fit_cost, fit_proportional, gradient_updates, leave_one_out
 from physics.energy_cost.analysis import analyse, check_sources
 from physics.energy_cost.configuration import distinct, mean_over_seeds
-from physics.energy_cost.fitting import bootstrap
+from physics.energy_cost.fitting import bootstrap, column
 
 TRUE = {"node": 0.2, "device": 0.07, "samples": 0.5, "updates": 2.0}
 
@@ -99,6 +100,17 @@ def test_other_collinear_runs_predict_their_like_only():
     assert fit.predict(record(1, 16, 30_000)) == pytest.approx(record(1, 16, 30_000).energy_kwh, rel=1e-3)
 
 
+def test_a_direction_that_the_runs_lack_is_refused_by_itself():
+    """At one global batch on one and two devices no column is another's multiple, and four are two all the same."""
+    fit = fit_cost([record(1, 32, s, growth=0.0) for s in (10_000, 20_000)]
+                   + [record(2, 16, s, growth=0.0) for s in (10_000, 20_000)])  # fmt: skip
+    assert fit.devices_per_node is None and fit.local_batch_size is None and fit.unidentified
+    like_them = record(2, 16, 30_000, growth=0.0)
+    assert fit.predict(like_them) == pytest.approx(like_them.energy_kwh, rel=1e-3)
+    with pytest.raises(ValueError, match=r"cannot tell .* apart, .* \(2 devices, 256 samples each\)"):
+        fit.predict(record(2, 256, growth=0.0))
+
+
 def test_intervals_cover_what_was_put_in():
     generator = np.random.default_rng(1)
     runs = [
@@ -112,6 +124,24 @@ def test_intervals_cover_what_was_put_in():
     for term, (low, high) in zip(fit.terms, fit.intervals, strict=True):
         assert low < TRUE[term] < high
         assert high - low < TRUE[term]
+
+
+def test_intervals_without_repetitions_come_from_the_residuals():
+    """Of ordinary least squares: statsmodels' formula, written out; and they cover as often as they say."""
+    generator, covered = np.random.default_rng(3), []
+    for _ in range(200):
+        runs = [record(r.devices, r.local_batch_size, noise=0.002 * generator.standard_normal()) for r in GRID]
+        fit = fit_cost(runs)
+        covered += [low <= TRUE[term] <= high for term, (low, high) in zip(fit.terms, fit.intervals, strict=True)]
+    assert 0.92 <= np.mean(covered) < 1.0
+    matrix = np.array([[column(term, run) for term in fit.terms] for run in runs])
+    matrix /= np.array([run.energy_kwh for run in runs])[:, None]
+    freedom = len(runs) - len(fit.terms)
+    variance = np.linalg.inv(matrix.T @ matrix) * np.square(fit.errors).sum() / freedom
+    for i, (low, high) in enumerate(fit.intervals):
+        width = student.ppf(0.975, freedom) * math.sqrt(variance[i, i])
+        assert (high - low) / 2 == pytest.approx(width, rel=1e-6)
+    assert fit_cost([GRID[i] for i in (0, 2, 4, 8)]).intervals[0][1] == math.inf  # nothing was tested
 
 
 def test_intervals_of_two_repetitions_cover_as_often_as_they_say():
@@ -147,7 +177,10 @@ def test_through_the_origin():
     kappa = sum(h * e for h, e in pairs) / sum(h * h for h, _ in pairs)
     assert found.kappa_kw == pytest.approx(kappa)
     assert found.errors == pytest.approx([kappa * h / e - 1 for h, e in pairs])
-    assert found.low == found.high == found.kappa_kw
+    residuals = [kappa * h - e for h, e in pairs]
+    width = student.ppf(0.975, 1) * math.sqrt(sum(r * r for r in residuals) / sum(h * h for h, _ in pairs))
+    assert (found.low, found.high) == pytest.approx((max(0, kappa - width), kappa + width))
+    assert (fit_proportional([record(4, 64)]).low, fit_proportional([record(4, 64)]).high) == (0.0, math.inf)
 
 
 def test_refusals():

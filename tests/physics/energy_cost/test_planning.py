@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,26 @@ def test_hours_that_the_runs_say_nothing_about_are_refused():
     with pytest.raises(ValueError, match="say too little about"):
         one.device_hours(Configuration(2, 32, 40_000, 10))
     fit_time(RUNS).device_hours(Configuration(64, 32, 40_000, 10))
+
+
+def test_energy_of_a_plan_is_as_unsure_as_its_hours():
+    """What follows the hours has their spread, the rest that of the costs; both in quadrature."""
+    plan, cost, time = Configuration(8, 64, 40_000, 10), fit_cost(RUNS), fit_time(RUNS)
+    known = forecast(plan, cost, replace(time, uncertainty=replace(time.uncertainty, deviation=0.0)), RUNS)
+    unsure = forecast(plan, cost, replace(time, uncertainty=replace(time.uncertainty, deviation=0.1)), RUNS)
+    share = (known.parts_kwh["node"] + known.parts_kwh["device"]) / known.energy_kwh
+    of_hours = unsure.hours_high / unsure.hours - 1
+    assert of_hours > 0.2
+    widths = [found.energy_high / found.energy_kwh - 1 for found in (known, unsure)]
+    assert widths[1] == pytest.approx(math.hypot(widths[0], share * of_hours))
+
+
+def test_steps_cost_a_single_device_too():
+    """Twice the steps for the same samples take longer on one device, before there is any communication."""
+    fit = fit_time([record(n, b, growth=0.0) for n in (1, 2, 4) for b in (16, 64, 256)])
+    short, long = (fit.device_hours(Configuration(1, batch, 40_000, 10)) for batch in (64, 16))
+    expected = record(1, 16, growth=0.0).device_hours / record(1, 64, growth=0.0).device_hours
+    assert expected > 1.1 and long / short == pytest.approx(expected, rel=0.05)
 
 
 def test_a_knee_needs_something_to_compare():
