@@ -139,7 +139,7 @@ def test_experiment_runs_on_its_processes_as_a_user_starts_it(name, tmp_path):
     """The same through the command line and its launcher, which tests/test_run.py has with a smaller experiment."""
     world_size = processes_and_data(name, tmp_path)
     folder = tmp_path / "run"
-    cli.ok(f"experiment={name}", *FEWER, f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
+    cli.ok(f"experiment={name}", *FEWER, "hydra.mode=RUN", f"hydra.run.dir={folder}", cwd=tmp_path, timeout=280)
     leaves_what_several_processes_leave(folder, world_size)
 
 
