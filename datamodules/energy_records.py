@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,9 @@ log = logging.getLogger(__name__)
 
 PUBLISHED = Path(__file__).parent / "embedded" / "energy_scaling" / "published.csv"
 PLAN_KEYS = ("devices", "local_batch_size", "global_batch_size", "num_samples", "epochs")
+_HOW_TO_PLAN = (
+    "name trainings to predict, 'data.plans=[{devices: 64, local_batch_size: 128, num_samples: 1281167, epochs: 90}]'"
+)
 _FIELDS = ("devices", "nodes", "local_batch_size", "num_samples", "epochs", "samples", "updates")
 
 
@@ -53,7 +57,9 @@ class EnergyRecords(LightningDataModule):
         allow_mixed: Fit measured and estimated energies together.
         hardware: Keep the runs on this one (a part of its name), where there are several.
         plans: Trainings to predict: mappings with ``devices``, ``num_samples``, ``epochs``, and one of
-            ``local_batch_size`` and ``global_batch_size``.
+            ``local_batch_size`` and ``global_batch_size``. Empty: nothing is predicted.
+        published_plans: What ``plans=None`` stands for where the source is ``published`` alone: other runs say nothing
+            about such trainings.
 
     Raises:
         ValueError: If a plan is incomplete; in `setup`, if the source has nothing that can be fitted.
@@ -68,13 +74,17 @@ class EnergyRecords(LightningDataModule):
         devices_per_node: int | None = None,
         allow_mixed: bool = False,
         hardware: str | None = None,
-        plans: Sequence[Mapping[str, Any]] = (),
+        plans: Sequence[Mapping[str, Any]] | None = None,
+        published_plans: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         super().__init__()
         if devices_per_node is not None and devices_per_node < 1:
             raise ValueError(f"data.devices_per_node={devices_per_node}: give a number of at least 1")
         self.source, self.metric, self.devices_per_node = source, metric, devices_per_node
         self.allow_mixed, self.hardware = allow_mixed, hardware
+        self.unplanned = plans is None and not published_plans
+        if plans is None:
+            plans = published_plans if source == "published" or list(source) == ["published"] else ()
         self.plans = [_plan(i, plan, devices_per_node or 4) for i, plan in enumerate(plans)]
         self.records: list[Record] = []
         self.means: list[Record] = []
@@ -140,12 +150,17 @@ class EnergyRecords(LightningDataModule):
 
     @override
     def predict_dataloader(self) -> DataLoader:
-        """Raises ``ValueError`` where nothing is planned."""
+        """Of the plans, without a batch where there are none.
+
+        Raises:
+            ValueError: If nobody has said what to predict, nor that nothing is.
+        """
+        if self.unplanned:
+            raise ValueError(f"data.plans is empty: {_HOW_TO_PLAN}")
         if not self.plans:
-            raise ValueError(
-                "data.plans is empty: name trainings to predict, "
-                "'data.plans=[{devices: 64, local_batch_size: 128, num_samples: 1281167, epochs: 90}]'"
-            )
+            log.info("nothing is planned: %s", _HOW_TO_PLAN)
+            warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero")
+            return DataLoader([], batch_size=None)
         return _loader([as_record(plan, 1.0) for plan in self.plans], planned=True)
 
 
