@@ -20,7 +20,7 @@ from callbacks.energy.report import Section, markdown, page, png
 from callbacks.figures import energy_scaling as plots
 from callbacks.scaling_traces import power_traces
 from physics.energy_cost import Forecast
-from physics.energy_cost.analysis import analyse, check_sources
+from physics.energy_cost.analysis import RefusedPlan, analyse, check_sources
 from physics.energy_cost.fitting import TERMS
 from physics.energy_cost.planning import TIME_TERMS, better_is
 from physics.energy_cost.records import read_runs
@@ -129,7 +129,7 @@ def write_report(
     folder: Path,
     figures_dir: Path,
     skipped: Mapping[str, str],
-    forecasts: Sequence[Forecast] = (),
+    forecasts: Sequence[Forecast | RefusedPlan] = (),
 ) -> list[Path]:
     """Write all files; returns their paths, the page last.
 
@@ -138,7 +138,7 @@ def write_report(
         folder: Of tables and page.
         figures_dir: Of the figures.
         skipped: Runs that were left out, with reasons.
-        forecasts: Planned trainings, for the page.
+        forecasts: Planned trainings, for the page; refused ones too.
     """
     images = {}
     for name in plots.FIGURES:
@@ -330,32 +330,34 @@ def _named(row: Mapping[str, Any]) -> str:
     return f"{row['devices']} x {row['local_batch_size']} ({row['series']})"
 
 
-def plan_row(found: Forecast) -> dict[str, Any]:
-    """A forecast as a flat row."""
+def plan_row(found: Forecast | RefusedPlan) -> dict[str, Any]:
+    """A forecast as a flat row; ``refused`` says why there is none."""
     plan = asdict(found.plan) | {"global_batch_size": found.plan.global_batch_size, "nodes": found.plan.nodes}
+    if isinstance(found, RefusedPlan):
+        return plan | {"refused": found.reason}
     values = {key: value for key, value in asdict(found).items() if key not in ("plan", "parts_kwh", "extrapolates")}
     parts = {f"{term}_kwh": value for term, value in found.parts_kwh.items()}
-    return plan | values | parts | {"extrapolates": "; ".join(found.extrapolates)}
+    return plan | values | parts | {"extrapolates": "; ".join(found.extrapolates), "refused": ""}
 
 
-def plans_section(forecasts: Sequence[Forecast]) -> Section:
-    """Forecasts as a table."""
-    rows = [
-        [
-            str(f.plan.devices),
-            str(f.plan.local_batch_size),
-            f"{f.plan.num_samples:,}",
-            f"{f.plan.epochs:g}",
+def plans_section(forecasts: Sequence[Forecast | RefusedPlan]) -> Section:
+    """Forecasts as a table, with a column of reasons where plans were refused."""
+    rows, refused = [], any(isinstance(f, RefusedPlan) for f in forecasts)
+    for f in forecasts:
+        plan = [str(f.plan.devices), str(f.plan.local_batch_size), f"{f.plan.num_samples:,}", f"{f.plan.epochs:g}"]
+        if isinstance(f, RefusedPlan):
+            rows.append([*plan, "", "", "", "", f.reason])
+            continue
+        found = [
             _with_bounds(f.hours, f.hours_low, f.hours_high),
             _with_bounds(f.energy_kwh, f.energy_low, f.energy_high),
             "" if f.co2_kg is None else number(f.co2_kg),
             "; ".join(f.extrapolates),
         ]
-        for f in forecasts
-    ]
-    columns = ("devices", "LBS", "samples", "epochs", "hours (95 %)", "kWh (95 %)", "CO2 [kg]", "beyond the runs")
+        rows.append([*plan, *found, *([""] if refused else [])])
+    columns = ["devices", "LBS", "samples", "epochs", "hours (95 %)", "kWh (95 %)", "CO2 [kg]", "beyond the runs"]
     text = "Intervals from the errors of the fits, wider the farther a plan is from the runs."
-    return Section("Forecasts", [text], columns, rows)
+    return Section("Forecasts", [text], [*columns, *(["refused"] if refused else [])], rows)
 
 
 def _first_job(folder: Path) -> Mapping[str, Any]:
@@ -403,7 +405,8 @@ def _cell(key: str, value: Any) -> str:
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     rows = list(rows)
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    columns = max(rows, key=len)  # rows of refused plans are shorter
+    writer = csv.DictWriter(buffer, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()

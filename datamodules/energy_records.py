@@ -181,9 +181,16 @@ def _plan(number: int, plan: Mapping[str, Any], devices_per_node: int) -> Config
             raise ValueError(f"{where}: global_batch_size={size} does not divide by {devices} devices; take {near}")
         size //= devices
     try:
-        return Configuration(devices, size, int(plan["num_samples"]), float(plan["epochs"]), devices_per_node)
+        found = Configuration(devices, size, int(plan["num_samples"]), float(plan["epochs"]), devices_per_node)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+    if not found.updates:
+        steps = replace(found, epochs=1.0).updates
+        raise ValueError(
+            f"{where}.epochs={plan['epochs']}: less than one optimizer step, of which an epoch has {steps}; "
+            f"give at least {math.ceil(1000 / steps) / 1000:g} epochs, or more samples"
+        )
+    return found
 
 
 def _loader(records: Sequence[Record], planned: bool) -> DataLoader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -10,9 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from physics.energy_cost import Forecast, fit_cost, fit_time, forecast
-from physics.energy_cost.analysis import analyse, cost_terms
-from physics.energy_cost.configuration import distinct
+from physics.energy_cost import Forecast
+from physics.energy_cost.analysis import RefusedPlan, analyse, forecasts
 from physics.energy_cost.planning import better_is
 
 log = logging.getLogger(__name__)
@@ -21,11 +21,29 @@ _METRICS = {"mean_error": "mean_error", "max_error": "max_error", "left_out_mean
 _METRICS |= {"left_out_max": "loo_max_error"}
 
 
+class PlansRefused(ValueError):
+    """Every plan was refused.
+
+    A mistake of the settings although the test before has computed: the run ends with the message alone
+    (`runner.job.is_input_error`).
+    """
+
+    @property
+    def computing(self) -> bool:
+        """Never, whatever the runner notes down."""
+        return False
+
+    @computing.setter
+    def computing(self, value: bool) -> None:
+        pass
+
+
 class EnergyCostModel(pl.LightningModule):
     """Fits E = P_node M + P_device H + e_s S + e_u n U to the DataModule's records (`physics.energy_cost`).
 
     There is nothing to train: ``test`` and ``validate`` fit, and log errors on all runs and on left-out ones;
-    ``predict`` gives hours and energy of ``data.plans``. They take the records from the DataModule (``records``).
+    ``predict`` gives hours and energy of ``data.plans``, NaN for a plan that is refused, and ends with an error where
+    all are. They take the records from the DataModule (``records``).
 
     Args:
         draws: Of the bootstrap over repetitions, for intervals; 0: none.
@@ -58,7 +76,7 @@ class EnergyCostModel(pl.LightningModule):
         self.draws, self.seed, self.metric_mode, self.tolerance = draws, seed, metric_mode, tolerance
         self.carbon_intensity = carbon_intensity
         self.analysis: dict[str, Any] = {}
-        self.forecasts: list[Forecast] = []
+        self.forecasts: list[Forecast | RefusedPlan] = []
 
     def _analyse(self) -> None:
         data = self.trainer.datamodule
@@ -98,18 +116,26 @@ class EnergyCostModel(pl.LightningModule):
 
     @override
     def on_predict_start(self) -> None:
-        datamodule = self.trainer.datamodule
-        records = distinct(datamodule.means)
-        terms = cost_terms(records)  # those of the test
-        cost, time = fit_cost(records, terms), fit_time(records)
+        data = self.trainer.datamodule
         kg = None if self.carbon_intensity is None else self.carbon_intensity / 1000
-        self.forecasts = [forecast(plan, cost, time, records, kg) for plan in datamodule.plans]
+        self.forecasts = forecasts(data.means, data.plans, kg)
+        for i, found in enumerate(self.forecasts):
+            if isinstance(found, RefusedPlan):
+                log.warning("data.plans[%d] is refused: %s", i, found.reason)
+
+    @override
+    def on_predict_end(self) -> None:
+        """Raises `PlansRefused` where nothing could be predicted; by then the callbacks have written why."""
+        refused = [found.reason for found in self.forecasts if isinstance(found, RefusedPlan)]
+        if refused and len(refused) == len(self.forecasts):
+            which = "the only plan is" if len(refused) == 1 else f"all {len(refused)} plans are"
+            raise PlansRefused(f"data.plans: {which} refused: {'; '.join(dict.fromkeys(refused))}")
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         chosen = [self.forecasts[i] for i in batch["index"].tolist()]
         keys = ("energy_kwh", "energy_low", "energy_high", "hours", "hours_low", "hours_high")
-        columns = {key: torch.tensor([getattr(f, key) for f in chosen], dtype=torch.float64) for key in keys}
+        columns = {key: torch.tensor([getattr(f, key, math.nan) for f in chosen], dtype=torch.float64) for key in keys}
         return columns | {"prediction": columns["energy_kwh"], "index": batch["index"]}
 
     @override

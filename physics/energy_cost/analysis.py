@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from physics.energy_cost.configuration import Record, distinct, mean_over_seeds
+from physics.energy_cost.configuration import Configuration, Record, distinct, mean_over_seeds
 from physics.energy_cost.fitting import (
     TERMS,
     CostFit,
@@ -17,7 +17,7 @@ from physics.energy_cost.fitting import (
     leave_one_out,
     nested_models,
 )
-from physics.energy_cost.planning import TIME_TERMS, TimeFit, fit_time, knee, pareto_front
+from physics.energy_cost.planning import TIME_TERMS, Forecast, TimeFit, fit_time, forecast, knee, pareto_front
 
 MIXED = 0.3
 """Shares of estimated energy that differ by more than this are not fitted together: processors and memory beside
@@ -155,6 +155,46 @@ def cost_terms(records: Sequence[Record]) -> tuple[str, ...]:
         if not _refusal(records, terms):
             return terms
     raise ValueError(_refusal(records, ("device",)))
+
+
+@dataclass(frozen=True)
+class RefusedPlan:
+    """A planned training that the runs say too little about.
+
+    Attributes:
+        plan: What was asked for.
+        reason: Why nothing is predicted, and which runs would be needed.
+    """
+
+    plan: Configuration
+    reason: str
+
+
+def forecasts(
+    records: Sequence[Record], plans: Sequence[Configuration], kg_co2_per_kwh: float | None = None
+) -> list[Forecast | RefusedPlan]:
+    """Hours and energy of plans, with the costs that `analyse` fits; a plan that is refused does not stop the others.
+
+    Args:
+        records: Single runs, or means; a configuration that occurs in two series counts once.
+        plans: What is to be trained.
+        kg_co2_per_kwh: Carbon intensity of the electricity.
+
+    Returns:
+        For every plan its forecast, or why there is none.
+    """
+    unique = distinct(mean_over_seeds(records))
+    try:
+        cost, time = fit_cost(unique, cost_terms(unique)), fit_time(unique)
+    except ValueError as error:
+        return [RefusedPlan(plan, str(error)) for plan in plans]
+    found: list[Forecast | RefusedPlan] = []
+    for plan in plans:
+        try:
+            found.append(forecast(plan, cost, time, unique, kg_co2_per_kwh))
+        except ValueError as error:
+            found.append(RefusedPlan(plan, str(error)))
+    return found
 
 
 def _refusal(records: Sequence[Record], terms: tuple[str, ...]) -> str:

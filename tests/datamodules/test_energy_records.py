@@ -6,7 +6,7 @@ import csv
 
 import pytest
 
-from datamodules.energy_records import EnergyRecords
+from datamodules.energy_records import PUBLISHED, EnergyRecords
 from runner import job
 from tests.callbacks.test_energy_scaling import write_sweep
 from tests.composing import composed, plain
@@ -47,3 +47,45 @@ def test_published_runs_have_plans_unless_none_are_wanted(tmp_path):
     assert EnergyRecords(plans=[PLAN | {"devices": 8}], published_plans=[PLAN]).plans[0].devices == 8
     with pytest.raises(ValueError, match=r"data\.plans is empty: name trainings"):
         EnergyRecords().predict_dataloader()
+
+
+def four_gpu_nodes(path):
+    """A table of the published runs on full nodes alone."""
+    with PUBLISHED.open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["gpus"]) >= 4]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_a_plan_that_is_refused_leaves_the_others_alone(tmp_path):
+    table = four_gpu_nodes(tmp_path / "full.csv")
+    plans = ",".join(f"{{devices: {n}, local_batch_size: 128, num_samples: 320291, epochs: 90}}" for n in (64, 2))
+    result, rows = analysed(tmp_path / "run", f"data.source={table}", f"data.plans=[{plans}]")
+    assert result["status"] == "completed", result.get("error")
+    good, bad = rows
+    assert (good["devices"], bad["devices"]) == ("64", "2")
+    assert float(good["energy_kwh"]) > 1 and not good["refused"]
+    assert not bad["energy_kwh"] and "add a run on a partly filled node" in bad["refused"]
+    for name in ("plans.md", "scaling.md", "scaling.html"):
+        assert "add a run on a partly filled node" in (tmp_path / "run" / "energy_scaling" / name).read_text(), name
+
+
+def test_plans_that_are_all_refused_end_with_one_line(tmp_path):
+    table = four_gpu_nodes(tmp_path / "full.csv")
+    plan = "{devices: 2, local_batch_size: 128, num_samples: 320291, epochs: 90}"
+    result, rows = analysed(tmp_path / "run", f"data.source={table}", f"data.plans=[{plan}]")
+    assert (result["status"], result["trace"]) == ("failed", "")
+    assert result["error"].startswith("data.plans: the only plan is refused: 2 devices on 1 nodes")
+    assert "\n" not in result["error"]
+    assert "partly filled node" in rows[0]["refused"]
+    assert (tmp_path / "run" / "energy_scaling" / "scaling.html").is_file()
+
+
+def test_a_plan_without_a_step_names_its_setting():
+    plan = {"devices": 64, "local_batch_size": 256, "num_samples": 100_000, "epochs": 0.01}
+    with pytest.raises(ValueError, match=r"data\.plans\[1\]\.epochs=0\.01: .* an epoch has 7; give at least 0\.143"):
+        EnergyRecords(plans=[PLAN, plan])
+    assert EnergyRecords(plans=[plan | {"epochs": 0.143}]).plans[0].updates == 1
