@@ -185,16 +185,34 @@ def forecasts(
     """
     unique = distinct(mean_over_seeds(records))
     try:
-        cost, time = fit_cost(unique, cost_terms(unique)), fit_time(unique)
+        terms = cost_terms(unique)
+        cost, time = fit_cost(unique, terms), fit_time(unique)
     except ValueError as error:
         return [RefusedPlan(plan, str(error)) for plan in plans]
     found: list[Forecast | RefusedPlan] = []
     for plan in plans:
         try:
+            _check_dropped(plan, terms, unique)
             found.append(forecast(plan, cost, time, unique, kg_co2_per_kwh))
         except ValueError as error:
             found.append(RefusedPlan(plan, str(error)))
     return found
+
+
+def _check_dropped(plan: Configuration, terms: Sequence[str], records: Sequence[Record]) -> None:
+    """Refuse other local batch sizes than those of the runs where these are too few for the costs that tell them apart.
+
+    Raises:
+        ValueError: Names the costs and the runs that would be needed.
+    """
+    dropped = [TERMS[term] for term in ("samples", "updates") if term not in terms]
+    seen = sorted({record.local_batch_size for record in records})
+    if dropped and plan.local_batch_size not in seen:
+        raise ValueError(
+            f"{plan.local_batch_size} samples per device and step: the runs have {', '.join(map(str, seen))}, and "
+            f"{len(records)} configurations are too few to fit {' and '.join(dropped)}; add runs at other local batch "
+            f"sizes, {len(TERMS)} configurations at least"
+        )
 
 
 def _refusal(records: Sequence[Record], terms: tuple[str, ...]) -> str:
