@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import warnings
@@ -62,7 +64,8 @@ class EnergyRecords(LightningDataModule):
             about such trainings.
 
     Raises:
-        ValueError: If a plan is incomplete; in `setup`, if the source has nothing that can be fitted.
+        ValueError: If a plan is incomplete; in `setup`, if the source has nothing that can be fitted, or no run has the
+            metric.
     """
 
     batch_keys: ClassVar[tuple[str, ...]] = ("configuration", "device_hours", "energy_kwh", "index")
@@ -123,7 +126,12 @@ class EnergyRecords(LightningDataModule):
         sources = [self.source] if isinstance(self.source, str) else list(self.source)
         if not sources:
             raise ValueError("data.source=[]: name at least one; choose published, CSV files or sweeps")
-        return [record for source in sources for record in self._read_one(source)]
+        records = [record for source in sources for record in self._read_one(source)]
+        if self.metric is not None and all(record.metric is None for record in records):
+            names = _metrics(self.folders)
+            known = f"they have {', '.join(names)}" if names else "they have no metrics at all; leave it out"
+            raise ValueError(f"data.metric={self.metric}: none of {len(records)} runs has it; {known}")
+        return records
 
     def _read_one(self, source: str) -> list[Record]:
         if source == "published":
@@ -162,6 +170,17 @@ class EnergyRecords(LightningDataModule):
             warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero")
             return DataLoader([], batch_size=None)
         return _loader([as_record(plan, 1.0) for plan in self.plans], planned=True)
+
+
+def _metrics(folders: Sequence[Path]) -> list[str]:
+    """Names of the metrics of completed runs."""
+    found: set[str] = set()
+    for path in (path for folder in folders for path in folder.rglob("results.json")):
+        with contextlib.suppress(OSError, ValueError):
+            result = json.loads(path.read_text())
+            if result.get("status") == "completed":
+                found |= set(result.get("metrics") or {})
+    return sorted(found)
 
 
 def _plan(number: int, plan: Mapping[str, Any], devices_per_node: int) -> Configuration:

@@ -89,3 +89,17 @@ def test_a_plan_without_a_step_names_its_setting():
     with pytest.raises(ValueError, match=r"data\.plans\[1\]\.epochs=0\.01: .* an epoch has 7; give at least 0\.143"):
         EnergyRecords(plans=[PLAN, plan])
     assert EnergyRecords(plans=[plan | {"epochs": 0.143}]).plans[0].updates == 1
+
+
+def test_a_mistyped_metric_is_told_with_those_that_there_are(tmp_path):
+    write_sweep(tmp_path / "sweep", METRIC)
+    with pytest.raises(ValueError, match=r"test/accuray: none of 9 runs has it; they have test/accuracy$"):
+        EnergyRecords(str(tmp_path / "sweep"), "test/accuray").setup("test")
+    data = EnergyRecords(["published", str(tmp_path / "sweep")], METRIC, hardware="GPU")
+    data.setup("test")
+    assert {record.metric for record in data.records} == {0.95, 0.948, 0.90}
+    with pytest.raises(ValueError, match="none of 18 runs has it; they have no metrics at all; leave it out"):
+        EnergyRecords(metric=METRIC).setup("test")
+    result, _ = analysed(tmp_path / "run", f"data.source={tmp_path / 'sweep'}", "data.metric=test/accuray")
+    assert (result["status"], result["trace"]) == ("failed", "")
+    assert result["error"].startswith("data.metric=test/accuray")
