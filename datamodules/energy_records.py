@@ -98,14 +98,16 @@ class EnergyRecords(LightningDataModule):
         if self.records:
             return
         records = self._read()
-        kinds = sorted({record.hardware for record in records})
+        kinds = _kinds(records)
         if self.hardware is not None:
             records = [record for record in records if self.hardware.lower() in record.hardware.lower()]
             if not records:
                 raise ValueError(f"data.hardware={self.hardware}: no run has it; there are {'; '.join(kinds)}")
-        elif len(kinds) > 1:
+            kinds = _kinds(records)
+        if len(kinds) > 1:
+            part = "" if self.hardware is None else f" with data.hardware={self.hardware}"
             raise ValueError(
-                f"data.source={self.source} has runs on {len(kinds)} kinds of hardware ({'; '.join(kinds)}); "
+                f"data.source={self.source} has runs on {len(kinds)} kinds of hardware{part} ({'; '.join(kinds)}); "
                 "choose one with data.hardware"
             )
         check_sources(records, self.allow_mixed)
@@ -170,6 +172,11 @@ class EnergyRecords(LightningDataModule):
             warnings.filterwarnings("ignore", message="Total length of `DataLoader` across ranks is zero")
             return DataLoader([], batch_size=None)
         return _loader([as_record(plan, 1.0) for plan in self.plans], planned=True)
+
+
+def _kinds(records: Sequence[Record]) -> list[str]:
+    """Names of what the records ran on, for messages."""
+    return sorted({record.hardware or "hardware without a name (column hardware of a table)" for record in records})
 
 
 def _metrics(folders: Sequence[Path]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 
@@ -49,15 +50,19 @@ def test_published_runs_have_plans_unless_none_are_wanted(tmp_path):
         EnergyRecords().predict_dataloader()
 
 
-def four_gpu_nodes(path):
-    """A table of the published runs on full nodes alone."""
-    with PUBLISHED.open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row["gpus"]) >= 4]
+def write_table(path, rows):
+    """A table as a user would bring it."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def four_gpu_nodes(path):
+    """A table of the published runs on full nodes alone."""
+    with PUBLISHED.open() as file:
+        return write_table(path, [row for row in csv.DictReader(file) if int(row["gpus"]) >= 4])
 
 
 def test_a_plan_that_is_refused_leaves_the_others_alone(tmp_path):
@@ -103,3 +108,32 @@ def test_a_mistyped_metric_is_told_with_those_that_there_are(tmp_path):
     result, _ = analysed(tmp_path / "run", f"data.source={tmp_path / 'sweep'}", "data.metric=test/accuray")
     assert (result["status"], result["trace"]) == ("failed", "")
     assert result["error"].startswith("data.metric=test/accuray")
+
+
+def test_hardware_has_a_name_in_every_message(tmp_path):
+    published = "NVIDIA A100-40 + 2 x Intel Xeon 8368"
+    with pytest.raises(ValueError, match=f"no run has it; there are {re.escape(published)}$"):
+        EnergyRecords(hardware="H100").setup("test")
+    data = EnergyRecords(hardware="a100")
+    data.setup("test")
+    assert len(data.records) == 18 and {record.hardware for record in data.records} == {published}
+    write_sweep(tmp_path / "sweep", METRIC)
+    both = ["published", str(tmp_path / "sweep")]
+    with pytest.raises(ValueError, match=rf"2 kinds of hardware \(GPU; {re.escape(published)}\)"):
+        EnergyRecords(both).setup("test")
+    with PUBLISHED.open() as file:
+        rows = [row | {"hardware": ""} for row in csv.DictReader(file)]
+    unnamed = write_table(tmp_path / "unnamed.csv", rows)
+    with pytest.raises(ValueError, match=r"kinds of hardware \(GPU; hardware without a name \(column hardware"):
+        EnergyRecords([both[1], str(unnamed)]).setup("test")
+
+
+def test_a_part_of_a_name_that_two_kinds_share_is_refused(tmp_path):
+    with PUBLISHED.open() as file:
+        rows = [row | {"hardware": "NVIDIA A100-SXM4-80GB"} for row in csv.DictReader(file)]
+    sources = ["published", str(write_table(tmp_path / "larger.csv", rows))]
+    with pytest.raises(ValueError, match=r"2 kinds of hardware with data\.hardware=A100 \(NVIDIA A100-40 .*80GB\)"):
+        EnergyRecords(sources, hardware="A100").setup("test")
+    data = EnergyRecords(sources, hardware="SXM4-80GB")
+    data.setup("test")
+    assert len(data.records) == 18
