@@ -48,9 +48,10 @@ COLUMNS: dict[str, str] = {
     "proportional_error": "kappa H - E [%]",
     "cost_error": "costs - E [%]",
     "left_out_error": "left out [%]",
+    "plan_error": "as a plan [%]",
     "metric": "metric",
 }
-_PERCENT = ("proportional_error", "cost_error", "left_out_error")
+_PERCENT = ("proportional_error", "cost_error", "left_out_error", "plan_error")
 _NOT_FLAT = ("parts_kwh", "phases_s", "sources")
 _MERGED = {"node+device": "P_device + P_node / n_node [kW]", "samples+updates": "e_s + e_u / LBS [J per sample]"}
 
@@ -184,6 +185,8 @@ def summary(analysis: Mapping[str, Any]) -> str:
         error = f"mean error {100 * cost['mean_error']:.2g} %{left_out}" if cost["left_out"] else UNTESTED
         lines.append(f"costs: {', '.join(terms)}; {error}")
         lines += cost["warnings"]
+    if plans := analysis["plans"]:
+        lines.append(_tested(plans))
     if quality := analysis["quality"]:
         lines.append(f"largest global batch within {100 * quality['tolerance']:g} % of the best: {quality['knee']}")
     return "\n".join([*lines, *(f"{what}: {why}" for what, why in analysis["refused"].items())])
@@ -280,6 +283,8 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
         text = f"Device hours; each configuration predicted by the others: mean {100 * time['left_out_mean']:.2f} %."
         rows = [[TIME_TERMS[term], number(value, 4)] for term, value in time["coefficients"].items()]
         sections.append(Section("Time", [text], ("part", "value"), rows))
+    if plans := analysis["plans"]:
+        sections.append(_plans_tested(plans))
     if quality := analysis["quality"]:
         lost = f"{100 * quality['tolerance']:g} %"
         text = f"The largest global batch, from the best one on, that loses at most {lost} of it: {quality['knee']}."
@@ -290,6 +295,32 @@ def report_sections(analysis: Mapping[str, Any], skipped: Mapping[str, str]) -> 
         rows = [[what, why] for what, why in [*analysis["refused"].items(), *skipped.items()]]
         sections.append(Section("Left out", [], ("what", "why"), rows))
     return sections
+
+
+def _tested(plans: Mapping[str, Any]) -> str:
+    """How well left-out runs were forecast, in a sentence."""
+    inside = f", {plans['inside']} of {plans['bounded']} within their interval of 95 %" if plans["bounded"] else ""
+    refused = sum(map(bool, plans["refused"]))
+    mean, largest = 100 * plans["mean_error"], 100 * plans["max_error"]
+    hours, worst = 100 * plans["hours_mean_error"], 100 * plans["hours_max_error"]
+    return (
+        f"{plans['forecast']} left-out runs as plans, hours forecast too: energy mean {mean:.2f} %, "
+        f"largest {largest:.2g} %{inside}; hours mean {hours:.2g} %, largest {worst:.2g} %"
+        f"{f'; {refused} refused' if refused else ''}"
+    )
+
+
+def _plans_tested(plans: Mapping[str, Any]) -> Section:
+    """Each configuration as the others forecast it."""
+    rows = []
+    for key, *errors, refused in zip(
+        plans["configurations"], plans["errors"], plans["hours_errors"], plans["refused"], strict=True
+    ):
+        devices, _, batch, samples, epochs = key
+        percent = ["" if error is None else f"{100 * error:+.2f}" for error in errors]
+        rows.append([str(devices), str(batch), f"{samples:,}", f"{epochs:g}", *percent, refused])
+    columns = ("devices", "LBS", "samples", "epochs", "energy [%]", "hours [%]", "refused")
+    return Section("Forecasts of left-out runs", [f"{_tested(plans)}."], columns, rows)
 
 
 def _recommendation(analysis: Mapping[str, Any]) -> Section:

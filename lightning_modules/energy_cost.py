@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _METRICS = {"mean_error": "mean_error", "max_error": "max_error", "left_out_mean": "loo_mean_error"}
 _METRICS |= {"left_out_max": "loo_max_error"}
+_PLAN_METRICS = ("mean_error", "max_error", "hours_mean_error", "hours_max_error")
 
 
 class PlansRefused(ValueError):
@@ -107,6 +108,9 @@ class EnergyCostModel(pl.LightningModule):
         if cost is not None:
             values = {f"{stage}/{name}": cost[key] for key, name in _METRICS.items() if cost[key] is not None}
             values |= {f"{stage}/coefficient/{term}": value for term, value in cost["coefficients"].items()}
+            self.log_dict(values, batch_size=len(target))
+        if plans := self.analysis["plans"]:
+            values = {f"{stage}/plan_{name}": plans[name] for name in _PLAN_METRICS}
             self.log_dict(values, batch_size=len(target))
         for name, series in self.analysis["series"].items():
             self.log(f"{stage}/kappa_kw/{name.replace(' ', '_')}", series["kappa_kw"], batch_size=len(target))

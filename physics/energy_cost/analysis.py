@@ -59,8 +59,8 @@ def analyse(
 
     Returns:
         ``rows`` (a configuration each: what was measured, efficiencies, residuals), ``series`` (proportional fits),
-        ``cost`` and ``models`` (sums of costs), ``time``, ``quality``, ``front`` (numbers of the rows that nothing
-        beats), ``refused`` (what could not be fitted -> why).
+        ``cost`` and ``models`` (sums of costs), ``time``, ``plans`` (of `left_out_plans`), ``quality``, ``front``
+        (numbers of the rows that nothing beats), ``refused`` (what could not be fitted -> why).
         Plain numbers and strings; not finite ones are None.
     """
     means = mean_over_seeds(records)
@@ -83,6 +83,7 @@ def analyse(
         found["time"] = _time(fit_time(unique))
     except ValueError as error:
         found["refused"]["time"] = str(error)
+    found["plans"] = left_out_plans(unique) if found["cost"] and found["time"] else None
     found["quality"] = _quality(means, metric_mode, tolerance)
     found["rows"] = _rows(means, found)
     found["front"] = _front(means, metric_mode)
@@ -199,6 +200,60 @@ def forecasts(
     return found
 
 
+def left_out_plans(records: Sequence[Record]) -> dict[str, Any] | None:
+    """Each configuration as a plan that the others forecast, its hours too: how well a plan is known before it has run.
+
+    Args:
+        records: Means, each configuration once.
+
+    Returns:
+        ``configurations`` (`Record.key`); of each ``errors`` and ``hours_errors``, (forecast - measured) / measured,
+        None where the others refuse it, and ``refused``, why, or empty. Over those that were forecast ``mean_error``,
+        ``max_error``, ``hours_mean_error``, ``hours_max_error``, ``forecast`` (their number), ``bounded`` (those with a
+        finite interval of energy) and ``inside`` (those of them whose energy is in it). None if nothing was forecast.
+    """
+    most = max(round(record.devices_per_node) for record in records)
+    errors: list[float | None] = []
+    hours: list[float | None] = []
+    refused: list[str] = []
+    inside = []
+    for i, record in enumerate(records):
+        (found,) = forecasts([*records[:i], *records[i + 1 :]], [_as_plan(record, most)])
+        if isinstance(found, RefusedPlan):
+            errors.append(None)
+            hours.append(None)
+            refused.append(found.reason)
+            continue
+        errors.append(found.energy_kwh / record.energy_kwh - 1)
+        hours.append(found.hours / record.hours - 1)
+        refused.append("")
+        if math.isfinite(found.energy_high):
+            inside.append(found.energy_low <= record.energy_kwh <= found.energy_high)
+    known, known_hours = ([e for e in values if e is not None] for values in (errors, hours))
+    if not known:
+        return None
+    return {
+        "configurations": [list(record.key) for record in records],
+        "errors": errors,
+        "hours_errors": hours,
+        "refused": refused,
+        "mean_error": _mean(known),
+        "max_error": _largest(known),
+        "hours_mean_error": _mean(known_hours),
+        "hours_max_error": _largest(known_hours),
+        "forecast": len(known),
+        "bounded": len(inside),
+        "inside": sum(inside),
+    }
+
+
+def _as_plan(record: Record, devices_per_node: int) -> Configuration:
+    """A run as it would have been planned, on as many nodes."""
+    if math.ceil(record.devices / devices_per_node) != record.nodes:  # not filled as far as the others
+        devices_per_node = math.ceil(record.devices / record.nodes)
+    return Configuration(record.devices, record.local_batch_size, record.num_samples, record.epochs, devices_per_node)
+
+
 def _check_dropped(plan: Configuration, terms: Sequence[str], records: Sequence[Record]) -> None:
     """Refuse other local batch sizes than those of the runs where these are too few for the costs that tell them apart.
 
@@ -277,6 +332,7 @@ def _quality(means: Sequence[Record], mode: str, tolerance: float) -> dict[str, 
 def _rows(means: Sequence[Record], found: dict[str, Any]) -> list[dict[str, Any]]:
     cost = found["cost"]
     places = {tuple(key): i for i, key in enumerate(cost["configurations"])} if cost else {}
+    plans = found["plans"]
     smallest = {}
     for record in means:
         best = smallest.get(record.series)
@@ -313,6 +369,7 @@ def _rows(means: Sequence[Record], found: dict[str, Any]) -> list[dict[str, Any]
                 "proportional_error": series["kappa_kw"] / record.kappa_kw - 1 if series else None,
                 "cost_error": cost["errors"][i] if i is not None else None,
                 "left_out_error": cost["left_out"][i] if i is not None and cost["left_out"] else None,
+                "plan_error": plans["errors"][i] if i is not None and plans else None,
                 "parts_kwh": cost["parts_kwh"][i] if i is not None else None,
                 "phases_s": dict(record.phases),
             }
