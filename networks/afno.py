@@ -151,7 +151,7 @@ class AFNONet(nn.Module):
         drop_path: Probability that the last block's branch is left out; it grows linearly from 0.
         shrinkage: Of the filters.
         kept_modes: Of the filters.
-        compat: ``nvlabs``: the published layer's frequencies, and its final norm, which nothing uses.
+        compat: ``nvlabs``: the published layer's frequencies, and its final norm, which nothing uses or trains.
 
     Raises:
         ValueError: If ``patch_size`` does not divide the grid; see `AFNOFilter`.
@@ -197,7 +197,8 @@ class AFNONet(nn.Module):
         )
         self.head = nn.Linear(dim, self.num_outputs * patch_size**2, bias=False)
         if compat == "nvlabs":
-            self.norm = nn.LayerNorm(dim, eps=1e-6)  # for the published files; it is in no forward pass
+            # For the published files. It is in no forward pass: trainable, it would stop several processes.
+            self.norm = nn.LayerNorm(dim, eps=1e-6).requires_grad_(False)
         self._initialise()
 
     def _initialise(self) -> None:

@@ -190,9 +190,11 @@ def logged_losses(folder: Path) -> list[float]:
     return rows["train/loss_step" if "train/loss_step" in rows else "train/loss"].dropna().tolist()
 
 
-def test_4_two_processes_compute_what_one_does(tmp_path, ranks2):
+@pytest.mark.parametrize("compat", ["null", "nvlabs"])
+def test_4_two_processes_compute_what_one_does(tmp_path, ranks2, compat):
+    """Also with the published layer, whose final norm nothing uses: it must not be waited for."""
     overrides = ("data.batch_size=8", "data.records=20", "data.num_train=4", "model.linear_patterns=0")
-    overrides = (*overrides, "model.net.dim=32", f"data.cache_dir={tmp_path}")
+    overrides = (*overrides, "model.net.dim=32", f"data.cache_dir={tmp_path}", f"model.net.compat={compat}")
     ranks2(losses, "energy_scaling/afno_pretrain", str(tmp_path / "two"), 2, *overrides)
     one = losses("energy_scaling/afno_pretrain", str(tmp_path / "one"), 1, *overrides)
     two = logged_losses(tmp_path / "two")

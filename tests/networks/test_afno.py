@@ -77,6 +77,14 @@ def test_parameters_of_the_published_network():
         assert sum(p.numel() for p in AFNONet(720, 1440, 20, compat="nvlabs").parameters()) == 74_691_840
 
 
+def test_what_is_trained_of_the_published_network_is_used():
+    """Several processes wait for the gradient of every trained parameter; the final norm has none."""
+    net = AFNONet(16, 32, 3, patch_size=4, dim=16, depth=2, num_blocks=2, compat="nvlabs")
+    net(torch.randn(1, 3, 16, 32)).square().sum().backward()
+    assert {name for name, p in net.named_parameters() if p.grad is None} == {"norm.weight", "norm.bias"}
+    assert {name for name, p in net.named_parameters() if not p.requires_grad} == {"norm.weight", "norm.bias"}
+
+
 def test_every_parameter_is_used_and_every_patch_comes_home():
     torch.manual_seed(0)
     net = AFNONet(16, 32, 3, 2, patch_size=4, dim=16, depth=2, num_blocks=2)
