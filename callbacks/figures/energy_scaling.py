@@ -6,6 +6,7 @@ A series has the same colour and marker in every figure, a cost the same colour.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,7 +45,11 @@ FIGURES = (
 
 
 def energy_and_hours(analysis: Analysis) -> Figure:
-    """Energy (left axis, filled) and device hours (right axis, hollow) over devices, a panel per series."""
+    """Energy (left axis, filled) and device hours (right axis, hollow) over devices, a panel per series.
+
+    Both axes of a panel have as many decades, so that curves of proportional quantities are parallel; device hours
+    stand above.
+    """
     series = _series(analysis)
     figure, panels = make_figure(1.2 + 3.3 * len(series), 3.6, columns=len(series))
     for axes, (i, name, rows) in zip(panels, series, strict=True):
@@ -72,8 +77,11 @@ def energy_and_hours(analysis: Analysis) -> Figure:
             linestyle="--",
             label="device hours",
         )
-        for axis, label in ((axes, "energy [kWh]"), (twin, "device hours [h]")):
+        limits = _apart([row["energy_kwh"] for row in rows], [row["device_hours"] for row in rows])
+        for axis, label, ends in zip((axes, twin), ("energy [kWh]", "device hours [h]"), limits, strict=True):
             axis.set_yscale("log")
+            axis.set_ylim(ends)
+            plain_log_ticks(axis.yaxis)
             if (axis is axes and axes is panels[0]) or (axis is twin and axes is panels[-1]):
                 axis.set_ylabel(label)
         twin.spines["top"].set_visible(False)
@@ -115,6 +123,8 @@ def energy_against_hours(analysis: Analysis) -> Figure:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    plain_log_ticks(axes.xaxis)
+    plain_log_ticks(axes.yaxis)
     axes.set_xlabel("device hours [h]")
     axes.set_ylabel("energy [kWh]")
     axes.legend(frameon=False, fontsize="small", loc="upper left")
@@ -130,14 +140,15 @@ def mean_power(analysis: Analysis) -> Figure:
         for i, name, rows in _series(analysis):
             x, y = [row[key] / 1000 for row in rows], [row["kappa_kw"] for row in rows]
             axes.plot(x, y, color=_color(i), marker=MARKERS[i % len(MARKERS)], linewidth=0.7, markersize=5, label=name)
-            for row in (rows[0], rows[-1]):
-                place = (row[key] / 1000, row["kappa_kw"])
-                axes.annotate(str(row["devices"]), place, (4, 4), textcoords="offset points", fontsize="x-small")
         axes.set_xlabel(label)
         axes.set_xscale("log")
         plain_log_ticks(axes.xaxis)
     panels[0].set_ylabel("energy per device hour [kW]")
-    panels[0].legend(frameon=False, fontsize="small")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    for axes, key in zip(panels, keys, strict=True):
+        ends = [(i, row) for i, _, rows in _series(analysis) for row in rows[:: max(len(rows) - 1, 1)]]
+        _label_points(axes, [(str(row["devices"]), row[key] / 1000, row["kappa_kw"], _color(i)) for i, row in ends])
     return figure
 
 
@@ -223,19 +234,16 @@ def forecast_errors(analysis: Analysis) -> Figure:
 
 def time_and_energy(analysis: Analysis) -> Figure:
     """Energy per epoch and sample over wall time per epoch and sample; the line is what nothing else beats in both."""
-    rows = analysis["rows"]
     figure, (axes,) = make_figure(6.4, 4.6)
-    points = []
-    for row in rows:
-        seen = row["num_samples"] * row["epochs"]
-        points.append((3600e6 * row["hours"] / seen, 3.6e6 * row["energy_kwh"] / seen))
-    for i, name, members in _series(analysis):
-        chosen = [point for point, row in zip(points, rows, strict=True) if row["series"] == name]
-        axes.plot(
-            *zip(*chosen, strict=True), color=_color(i), marker=MARKERS[i % len(MARKERS)], linestyle="", label=name
-        )
-        for point, row in zip(chosen, members, strict=True):
-            axes.annotate(str(row["devices"]), point, (4, 4), textcoords="offset points", fontsize="x-small")
+    points: list[tuple[float, float]] = []
+    labels = []
+    for i, name, rows in _series(analysis):
+        seen = [row["num_samples"] * row["epochs"] for row in rows]
+        times = [3600e6 * row["hours"] / samples for row, samples in zip(rows, seen, strict=True)]
+        energies = [3.6e6 * row["energy_kwh"] / samples for row, samples in zip(rows, seen, strict=True)]
+        axes.plot(times, energies, color=_color(i), marker=MARKERS[i % len(MARKERS)], linestyle="", label=name)
+        points += zip(times, energies, strict=True)
+        labels += [(str(row["devices"]), *points[j - len(rows)], _color(i)) for j, row in enumerate(rows)]
     front = sorted(points[i] for i in pareto_front(points))
     axes.plot(*zip(*front, strict=True), color="#555555", linewidth=1.0, linestyle=":", label="not beaten in both")
     axes.set_xscale("log")
@@ -243,7 +251,8 @@ def time_and_energy(analysis: Analysis) -> Figure:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("wall time per sample [µs]")
     axes.set_ylabel("energy per sample [J]")
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=4, frameon=False, fontsize="small")
+    _label_points(axes, labels)
     return figure
 
 
@@ -328,6 +337,85 @@ def _device_axis(axes: Axes, devices: Sequence[int]) -> None:
     axes.set_xticks(shown, [str(n) for n in shown])
     axes.minorticks_off()
     axes.set_xlabel("devices")
+
+
+def _apart(
+    below: Sequence[float], above: Sequence[float], gap: float = 0.12, margin: float = 0.06, least: float = 0.75
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Limits of two logarithmic axes of as many decades, on which one curve is above the other everywhere.
+
+    Args:
+        below: Values of the lower curve.
+        above: Of the upper one, at the same places.
+        gap: Least distance of the curves, part of the larger of their ranges.
+        margin: At both ends, part of the axis.
+        least: Decades; fewer would leave an axis with one number.
+    """
+    low, high = np.log10(np.asarray(below, dtype=float)), np.log10(np.asarray(above, dtype=float))
+    distance = gap * max(np.ptp(low), np.ptp(high), least)
+    offset = (high - low).min() - distance  # what the upper axis begins later
+    curves = np.concatenate([low, high - offset])
+    decades = max(np.ptp(curves) / (1 - 2 * margin), least)
+    begin = (curves.min() + curves.max() - decades) / 2
+    first, second = (tuple(float(10**end) for end in (b, b + decades)) for b in (begin, begin + offset))
+    return first, second  # type: ignore[return-value]
+
+
+def _label_points(axes: Axes, labels: Sequence[tuple[str, float, float, str]]) -> None:
+    """Text beside points, where no other text, point or line is in its way; the axes must be complete.
+
+    Args:
+        axes: With everything else drawn.
+        labels: (text, x, y, colour).
+    """
+    figure: Any = axes.get_figure()
+    figure.draw_without_rendering()  # places are known then
+    axes.set_autoscale_on(False)
+    point = figure.dpi / 72
+    frame = tuple(axes.get_window_extent().extents)
+    taken = _drawn(axes, 3 * point)
+    for text, x, y, color in labels:
+        written = axes.annotate(
+            text, (x, y), (0, 0), textcoords="offset points", fontsize="x-small", color=color, ha="center", va="center"
+        )
+        written.set_in_layout(False)
+        extent = written.get_window_extent()
+        half_x, half_y = extent.width / 2, extent.height / 2
+        at_x, at_y = axes.transData.transform((x, y))
+        places = []
+        for ring in range(4):
+            for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
+                move_x = right * ((3.5 + 7 * ring) * point + half_x)
+                move_y = up * ((1.5 + 2 * (right == 0) + 7 * ring) * point + half_y)
+                box = (at_x + move_x - half_x, at_y + move_y - half_y, at_x + move_x + half_x, at_y + move_y + half_y)
+                outside = extent.width * extent.height - _overlap(box, frame)
+                cost = outside + sum(_overlap(box, other) for other in taken)
+                places.append((round(cost, 3), len(places), (move_x / point, move_y / point), box))
+        _, _, place, box = min(places)
+        written.set_position(place)
+        taken.append(box)
+
+
+def _drawn(axes: Axes, half: float) -> list[tuple[float, float, float, float]]:
+    """Boxes around the points of all lines, and along the lines, in pixels."""
+    boxes = []
+    for line in axes.lines:
+        corners = axes.transData.transform(line.get_xydata())
+        if line.get_marker() not in ("", "None", None):
+            boxes += [(x - half, y - half, x + half, y + half) for x, y in corners]
+        if line.get_linestyle() != "None":
+            for (x, y), (x_end, y_end) in pairwise(corners):
+                share = np.linspace(0, 1, 2 + int(np.hypot(x_end - x, y_end - y) / half))
+                middles = zip(x + share * (x_end - x), y + share * (y_end - y), strict=True)
+                boxes += [(x - half / 3, y - half / 3, x + half / 3, y + half / 3) for x, y in middles]
+    return boxes
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Common area of two boxes (left, bottom, right, top)."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0.0) * max(height, 0.0)
 
 
 def _why(analysis: Analysis) -> str:
