@@ -40,15 +40,38 @@ def test_resnet_rs_has_its_published_size(depth, millions):
     assert round(size(depth, stem="rs") / 1e6, 2) == millions
 
 
-@pytest.mark.parametrize(("depth", "entries"), [(18, 122), (50, 320)])
-def test_layers_are_named_as_in_the_published_code(depth, entries):
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def published_names(stages: tuple[int, ...], convolutions: int) -> list[str]:
+    """Names of a state in torchvision's documented order: blocks of a stage, convolutions of a block."""
+    names = ["conv1.weight", *(f"bn1.{entry}" for entry in NORM)]
+    for stage, blocks in enumerate(stages, start=1):
+        for block in range(blocks):
+            for i in range(1, convolutions + 1):
+                names += [f"layer{stage}.{block}.conv{i}.weight"]
+                names += [f"layer{stage}.{block}.bn{i}.{entry}" for entry in NORM]
+            # Where the shape changes: in the first block, but for the first stage of blocks that do not widen.
+            if block == 0 and (stage > 1 or convolutions == 3):
+                names += [f"layer{stage}.0.downsample.0.weight"]
+                names += [f"layer{stage}.0.downsample.1.{entry}" for entry in NORM]
+    return [*names, "fc.weight", "fc.bias"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "stages", "convolutions", "entries"),
+    [(18, (2, 2, 2, 2), 2, 122), (34, (3, 4, 6, 3), 2, 218), (50, (3, 4, 6, 3), 3, 320), (101, (3, 4, 23, 3), 3, 626)],
+)
+def test_layers_are_named_as_in_the_published_code(depth, stages, convolutions, entries):
     with torch.device("meta"):
         state = ResNet(depth).state_dict()
-    assert len(state) == entries
+    names = published_names(stages, convolutions)
+    assert len(names) == entries
+    assert list(state) == names
     assert state["conv1.weight"].shape == (64, 3, 7, 7) and state["layer2.0.downsample.0.weight"].shape[2:] == (1, 1)
     assert state["layer4.1.bn2.running_mean"].shape == (512,)
-    assert state["fc.weight"].shape == (1000, 512 if depth == 18 else 2048)
-    assert ("layer1.0.downsample.0.weight" in state) == (depth == 50)
+    assert state["fc.weight"].shape == (1000, 512 if depth < 50 else 2048)
+    assert ("layer1.0.downsample.0.weight" in state) == (depth >= 50)
 
 
 @pytest.mark.parametrize(("depth", "stem", "pixels"), [(18, "imagenet", 64), (50, "rs", 64), (18, "cifar", 32)])
