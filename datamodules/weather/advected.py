@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from datamodules.weather.generated import GeneratedWeather, Grid, gaussian_grid
 from datamodules.weather.module import Normalization
+from datamodules.weather.samples import Batch
 from datamodules.weather.statistics import Climatology
 from physics.advected_fields import AdvectedFields as Generator
 
@@ -47,7 +49,8 @@ class AdvectedFields(GeneratedWeather):
         statistics_records: Most records that statistics are computed from.
         climatology: ``mean``: there are no seasons.
         in_memory: Keep the part of this rank in memory.
-        batch_size: Samples of a training step.
+        batch_size: Samples of a training step over all devices.
+        local_batch_size: Samples of a training step on each device, in place of ``batch_size``; null: that one.
         eval_batch_size: Of an evaluation step.
         drop_last: Drop the incomplete last batch of a training epoch.
         num_workers: Loader processes.
@@ -86,6 +89,7 @@ class AdvectedFields(GeneratedWeather):
         climatology: Climatology = "mean",
         in_memory: bool = True,
         batch_size: int = 8,
+        local_batch_size: int | None = None,
         eval_batch_size: int = 16,
         drop_last: bool = True,
         num_workers: int = 0,
@@ -94,6 +98,9 @@ class AdvectedFields(GeneratedWeather):
     ) -> None:
         if num_inputs != num_outputs + 1:
             raise ValueError(f"data.num_inputs={num_inputs}: must be data.num_outputs + 1 = {num_outputs + 1}")
+        if local_batch_size is not None and local_batch_size < 1:
+            raise ValueError(f"data.local_batch_size={local_batch_size}: must be at least 1")
+        self.local_batch_size = local_batch_size
         self.physics: dict[str, Any] = {
             "height": height, "width": width, "channels": num_outputs, "truncation": truncation,
             "slowest_deg": slowest_deg, "fastest_deg": fastest_deg, "diffusion": diffusion, "noise": noise,
@@ -110,6 +117,13 @@ class AdvectedFields(GeneratedWeather):
             in_memory=in_memory, batch_size=batch_size, eval_batch_size=eval_batch_size, drop_last=drop_last,
             num_workers=num_workers, pin_memory=pin_memory, seed=seed,
         )  # fmt: skip
+
+    @override
+    def train_dataloader(self) -> DataLoader[Batch]:
+        if self.local_batch_size is not None:
+            layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
+            self.batch_size = self.local_batch_size * (layout["num_replicas"] if layout else 1)
+        return super().train_dataloader()
 
     @override
     def open_generator(self) -> Generator:

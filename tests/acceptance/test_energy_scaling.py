@@ -146,6 +146,26 @@ def test_2_a_sweep_finds_the_costs_that_were_put_in(sweep):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_2_and_so_does_one_of_the_fourier_network_over_local_batches(tmp_path):
+    overrides = (f"hydra.sweep.dir={tmp_path}", f"data.cache_dir={tmp_path}", "logger=none", "model.linear_patterns=0")
+    cli.ok("experiment=energy_scaling/afno_sweep", *overrides, cwd=tmp_path, timeout=850)
+    records, skipped = read_runs(tmp_path)
+    assert len(records) == 12 and not skipped
+    sizes = {(record.devices, record.local_batch_size) for record in records}
+    assert sizes == {(devices, batch) for devices in (1, 2) for batch in (8, 16, 32)}
+    for record in records:
+        assert (record.samples, record.device_updates) == (
+            30 * record.devices * record.local_batch_size,
+            30 * record.devices,
+        )
+    cost = analyse(records, draws=0)["cost"]
+    for term, value in {"node": 0.2153, "device": 0.069, "samples": 0.4525, "updates": 1.781}.items():
+        assert cost["coefficients"][term] == pytest.approx(value, rel=0.05), cost
+    assert max(map(abs, cost["left_out"])) <= 0.03
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
     folder, printed = sweep
     for path in sorted(folder.glob("*/results.json")):
