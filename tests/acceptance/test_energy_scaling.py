@@ -19,6 +19,7 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
+from callbacks.figures import energy_scaling as plots
 from datamodules.energy_records import PUBLISHED, EnergyRecords
 from datamodules.image_set import stratified_subset
 from datamodules.images import Images
@@ -185,6 +186,7 @@ def test_3_every_job_has_its_size_and_the_sweep_its_analysis(sweep):
     assert "costs: P_node [kW]" in printed
     page = (folder / "energy_scaling" / "scaling.html").read_text()
     assert page.count("data:image/png;base64") == 10
+    assert all(f'<img alt="{name.replace("_", " ")}" src=' in page for name in DRAWN | NOT_DRAWN.keys())
     assert (folder / "energy_scaling" / "scaling.tex").read_text().count(r"\\") == 7
 
 
@@ -366,6 +368,15 @@ def test_11_large_batches_lose_quality_beyond_a_knee(tmp_path):
 # --- 12: the report --------------------------------------------------------------------------------------------------
 
 
+# The seven of section 7, and why the published table has no more than four of them.
+DRAWN = {"energy_and_hours", "energy_against_hours", "mean_power", "shares"}
+NOT_DRAWN = {
+    "metric_against_batch": "no metric over batch sizes",
+    "step_phases": "no run has times of its phases",
+    "power_traces": "no run has left its power over time",
+}
+
+
 def test_12_the_report_opens_offline_and_is_the_same_twice(tmp_path):
     pages = []
     for name in ("one", "two"):
@@ -379,7 +390,14 @@ def test_12_the_report_opens_offline_and_is_the_same_twice(tmp_path):
         }  # fmt: skip
     assert pages[0] == pages[1]
     page = pages[0].decode()
-    assert page.count("data:image/png;base64") == 7
+    captions = {
+        caption.replace(" ", "_") for caption in re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
+    }
+    assert captions == DRAWN | {"errors", "forecast_errors", "time_and_energy"}
+    analysis = json.loads((folder / "scaling.json").read_text())
+    for name, why in NOT_DRAWN.items():
+        with pytest.raises(ValueError, match=why):
+            getattr(plots, name)(analysis)
     assert not re.search(r"(src|href)=[\"']?https?:", page)
     for title in ("Recommendation", "Forecasts", "Energy as a sum of costs"):
         assert f">{title}</h2>" in page, title
