@@ -42,7 +42,7 @@ def test_costs_of_enough_runs_reach_other_batch_sizes():
 def test_published_runs_are_forecast_by_the_others_hours_too():
     found = left_out_plans(RUNS)
     assert found["forecast"] == found["bounded"] == found["inside"] == len(RUNS) == 17
-    assert found["mean_error"] == pytest.approx(0.0146, abs=5e-4)
+    assert found["mean_error"] == pytest.approx(0.0149, abs=5e-4)
     assert found["max_error"] == pytest.approx(0.049, abs=1e-3)
     assert found["hours_mean_error"] == pytest.approx(0.041, abs=1e-3)
     assert found["hours_max_error"] == pytest.approx(0.114, abs=1e-3)
