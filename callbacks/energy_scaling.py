@@ -141,12 +141,13 @@ def write_report(
         skipped: Runs that were left out, with reasons.
         forecasts: Planned trainings, for the page; refused ones too.
     """
-    images = {}
+    images, missing = {}, []
     for name in plots.FIGURES:
         try:
             images[name] = png(getattr(plots, name)(analysis))
         except ValueError as error:
             log.info("no figure %s: %s", name, error)
+            missing.append(f"Not drawn: {name.replace('_', ' ')}: {error}")
     captions = [(name.replace("_", " "), image) for name, image in images.items()]
     sections = report_sections(analysis, skipped)
     if forecasts:
@@ -163,7 +164,7 @@ def write_report(
         folder / "scaling.tex": _latex(analysis["rows"]).encode(),
         folder / "scaling.json": (json.dumps(analysis, indent=2, sort_keys=True, allow_nan=False) + "\n").encode(),
         **{figures_dir / f"{name}.png": image for name, image in images.items()},
-        folder / "scaling.html": page(TITLE, [*sections, Section("Figures", images=captions)]).encode(),
+        folder / "scaling.html": page(TITLE, [*sections, Section("Figures", missing, images=captions)]).encode(),
     }
     for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)

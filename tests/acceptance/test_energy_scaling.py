@@ -19,7 +19,6 @@ import torch
 from scipy.stats import t as student
 from torch import nn
 
-from callbacks.figures import energy_scaling as plots
 from datamodules.energy_records import PUBLISHED, EnergyRecords
 from datamodules.image_set import stratified_subset
 from datamodules.images import Images
@@ -394,10 +393,8 @@ def test_12_the_report_opens_offline_and_is_the_same_twice(tmp_path):
         caption.replace(" ", "_") for caption in re.findall(r'<img alt="([^"]*)" src="data:image/png;base64,', page)
     }
     assert captions == DRAWN | {"errors", "forecast_errors", "time_and_energy"}
-    analysis = json.loads((folder / "scaling.json").read_text())
     for name, why in NOT_DRAWN.items():
-        with pytest.raises(ValueError, match=why):
-            getattr(plots, name)(analysis)
+        assert f"<p>Not drawn: {name.replace('_', ' ')}: {why}" in page
     assert not re.search(r"(src|href)=[\"']?https?:", page)
     for title in ("Recommendation", "Forecasts", "Energy as a sum of costs"):
         assert f">{title}</h2>" in page, title
