@@ -54,8 +54,8 @@ class TrainingEvaluation(pl.Callback):
         modes = [(module, module.training) for module in pl_module.modules()]
         pl_module.eval()
         trainer.validating = True  # the data prepare their batches as for validation
-        pl_module.on_validation_epoch_start()
         try:
+            pl_module.on_validation_epoch_start()
             with torch.no_grad(), trainer.precision_plugin.val_step_context(), isolate_rng():
                 for number, batch in enumerate(trainer.datamodule.train_eval_dataloader()):
                     batch = trainer.precision_plugin.convert_input(batch)

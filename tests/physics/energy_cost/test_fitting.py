@@ -111,16 +111,20 @@ def test_a_direction_that_the_runs_lack_is_refused_by_itself():
         fit.predict(record(2, 256, growth=0.0))
 
 
-def test_intervals_cover_what_was_put_in():
-    generator = np.random.default_rng(1)
+def fit_of_repetitions(generator: np.random.Generator, noise: float, count: int, seed: int = 0):
+    """Of `GRID`, each configuration run ``count`` times."""
     runs = [
-        record(r.devices, r.local_batch_size, noise=0.01 * generator.standard_normal(), seed=seed)
+        record(r.devices, r.local_batch_size, noise=noise * generator.standard_normal(), seed=repetition)
         for r in GRID
-        for seed in range(5)
+        for repetition in range(count)
     ]
     means = mean_over_seeds(runs)
     groups = [[r for r in runs if r.key == mean.key] for mean in means]
-    fit = fit_cost(means, draws=bootstrap(groups, 200))
+    return fit_cost(means, draws=bootstrap(groups, 200, seed=seed))
+
+
+def test_intervals_cover_what_was_put_in():
+    fit = fit_of_repetitions(np.random.default_rng(1), 0.01, 5)
     for term, (low, high) in zip(fit.terms, fit.intervals, strict=True):
         assert low < TRUE[term] < high
         assert high - low < TRUE[term]
@@ -149,14 +153,7 @@ def test_intervals_of_two_repetitions_cover_as_often_as_they_say():
     generator = np.random.default_rng(2)
     covered = []
     for trial in range(100):
-        runs = [
-            record(r.devices, r.local_batch_size, noise=0.002 * generator.standard_normal(), seed=seed)
-            for r in GRID
-            for seed in range(2)
-        ]
-        means = mean_over_seeds(runs)
-        groups = [[r for r in runs if r.key == mean.key] for mean in means]
-        fit = fit_cost(means, draws=bootstrap(groups, 200, seed=trial))
+        fit = fit_of_repetitions(generator, 0.002, 2, trial)
         covered += [low < TRUE[term] < high for term, (low, high) in zip(fit.terms, fit.intervals, strict=True)]
     assert 0.91 <= np.mean(covered) < 1.0
 
