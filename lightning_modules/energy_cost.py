@@ -25,18 +25,13 @@ _PLAN_METRICS = ("mean_error", "max_error", "hours_mean_error", "hours_max_error
 class PlansRefused(ValueError):
     """Every plan was refused.
 
-    A mistake of the settings although the test before has computed: the run ends with the message alone
-    (`runner.job.is_input_error`).
+    A mistake of the settings although the test before has computed: the run ends with the message alone.
+
+    Attributes:
+        input_error: For `runner.job.is_input_error`.
     """
 
-    @property
-    def computing(self) -> bool:
-        """Never, whatever the runner notes down."""
-        return False
-
-    @computing.setter
-    def computing(self, value: bool) -> None:
-        pass
+    input_error = True
 
 
 class EnergyCostModel(pl.LightningModule):

@@ -294,7 +294,12 @@ def _failed(config: dict[str, Any], error: Exception) -> dict[str, Any]:
 
 
 def is_input_error(error: Exception) -> bool:
-    """Whether the message says all: errors of values, files and packages before the first batch."""
+    """Whether the message says all: errors of values, files and packages before the first batch, and any that say so.
+
+    An exception says so with a true attribute ``input_error``.
+    """
+    if getattr(error, "input_error", False):
+        return True
     return isinstance(error, ValueError | OSError | ImportError) and not getattr(error, "computing", False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lightning_modules.energy_cost import PlansRefused
 from runner import job
 from strategies.daso import DASO
 from strategies.ddp import DDP
@@ -67,3 +68,10 @@ def test_a_signal_is_obeyed_where_every_step_is_the_last_of_its_epoch(tmp_path):
     assert torch.load(tmp_path / "cut/checkpoints/last.ckpt", weights_only=True)["epoch"] == 3
     resumed = job.run(tiny(tmp_path / "cut", *options, "ckpt_path=last"))
     assert resumed["status"] == "completed" and resumed["metrics"] == whole["metrics"]
+
+
+def test_an_error_past_the_first_batch_keeps_its_traceback_unless_it_says_that_the_message_is_enough():
+    for error, enough in ((ValueError("in a step"), False), (PlansRefused("data.plans: all are refused"), True)):
+        error.computing = True  # as the runner notes it down
+        assert job.is_input_error(error) is enough
+    assert job.is_input_error(ValueError("data.batch_size=0")) and not job.is_input_error(KeyError("x"))
