@@ -1,4 +1,7 @@
-"""From the output spikes of a network to a list of coincidences: spikes confirm hits, confirmed hits become pairs."""
+"""From the output spikes of a network to a list of coincidences.
+
+Spikes of crystals confirm hits, and confirmed hits become pairs; spikes of lines of response are pairs.
+"""
 
 from __future__ import annotations
 
@@ -46,3 +49,31 @@ def decode_pairs(
     best = pairs.where(greedy_one_to_one(pairs, angle / 360 - gap, len(rows)))
     a, b = rows[best.first], rows[best.second]
     return Pairs(np.minimum(a, b), np.maximum(a, b)), np.maximum(when[best.first], when[best.second])
+
+
+def pairs_of_lines(
+    hits: Hits, sample: np.ndarray, a: np.ndarray, b: np.ndarray, step_a: np.ndarray, step_b: np.ndarray
+) -> Pairs:
+    """Rows of the hits that spikes of lines of response stand for, in the order of the spikes.
+
+    Args:
+        hits: What the network has seen, ordered by sample and step.
+        sample: Of every spike, (spike,).
+        a: Crystal at one end of the line.
+        b: At the other end.
+        step_a: Time of its hit.
+        step_b: Likewise.
+    """
+    low = int(hits.step.min(initial=0))
+    span = int(hits.step.max(initial=0)) - low + 1
+
+    def number(sample: np.ndarray, crystal: np.ndarray, step: np.ndarray) -> np.ndarray:
+        return (sample * hits.num_crystals + crystal) * span + (step - low)
+
+    keys = number(hits.sample, hits.crystal, hits.step)
+    order = np.argsort(keys, kind="stable")
+    rows = [
+        order[np.searchsorted(keys, number(sample, crystal, step), sorter=order)]
+        for crystal, step in ((a, step_a), (b, step_b))
+    ]
+    return Pairs(np.minimum(*rows), np.maximum(*rows))

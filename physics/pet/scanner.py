@@ -134,25 +134,31 @@ class Scanner:
         inside = (ring >= 0) & (ring < self.num_rings)
         return np.where(inside, self.crystal(ring, position), -1)
 
-    def opposite_window(self, spread: int) -> np.ndarray:
-        """Crystals at most ``spread`` from the opposite one, in both directions.
+    def opposite_window(self, spread: int, rings: int | None = None) -> np.ndarray:
+        """Crystals near the opposite one.
+
+        Args:
+            spread: Positions around the ring, at most.
+            rings: Rings along the axis, at most; None: ``spread``.
 
         Returns:
-            (crystal, (2 spread + 1)^2), or (crystal, 2 spread + 1) with one ring; -1 beyond the ends of the scanner.
+            (crystal, (2 spread + 1) (2 rings + 1)), or (crystal, 2 spread + 1) with one ring; -1 beyond the ends of the
+            scanner.
         """
         if not 0 <= spread < self.crystals_per_ring // 2:
             raise ValueError(f"spread={spread}: use 0 to {self.crystals_per_ring // 2 - 1} crystals")
         c = np.arange(self.num_crystals)
         along = np.arange(-spread, spread + 1)
-        axial = along if self.num_rings > 1 else np.zeros(1, dtype=np.int64)
+        reach = 0 if self.num_rings == 1 else spread if rings is None else rings
+        axial = np.arange(-reach, reach + 1)
         ring = self.ring(c)[:, None, None] + axial[None, :, None]
         position = self.position(c)[:, None, None] + self.crystals_per_ring // 2 + along[None, None, :]
         found = np.where((ring >= 0) & (ring < self.num_rings), self.crystal(ring, position), -1)
         return found.reshape(self.num_crystals, -1)
 
-    def lines_of_response(self, spread: int) -> np.ndarray:
-        """Pairs of crystals that face each other within ``spread``, each once: (line, 2), a < b."""
-        window = self.opposite_window(spread)
+    def lines_of_response(self, spread: int, rings: int | None = None) -> np.ndarray:
+        """Pairs of crystals that face each other within `opposite_window`, each once: (line, 2), a < b."""
+        window = self.opposite_window(spread, rings)
         a = np.repeat(np.arange(self.num_crystals), window.shape[1])
         b = window.reshape(-1)
         keep = (b >= 0) & (a < b)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from networks.event_driven import EventDrivenLines
 from networks.petnet import LORNetwork, PairNetwork, PETNet, coincidence_beta, strongest_rivals, unique_events
 from networks.spiking import Events, lif_scan
 from physics.pet.scanner import make_scanner
@@ -76,6 +77,18 @@ def test_lines_against_all_pairs():
                 wanted |= {(s, i, c), (s, i, c2)}
     # A line that fired is reset: its next spike may need more than two inputs, if it comes at once.
     assert len(wanted - found) <= 0.05 * len(wanted) and len(found - wanted) <= 0.05 * len(wanted) and wanted
+
+
+def test_event_driven_lines_forget_slowly_where_the_decay_is_slow():
+    net = LORNetwork("toy24", weight=0.92)
+    with torch.no_grad():
+        net.beta.fill_(0.97)
+    for gap in (60, 100):  # 0.92 (1 + 0.97^gap) is above and below the threshold
+        e = events([(5, 0, 3), (5 + gap, 0, 15)], steps=120)
+        found = EventDrivenLines(net)(e.item.numpy(), e.step.numpy(), e.channel.numpy())
+        dense = {(t, c) for t, _, c in net(e).nonzero().tolist()}
+        assert set(zip(found.step.tolist(), found.crystal.tolist(), strict=True)) == dense
+        assert bool(dense) == (gap == 60)
 
 
 def test_operations_of_lines():

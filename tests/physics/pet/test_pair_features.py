@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from physics.pet.decoding import decode_pairs
+from physics.pet.decoding import decode_pairs, pairs_of_lines
 from physics.pet.hits import Pairs
 from physics.pet.matching import Spikes
 from physics.pet.pair_features import FEATURES, best_rivals, pair_candidates
@@ -51,3 +51,12 @@ def test_of_three_confirmed_hits_those_that_face_each_other_are_paired():
     spikes = Spikes(np.zeros(3, int), np.array([0, 6, 12]), np.full(3, 10))
     pairs, _ = decode_pairs(hits, spikes, SCANNER, reach=0, window=1)
     assert (pairs.first.tolist(), pairs.second.tolist()) == ([0], [2])
+
+
+def test_spikes_of_lines_are_pairs_of_hits():
+    hits = hits_at([0, 0, 0, 1, 1], [0, 0, 12, 12, 0], [4, 10, 11, 10, 10])
+    sample, a, b = np.array([1, 0]), np.array([0, 0]), np.array([12, 12])
+    pairs = pairs_of_lines(hits, sample, a, b, np.array([10, 10]), np.array([10, 11]))
+    assert (pairs.first.tolist(), pairs.second.tolist()) == ([3, 1], [4, 2])
+    none = pairs_of_lines(hits, *np.empty((5, 0), dtype=np.int64))
+    assert not len(none.first)

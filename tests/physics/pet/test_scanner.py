@@ -59,6 +59,8 @@ def test_lines_of_response():
     lines = ring.lines_of_response(2)
     assert len(lines) == 240 * 5 // 2 and len(np.unique(lines, axis=0)) == 600
     assert (lines[:, 0] < lines[:, 1]).all() and (ring.steps_apart(*lines.T) >= 118).all()
+    safir = make_scanner("safir2880")
+    assert len(safir.lines_of_response(1, rings=15)) == 2880 * 3 * 16 // 2  # any two rings
 
 
 @pytest.mark.parametrize(
