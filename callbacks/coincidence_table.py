@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 NAMES = {
     "snn": "spiking network (trained)",
     "lor_snn": "spiking network of lines (untrained)",
+    "competing_lines": "spiking network of competing lines (trained)",
     "pair_scorer": "pair scorer (trained)",
     "scw_paper": "single window, 8 steps (paper)",
     "scw_raw": "single window, best",
@@ -139,15 +141,35 @@ def draw_sweep(folder: Path) -> str:
     """One table of all jobs of a sweep, F1 over what was swept as a figure; what to print below the sweep's table."""
     from callbacks.figures.coincidence import f1_against_setting
 
-    rows, points = [], []
-    for job, differing in finished_jobs(Path(folder)):
-        stored = json.loads((Path(job["run_dir"]) / "results.json").read_text()).get("coincidences")
-        label = " ".join(f"{name.rsplit('.', 1)[-1]}={value}" for name, value in differing.items())
-        for row in stored or []:
-            rows.append(row | {"label": f"{method_name(row['method'])} ({label})"})
-            points.append((differing, row))
-    if not rows:
+    points = [
+        (differing, row)
+        for job, differing in finished_jobs(Path(folder))
+        for row in json.loads((Path(job["run_dir"]) / "results.json").read_text()).get("coincidences") or []
+    ]
+    if not points:
         return "no job has compared coincidences"
+    rows = sweep_rows(points)
     (Path(folder) / "comparison.md").write_text(markdown(rows) + "\n")
     figures = {"f1_against_setting": f1_against_setting(points)}
     return "\n".join(["coincidences, pairs of one decay:", markdown(rows), save_figures(figures, Path(folder))])
+
+
+def sweep_rows(points: Sequence[tuple[Mapping[str, str], Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of several jobs in one table, with what differs in their labels.
+
+    A method that has found the same in several jobs, as sorters do where networks differ, has one row.
+
+    Args:
+        points: What differs in a job, and a row of its table, for each method.
+    """
+
+    def result(row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(sorted((name, value) for name, value in row.items() if name not in ("hits_per_s", "seconds")))
+
+    times = Counter(result(row) for _, row in points)
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for differing, row in points:
+        label = " ".join(f"{name.rsplit('.', 1)[-1]}={value}" for name, value in differing.items())
+        name = method_name(row["method"])
+        rows.setdefault(result(row), {**row, "label": name if times[result(row)] > 1 else f"{name} ({label})"})
+    return list(rows.values())

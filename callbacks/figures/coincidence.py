@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 Outputs = Mapping[str, "Tensor"]
 
 COLOURS = {
-    "snn": "#D55E00", "lor_snn": "#E69F00", "pair_scorer": "#D55E00", "scw_paper": "#8C8C8C", "scw_raw": "#4D4D4D",
+    "snn": "#D55E00", "lor_snn": "#E69F00", "pair_scorer": "#D55E00", "competing_lines": "#E69F00",
+    "scw_paper": "#8C8C8C", "scw_raw": "#4D4D4D",
     "scw_raw_geometry": "#000000", "scw": "#56B4E9", "scw_geometry": "#0072B2", "take_winner_of_goods": "#009E73",
 }  # fmt: skip
 FURTHER = ("#CC79A7", "#7B4EA3", "#B8860B", "#35978F", "#A6D854")
@@ -35,6 +36,7 @@ def label(method: str) -> str:
     """Short names for legends."""
     known = {
         "snn": "spiking network", "lor_snn": "lines of response", "pair_scorer": "pair scorer",
+        "competing_lines": "competing lines",
         "scw_paper": "single window (paper)", "scw_raw": "single window, best", "scw_raw_geometry": "+ angle",
         "scw": "calibrated window", "scw_geometry": "calibrated + angle",
     }  # fmt: skip

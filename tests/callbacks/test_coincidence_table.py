@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from callbacks.coincidence_table import CoincidenceTable, CoincidenceWriter, markdown, method_name
+from callbacks.coincidence_table import CoincidenceTable, CoincidenceWriter, markdown, method_name, sweep_rows
 from callbacks.figures import coincidence as figures
 from callbacks.figures.callback import FiguresCallback
 from callbacks.run_record import RunRecord
@@ -70,6 +70,23 @@ def test_f1_over_a_setting():
     assert len(axes.lines) == 2 and axes.get_xlabel() == "activity [Bq]"
     assert figures.f1_against_setting([({"data": "toy"}, points[0][1])]) is None
     assert figures.f1_against_setting([({"a": "1", "b": "2"}, points[0][1])]) is None
+
+
+def test_rows_of_a_sweep():
+    def row(method, f1, speed):
+        return {"method": method, "f1": f1, "hits_per_s": speed}
+
+    points = [({"model": m}, row(m, f1, 1.0)) for m, f1 in (("pair_scorer", 0.9), ("competing_lines", 0.8))]
+    points[1:1] = [({"model": "pair_scorer"}, row("scw", 0.7, 2.0))]
+    points += [({"model": "competing_lines"}, row("scw", 0.7, 3.0))]
+    labels = [r["label"] for r in sweep_rows(points)]
+    assert labels == [
+        "pair scorer (trained) (model=pair_scorer)",
+        "calibrated single window",  # found the same in both jobs
+        "spiking network of competing lines (trained) (model=competing_lines)",
+    ]
+    points[-1] = ({"model": "competing_lines"}, row("scw", 0.6, 3.0))
+    assert len(sweep_rows(points)) == 4
 
 
 def test_names_and_labels():

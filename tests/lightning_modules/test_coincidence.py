@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from datamodules.pet_events import PETEvents
+from lightning_modules.coincidence.competing_lines import CompetingLines
 from lightning_modules.coincidence.pairs import PairScorer
 from lightning_modules.coincidence.petnet import PETNet
 from lightning_modules.coincidence.sorters import Sorter, counts_by_sample, tuned
 from lightning_modules.metrics.coincidence import PairScores, SpikeScores, bootstrap_f1
+from networks.competing_lines import CompetingLines as Lines
 from networks.petnet import LORNetwork, PairNetwork, RingPETNet
 from networks.petnet import PETNet as Net
 from physics.pet.hits import Pairs, true_pairs
@@ -125,12 +127,16 @@ def test_lines_need_no_training():
     assert metrics["test/f1"] >= 0.98 and metrics["test/operations_per_hit"] > 5
 
 
-def test_pairs_are_scored_better_than_sorted():
-    pl.seed_everything(0, verbose=False)
-    source = data(
+def high_activity():
+    return data(
         kind="physics", scanner="safir2880", num_steps=2000, num_train=200, num_val=40, num_test=80, align="true",
         activity_bq=3e8, batch_size=25,
     )  # fmt: skip
+
+
+def test_pairs_are_scored_better_than_sorted():
+    pl.seed_everything(0, verbose=False)
+    source = high_activity()
     module = PairScorer(PairNetwork(hidden=[32]), ADAM, baselines=["scw", "scw_geometry", "take_all_goods"])
     run = trainer(4)
     run.fit(module, datamodule=source)
@@ -142,6 +148,24 @@ def test_pairs_are_scored_better_than_sorted():
     same = torch.cat([o["prediction"][:, 5] for o in outputs])
     assert 0 < scores.min() < scores.max() <= 1
     assert abs(float(scores.mean() - same.mean())) < 0.08, "scores are probabilities"
+
+
+def test_lines_compete_for_hits():
+    pl.seed_everything(0, verbose=False)
+    source = high_activity()
+    module = CompetingLines(Lines(), ADAM, baselines=["scw", "scw_geometry", "take_all_goods"])
+    run = trainer(8)
+    run.fit(module, datamodule=source)
+    (metrics,) = run.test(module, datamodule=source, verbose=False)
+    assert metrics["test/f1"] > metrics["test/scw_geometry_f1"] > metrics["test/scw_f1"]
+    assert metrics["test/f1"] > 0.9 and metrics["test/pair_f1"] > 0.9 and metrics["test/operations_per_hit"] > 656
+    assert module.net.across[:10].min() > module.net.across[17:].max(), "lines that face each other are heavier"
+    outputs = run.predict(module, datamodule=source)
+    listed = torch.cat([o["prediction"] for o in outputs])
+    ends = torch.cat([listed[:, [0, 1]], listed[:, [0, 2]]])
+    assert len(ends.unique(dim=0)) > 0.98 * len(ends), "a hit is in one coincidence"
+    with pytest.raises(ValueError, match="window=-1"):
+        CompetingLines(Lines(), None, window=-1)
 
 
 def test_a_checkpoint_restores_the_module(ring, tmp_path):
