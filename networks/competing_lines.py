@@ -148,9 +148,9 @@ class CompetingLines(nn.Module):
     @property
     def kernel(self) -> Tensor:
         """Weights of a crystal's lines by rings and positions to the other crystal, (2 rings - 1, positions)."""
-        position = torch.arange(self.per_ring)
+        position = torch.arange(self.per_ring, device=self.across.device)
         offset = self.offset(torch.zeros_like(position), position)
-        ring = torch.arange(1 - self.rings, self.rings).abs()
+        ring = torch.arange(1 - self.rings, self.rings, device=position.device).abs()
         table = self.table[offset.clamp_max(self.spread)][:, ring].T
         return torch.where(offset <= self.spread, table, 0)
 
