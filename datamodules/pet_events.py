@@ -252,6 +252,7 @@ class PETEvents(LightningDataModule):
         self.true_delays: np.ndarray | None = None
         self.parts: dict[str, Hits] = {}
         self.lost_pairs = 0
+        self.first_listed = 0  # what number the first sample of the test part has in the file
 
     # ---------------------------------------------------------------------------------------------------------- set-up
 
@@ -291,6 +292,7 @@ class PETEvents(LightningDataModule):
                 "none for training"
             )
         ends = np.cumsum([hits.num_samples - held, self.sizes["val"], self.sizes["test"]])
+        self.first_listed = int(ends[1])
         for part, first, stop in zip(PARTS, [0, *ends[:-1]], ends, strict=True):
             self.parts[part] = hits.samples(int(first), int(stop))
 
@@ -331,13 +333,16 @@ class PETEvents(LightningDataModule):
         return None if self.true_delays is None else self.delays - self.true_delays
 
     def prediction_table(self, outputs: Mapping[str, Tensor]) -> pd.DataFrame:
-        """Coincidences of a predict step: sample, crystals, step, time in ns, score, and what the truth says."""
+        """Coincidences of a predict step: sample, crystals, step, time in ns, score, and what the truth says.
+
+        Samples of a file keep their numbers, others are counted from the first of the test part.
+        """
         import pandas as pd
 
         rows = outputs["prediction"].double().numpy()
         table = pd.DataFrame(
             {
-                "sample": rows[:, 0].astype(np.int64),
+                "sample": rows[:, 0].astype(np.int64) + self.first_listed,
                 "crystal_a": rows[:, 1].astype(np.int64),
                 "crystal_b": rows[:, 2].astype(np.int64),
                 "step": rows[:, 3].astype(np.int64),

@@ -2,8 +2,9 @@
 
 A neuron for every line, as in `networks.petnet.LORNetwork`, with three differences. What a crystal gives to a line
 depends on the geometry of the line and is learned. A line that fires resets all lines of its two crystals, so that a
-hit is in one coincidence. And who fires first is decided within a step: the threshold starts high and falls, so that of
-several lines with a common hit the one with the highest potential comes first and takes it.
+hit is in one coincidence, except where lines fire together. And who fires first is decided within a step: the threshold
+starts high and falls, so that of several lines with a common hit the one with the highest potential comes first and
+takes it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class CompetingLines(nn.Module):
       ``w = across[offset] + along[rings]``.
     - In every step the threshold falls from twice the largest weight, the highest potential that two hits can reach, to
       ``threshold`` in ``phases`` equal parts. A line above it fires, and resets all lines of its two crystals, itself
-      included, to 0 before the threshold falls further.
+      included, to 0 before the threshold falls further. Lines above the same threshold fire together.
 
     The potential of a line at its second hit is known in closed form, ``w (1 + beta^gap)``: weights and decay are
     learned on pairs of hits (`logits`) without a scan. `forward` is the scan, step by step over all lines, and
@@ -167,6 +168,11 @@ class CompetingLines(nn.Module):
             return top + (last - top) * torch.arange(1, self.phases + 1, device=last.device) / self.phases
 
     # ------------------------------------------------------------------------------------------------------------ scan
+
+    @property
+    def num_lines(self) -> int:
+        """Neurons."""
+        return self.num_crystals * (2 * self.spread + 1) * self.rings // 2
 
     @functools.cached_property
     def lines(self) -> Tensor:

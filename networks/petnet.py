@@ -51,7 +51,7 @@ class PETNet(nn.Module):
         if geometry not in ("none", "window"):
             raise ValueError(f"model.net.geometry={geometry!r} is unknown; choose none, window")
         layout = make_scanner(scanner)
-        self.num_crystals = layout.num_crystals
+        self.num_crystals, self.layout = layout.num_crystals, None if geometry == "none" else layout
         window = torch.from_numpy(layout.opposite_window(spread)) if geometry == "window" else None
         self.register_buffer("window", window, persistent=False)
         inputs = self.num_crystals * (1 if window is None else 2)
@@ -146,7 +146,7 @@ class RingPETNet(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        layout = make_scanner(scanner)
+        self.layout = layout = make_scanner(scanner)
         self.num_crystals, self.per_ring, self.rings = layout.num_crystals, layout.crystals_per_ring, layout.num_rings
         kernel = noise * torch.randn(2 * self.rings - 1, self.per_ring)
         kernel[self.rings - 1, 0] = own
@@ -212,7 +212,7 @@ class LORNetwork(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        layout = make_scanner(scanner)
+        self.layout = layout = make_scanner(scanner)
         lines = torch.from_numpy(layout.lines_of_response(spread))
         self.num_crystals, self.window, self.backend, self.surrogate = layout.num_crystals, window, backend, surrogate
         beta = coincidence_beta(window, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from lightning_modules.supervised import Supervised
 from physics.pet.hits import Hits, Pairs, true_pairs
 from physics.pet.matching import Labels, Spikes, count_pairs, count_spikes
 from physics.pet.scanner import Scanner
+
+log = logging.getLogger(__name__)
 
 Batch = dict[str, Tensor]
 TUNING_HITS = 200_000
@@ -46,6 +49,7 @@ class Found(NamedTuple):
         spikes: Output spikes of a network that has some.
         loss: Of the batch.
         operations: Synaptic operations of the batch, where they are counted.
+        activity: Spikes of a neuron in a sample, mean over the neurons of all layers.
     """
 
     hits: Hits
@@ -55,6 +59,7 @@ class Found(NamedTuple):
     spikes: Spikes | None
     loss: Tensor
     operations: float | None = None
+    activity: float | None = None
 
 
 class CoincidenceModule(Supervised):
@@ -118,6 +123,7 @@ class CoincidenceModule(Supervised):
         self.test_pairs = nn.ModuleDict({name: PairScores() for name in (self.method, *self.companions(), *baselines)})
         self.test_spikes = nn.ModuleDict({name: SpikeScores() for name in self.test_pairs})
         self.operations = nn.ModuleDict({stage: SumRatio() for stage in ("val", "test")})
+        self.activity = nn.ModuleDict({stage: SumRatio() for stage in ("val", "test")})
         self.sorters: list[Sorter] = []
 
     # ------------------------------------------------------------------------------------------------------- to define
@@ -169,6 +175,22 @@ class CoincidenceModule(Supervised):
                 f"model.net has {channels} crystals, the data have {crystals}: give both the same scanner "
                 "(model.net.scanner, data.scanner), and no other number of crystals in data.scanner_changes"
             )
+        own, layout = getattr(self.net, "layout", None), self.trainer.datamodule.layout
+        shapes = [(s.crystals_per_ring, s.num_rings) for s in (own or layout, layout)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                "model.net has rings of {} crystals times {}, the data have {} times {}: leave crystals_per_ring and "
+                "num_rings out of data.scanner_changes".format(*shapes[0], *shapes[1])
+            )
+
+    @override
+    def on_fit_start(self) -> None:
+        if not len(true_pairs(self.trainer.datamodule.parts["train"]).first):
+            raise ValueError(
+                "the training part has no coincidence to learn from: hits of data.file need the column decay, a "
+                "simulation more samples (data.num_train) or decays (data.activity_bq, data.rate); a trained network "
+                "lists unlabelled hits with train=false test=false ckpt_path=<checkpoint>"
+            )
 
     @override
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -178,7 +200,7 @@ class CoincidenceModule(Supervised):
         self._score(self.val_pairs, found, 1.0)
         if found.spikes is not None:
             self.val_spikes.update(count_spikes(found.spikes, self.labels_of(batch), self.tolerance))
-        self._count_operations("val", found)
+        self._count_costs("val", found)
         return self._outputs(batch, found)
 
     @override
@@ -188,15 +210,18 @@ class CoincidenceModule(Supervised):
         values |= {name: pairs[name] for name in ("precision", "recall", "f1")}
         if self.val_spikes.sums.any():
             values |= self.val_spikes.compute()
-        if self.operations["val"].denominator:
-            values["operations_per_hit"] = self.operations["val"].compute()
+        values |= self._costs("val")
         self._log_exact({f"val/{name}": value for name, value in values.items()}, prog_bar=True)
-        for metric in (self.val_loss, self.val_pairs, self.val_spikes, self.operations["val"]):
+        for metric in (self.val_loss, self.val_pairs, self.val_spikes, self.operations["val"], self.activity["val"]):
             metric.reset()
 
     @override
     def on_test_start(self) -> None:
         source = self.trainer.datamodule
+        if not len(true_pairs(source.parts["val"]).first):
+            log.warning("no known coincidence in the validation part: settings of sorters are not chosen")
+        if not len(true_pairs(source.parts["test"]).first):
+            log.warning("no known coincidence in the test part: F1 is 0, whatever is found")
         raw = source.parts["val"]
         raw = raw.samples(0, int(raw.sample[min(len(raw), TUNING_HITS) - 1]) + 1) if len(raw) else raw
         aligned = raw.shifted(source.delays)
@@ -215,7 +240,7 @@ class CoincidenceModule(Supervised):
         size = len(batch["sample"])
         self.test_loss.update(found.loss * size, size)
         self._compare(self.method, found, seconds, labels)
-        self._count_operations("test", found)
+        self._count_costs("test", found)
         for name, find in self.companions().items():
             self._compare(name, *self._timed(lambda find=find: find(batch, aligned)), labels)
         for sorter in self.sorters:
@@ -241,8 +266,7 @@ class CoincidenceModule(Supervised):
             prefix, kept = ("", OWN_VALUES) if own else (f"{row['method']}_", LISTED_VALUES)
             values = {name: row[name] for name in kept if name in row}
             self._log_exact({f"test/{prefix}{name}": value for name, value in values.items()})
-        if self.operations["test"].denominator:
-            self._log_exact({"test/operations_per_hit": self.operations["test"].compute()})
+        self._log_exact({f"test/{name}": value for name, value in self._costs("test").items()})
 
     def results_table(self) -> list[dict[str, Any]]:
         """A row for every method, this module's first: ``method``, settings, and what the metrics compute."""
@@ -282,9 +306,17 @@ class CoincidenceModule(Supervised):
         by_sample = torch.from_numpy(counts_by_sample(found.hits, found.pairs, true))
         metric.update(counts | {"hits": len(found.hits), "seconds": max(seconds, 1e-9)}, by_sample)
 
-    def _count_operations(self, stage: str, found: Found) -> None:
+    def _count_costs(self, stage: str, found: Found) -> None:
         if found.operations is not None:
             self.operations[stage].update(torch.tensor(found.operations), len(found.hits))
+        if found.activity is not None:
+            samples = found.hits.num_samples
+            self.activity[stage].update(torch.tensor(found.activity * samples), samples)
+
+    def _costs(self, stage: str) -> dict[str, Tensor]:
+        """Synaptic operations of a hit, and spikes of a neuron in a sample, as far as they were counted."""
+        costs = {"operations_per_hit": self.operations[stage], "spikes_per_neuron": self.activity[stage]}
+        return {name: metric.compute() for name, metric in costs.items() if metric.denominator}
 
     def _speeds(self, batch: Batch) -> Tensor:
         """Hits and seconds of every method at an eighth, a quarter, half and all of the samples of a batch."""

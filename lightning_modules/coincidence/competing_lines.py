@@ -24,8 +24,9 @@ class CompetingLines(LearnedPairs):
 
     The potential of a line at the second hit of a pair is known in closed form, so that training needs no scan: the
     loss is the cross-entropy of its distance to the threshold for all pairs of hits that have a line. Evaluation runs
-    the spiking network, event-driven: a spike of a line is a coincidence of the last hits of its two crystals. The last
-    of its thresholds is chosen on the validation part.
+    the spiking network, event-driven: a spike of a line is a coincidence of the last hits of its two crystals, its
+    score the probability that training gives to their pair. The last of its thresholds is chosen on the validation
+    part.
 
     Args:
         net: `networks.competing_lines.CompetingLines`.
@@ -74,6 +75,10 @@ class CompetingLines(LearnedPairs):
     @override
     def use_threshold(self, logit: float) -> None:
         self.net.threshold.fill_(1 + logit / self.net.slope)
+
+    @override
+    def choose_threshold(self) -> None:
+        super().choose_threshold()
         self._runner = EventDrivenCompetition(self.net)
 
     @override
@@ -84,4 +89,11 @@ class CompetingLines(LearnedPairs):
         pairs = pairs_of_lines(hits, *fired[:1], *fired[2:])
         spikes = Spikes(np.tile(fired.item, 2), np.concatenate([fired.a, fired.b]), np.tile(fired.step, 2))
         operations = self.net.operations(len(hits), len(fired.item))
-        return Found(hits, pairs, fired.step, np.ones(len(fired.step)), spikes, loss, float(operations))
+        activity = len(fired.item) / (self.net.num_lines * hits.num_samples)
+        with torch.no_grad():
+            a, b, gap = (
+                torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
+                for values in (fired.a, fired.b, np.abs(fired.step_a - fired.step_b))
+            )
+            score = self.net.logits(a, b, gap).sigmoid().double().cpu().numpy()
+        return Found(hits, pairs, fired.step, score, spikes, loss, float(operations), activity)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -15,8 +16,9 @@ from typing_extensions import override
 from lightning_modules.coincidence.base import TUNING_HITS, Batch, CoincidenceModule, Found
 from physics.pet.coincidences import greedy_one_to_one
 from physics.pet.hits import Hits, Pairs, true_pairs
-from physics.pet.matching import count_pairs
 from physics.pet.pair_features import Candidates, pair_candidates
+
+log = logging.getLogger(__name__)
 
 
 class Scored(NamedTuple):
@@ -30,7 +32,8 @@ class LearnedPairs(CoincidenceModule):
     """Base of modules that learn from pairs of hits whether they are of one decay, and choose a threshold.
 
     The threshold is that of the last stage's logit above which the list of the validation part has the largest F1,
-    where the best pair takes its hits first.
+    where the best pair takes its hits first. Where that part does not say which pairs are of one decay, as files may
+    not, the threshold stays what it is: that of the checkpoint.
 
     Args:
         net: The network.
@@ -94,27 +97,31 @@ class LearnedPairs(CoincidenceModule):
 
     @override
     def on_validation_start(self) -> None:
-        self._choose_threshold()
+        self.choose_threshold()
 
     @override
     def on_test_start(self) -> None:
         super().on_test_start()
-        self._choose_threshold()
+        self.choose_threshold()
 
     @override
     def on_predict_start(self) -> None:
-        self._choose_threshold()
+        self.choose_threshold()
 
     @torch.no_grad()
-    def _choose_threshold(self) -> None:
+    def choose_threshold(self) -> None:
+        """Take the threshold of the largest F1 on the validation part, if that has coincidences."""
         hits = self._part("val")
+        true = len(true_pairs(hits).first)
+        if not true:
+            log.info("the validation part has no known coincidence: the threshold is not chosen anew")
+            return
         candidates, logits = self.scored(hits)
         scores = logits[-1].double().cpu().numpy()
         kept = greedy_one_to_one(candidates, scores, len(hits))
         kept = kept[np.argsort(-scores[kept], kind="stable")]
         pairs = candidates.where(kept)
         correct = np.cumsum((hits.decay[pairs.first] == hits.decay[pairs.second]) & (hits.decay[pairs.first] >= 0))
-        true = count_pairs(hits, pairs, len(true_pairs(hits).first)).true
         f1 = 2 * correct / (np.arange(1, len(kept) + 1) + true)
         if len(f1):
             self.use_threshold(float(scores[kept[f1.argmax()]]) - 1e-6)
@@ -175,6 +182,7 @@ class PairScorer(LearnedPairs):
 
     @override
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.trainer.ckpt_path is None:  # else the scale is in the checkpoint
             some = self._part("train")
             self.net.fit_scale(torch.from_numpy(self.candidates(some).features).to(self.device))

@@ -177,7 +177,10 @@ class PETNet(CoincidenceModule):
             min_angle_degree=self.min_angle_degree,
         )
         score = (when >= 0).astype(float)
-        return Found(hits, pairs, when, score, spikes, loss, float(self.net.operations(events, traces)))
+        neurons = sum(trace.spikes.shape[2] for trace in traces)
+        activity = sum(float(trace.spikes.sum()) for trace in traces) / max(neurons * len(batch["sample"]), 1)
+        operations = float(self.net.operations(events, traces))
+        return Found(hits, pairs, when, score, spikes, loss, operations, activity)
 
     def _find_by_lines(self, batch: Batch, hits: Hits) -> Found:
         """What lines of response find, hit by hit (`networks.event_driven`)."""

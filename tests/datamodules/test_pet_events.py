@@ -83,6 +83,9 @@ def test_files(tmp_path, data):
         assert np.array_equal(from_file.parts[part].step, data.parts[part].step)
     shift = from_file.delays - data.true_delays
     assert (shift == shift[0]).all() and from_file.delays.min() == 0  # a common delay cannot be known
+    row = {"prediction": torch.tensor([[2.0, 3.0, 15.0, 40.0, 0.9, 1.0]])}
+    assert from_file.prediction_table(row)["sample"].tolist() == [3022]  # as the file numbers them
+    assert data.prediction_table(row)["sample"].tolist() == [2]
     with pytest.raises(ValueError, match="num_val"):
         made(kind="file", file="hits.npz", data_dir=str(tmp_path), num_test=4000)
 

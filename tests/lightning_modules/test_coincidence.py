@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import lightning.pytorch as pl
 import numpy as np
@@ -164,8 +165,62 @@ def test_lines_compete_for_hits():
     listed = torch.cat([o["prediction"] for o in outputs])
     ends = torch.cat([listed[:, [0, 1]], listed[:, [0, 2]]])
     assert len(ends.unique(dim=0)) > 0.98 * len(ends), "a hit is in one coincidence"
+    score, same = listed[:, 4], listed[:, 5]
+    sure = score > score.median()
+    assert 0 < score.min() < score.max() < 1 and same[sure].mean() > same[~sure].mean() + 0.05
     with pytest.raises(ValueError, match="window=-1"):
         CompetingLines(Lines(), None, window=-1)
+
+
+def without_truth(source):
+    source.setup()
+    source.parts = {name: replace(hits, decay=np.full(len(hits), -1)) for name, hits in source.parts.items()}
+    return source
+
+
+@pytest.mark.parametrize("kind", ["scorer", "lines"])
+def test_hits_without_truth_are_listed_with_the_threshold_of_training(kind):
+    pl.seed_everything(0, verbose=False)
+    source = high_activity()
+    module = (
+        PairScorer(PairNetwork(hidden=[16]), ADAM, baselines=[])
+        if kind == "scorer"
+        else CompetingLines(Lines(), ADAM, baselines=[])
+    )
+    run = trainer(1)
+    run.fit(module, datamodule=source)
+    known = torch.cat([o["prediction"] for o in run.predict(module, datamodule=source)])
+    module._runner = None  # as in a new process, from a checkpoint
+    unknown = torch.cat([o["prediction"] for o in trainer().predict(module, datamodule=without_truth(source))])
+    assert len(known) > 100 and torch.equal(known[:, :5], unknown[:, :5])
+    with pytest.raises(ValueError, match="no coincidence to learn from"):
+        trainer(1).fit(module, datamodule=without_truth(high_activity()))
+
+
+def test_validation_without_coincidences(caplog):
+    source = high_activity()
+    source.setup()
+    source.parts["val"] = without_truth(high_activity()).parts["val"]
+    module = CompetingLines(Lines(), ADAM, baselines=[])
+    run = trainer(1)
+    run.fit(module, datamodule=source)
+    assert float(module.net.threshold) == 1 and run.callback_metrics["val/f1"] == 0
+    run.test(module, datamodule=source, verbose=False)
+    assert "no known coincidence in the validation part:" in caplog.text
+
+
+def test_spikes_of_a_neuron():
+    module = PETNet(LORNetwork("toy24"), None, tolerance=0, reach=0, pair_window=0, baselines=[])
+    source = data(num_train=600)
+    (metrics,) = trainer().test(module, datamodule=source, verbose=False)
+    spikes = 0
+    for batch in source.test_dataloader():
+        events, _ = module.events(batch, True, None)
+        layers = [trace.spikes for trace in module.net.layers(events)]
+        spikes += sum(float(layer.sum()) for layer in layers)
+    neurons = sum(layer.shape[2] for layer in layers)
+    samples = source.parts["test"].num_samples
+    assert metrics["test/spikes_per_neuron"] == pytest.approx(spikes / neurons / samples, rel=1e-4) and spikes > 100
 
 
 def test_a_checkpoint_restores_the_module(ring, tmp_path):
@@ -265,6 +320,15 @@ def test_wrong_values(changes, words):
 def test_the_network_of_another_scanner():
     with pytest.raises(ValueError, match=r"240 crystals, the data have 24"):
         trainer().test(PETNet(RingPETNet("clinical240"), None), datamodule=data(num_train=600), verbose=False)
+
+
+@pytest.mark.parametrize("net", [Lines, RingPETNet])
+def test_the_network_of_other_rings(net):
+    """As many crystals, but other ones face each other."""
+    source = data(scanner="safir2880", scanner_changes={"crystals_per_ring": 160, "num_rings": 18}, num_train=50)
+    module = CompetingLines(net(), None) if net is Lines else PETNet(net("safir2880"), None)
+    with pytest.raises(ValueError, match=r"180 crystals times 16, the data have 160 times 18"):
+        trainer().test(module, datamodule=source, verbose=False)
 
 
 def test_wrong_values_of_the_scorer():

@@ -34,7 +34,7 @@ def ring(**changes):
 
 def test_two_hits_make_their_line_fire():
     net = ring()
-    assert len(net.lines) == 24 * 5 // 2
+    assert len(net.lines) == net.num_lines == 24 * 5 // 2
     assert fired(net, [(5, 0, 3), (5, 0, 15)]) == [(5, 3, 15)]
     assert fired(net, [(5, 0, 3), (6, 0, 15)]) == [(6, 3, 15)]  # 0.7 (1 + 0.5)
     assert fired(net, [(5, 0, 3), (7, 0, 15)]) == []
@@ -104,6 +104,7 @@ def test_the_kernel_has_the_weights_of_all_lines():
         net.across -= 0.01 * torch.arange(4)
         net.along -= 0.001 * torch.arange(16)
     kernel, layout = net.kernel, make_scanner("safir2880")
+    assert net.num_lines == len(net.lines)
     assert kernel.shape == (31, 180) and (kernel > 0).sum() == 31 * 7
     a, b = net.lines[::997].T
     place = layout.position(b.numpy()) - layout.position(a.numpy())
