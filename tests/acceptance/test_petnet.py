@@ -263,7 +263,7 @@ def test_9_timing_loss_has_a_gradient():
 
 
 def test_11_identities_of_the_physics():
-    """11: sensitivity, attenuation and seeds; the others are in tests/physics/pet/test_monte_carlo.py."""
+    """11: sensitivity and speed; attenuation, angles, randoms, seeds: tests/physics/pet/test_monte_carlo.py."""
     scanner = PRESETS["safir2880"]
     no_skew = np.zeros(2880, dtype=int)
     ideal = Acquisition(1e8, Source("point"), 0.0, positron_range_mm=0.0, acollinearity_degree=0.0, perfect=True)

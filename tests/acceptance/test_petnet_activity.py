@@ -190,8 +190,12 @@ def listed(net: CompetingLines, hits: Hits) -> Pairs:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_12_learned_scores_at_300_mbq():
-    """12: a learned algorithm F1 0.92 at 300 MBq, on unseen seeds, and above all classical sorters."""
+    """12: a learned algorithm F1 0.92 at 300 MBq, on unseen seeds, and above all classical sorters.
+
+    The margins over what the list has measured itself, 0.905 for GATE's best policy and 0.882 for the single window.
+    """
     assert scorer_f1() >= 0.92  # 0.939
+    assert scorer_f1() >= 0.905 + 0.02 and scorer_f1() >= 0.882 + 0.04
     assert scorer_f1() > max(sorters(TUNED))
 
 
