@@ -10,6 +10,7 @@ takes it.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -168,6 +169,11 @@ class CompetingLines(nn.Module):
             return top + (last - top) * torch.arange(1, self.phases + 1, device=last.device) / self.phases
 
     # ------------------------------------------------------------------------------------------------------------ scan
+
+    @property
+    def reach_mm(self) -> float:
+        """Distance from the axis up to which all decays have a line, about."""
+        return self.layout.radius_mm * math.sin(math.pi * self.spread / self.per_ring)
 
     @property
     def num_lines(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,8 @@ from physics.pet.coincidences import candidate_pairs
 from physics.pet.decoding import pairs_of_lines
 from physics.pet.hits import Hits
 from physics.pet.matching import Spikes
+
+log = logging.getLogger(__name__)
 
 
 class CompetingLines(LearnedPairs):
@@ -58,6 +61,19 @@ class CompetingLines(LearnedPairs):
         super().__init__(net, optimizer, scheduler, window, baselines, windows, scheduler_monitor, scheduler_interval)
         self.save_hyperparameters(ignore=["net", "optimizer", "scheduler"])
         self._runner: EventDrivenCompetition | None = None
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        source = self.trainer.datamodule
+        radius, reach = source.acquisition.source.radius_mm, self.net.reach_mm
+        wide = source.acquisition.source.shape not in ("point", "line")
+        if source.kind == "physics" and wide and radius > reach:
+            log.warning(
+                "model.net.spread=%d: lines pass the axis within %.1f mm, decays are up to %.1f mm away "
+                "(data.source_radius_mm); coincidences without a line are not found: use a larger spread",
+                self.net.spread, reach, radius,
+            )  # fmt: skip
 
     @override
     def scored(self, hits: Hits) -> Scored:

@@ -209,6 +209,15 @@ def test_validation_without_coincidences(caplog):
     assert "no known coincidence in the validation part:" in caplog.text
 
 
+@pytest.mark.parametrize(("spread", "said"), [(20, False), (8, True)])
+def test_lines_that_miss_a_part_of_the_source_are_said(spread, said, caplog):
+    net = Lines(spread=spread)
+    assert net.reach_mm == pytest.approx(64 * np.cos(np.deg2rad(90 - 2 * spread / 2)))
+    source = high_activity()
+    trainer().validate(CompetingLines(net, None), datamodule=source, verbose=False)
+    assert ("use a larger spread" in caplog.text) == said
+
+
 def test_spikes_of_a_neuron():
     module = PETNet(LORNetwork("toy24"), None, tolerance=0, reach=0, pair_window=0, baselines=[])
     source = data(num_train=600)
