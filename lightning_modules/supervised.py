@@ -26,7 +26,7 @@ class Supervised(pl.LightningModule):
         scheduler_interval: When the scheduler steps, after each ``epoch`` or each ``step``.
 
     Raises:
-        ValueError: For an unknown interval.
+        ValueError: For an unknown interval, and for settings that make no optimizer.
     """
 
     # Arguments that checkpoints do not store as hyper-parameters: they are no plain data.
@@ -43,6 +43,11 @@ class Supervised(pl.LightningModule):
         super().__init__()
         if scheduler_interval not in ("epoch", "step"):
             raise ValueError(f"model.scheduler_interval={scheduler_interval!r} is unknown; choose epoch or step.")
+        if optimizer is not None and not callable(optimizer):
+            raise ValueError(
+                f"model.optimizer={optimizer!r} makes no optimizer (no _target_): choose optimizer=adamw, adam or sgd; "
+                "optimizer=none is for modules without one, model.optimizer=null for evaluation alone"
+            )
         self.net = net
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.scheduler_monitor, self.scheduler_interval = scheduler_monitor, scheduler_interval

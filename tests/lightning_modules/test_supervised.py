@@ -92,6 +92,12 @@ def test_an_unknown_interval_is_refused():
         Mean("batch")
 
 
+def test_settings_that_make_no_optimizer_are_refused():
+    """What is left of model.optimizer with optimizer=none."""
+    with pytest.raises(ValueError, match=r"model\.optimizer=\{'lr': 0\.1\} makes no optimizer .*optimizer=adamw"):
+        Supervised(torch.nn.Linear(1, 1), {"lr": 0.1}, None, "val/loss", "epoch")
+
+
 def test_frozen_parameters_are_not_given_to_the_optimizer():
     module = Mean()
     module.net[0].requires_grad_(False)
