@@ -58,9 +58,19 @@ def cell_edges(centres: Sequence[float]) -> np.ndarray:
 
 def plain_log_ticks(axis: Any) -> None:
     """Numbers a person reads on a logarithmic axis, also where its range is less than a decade."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    class Plain(LogLocator):
+        """1, 2 and 5 in every decade; where fewer than three of them are seen, round numbers as on a linear axis."""
+
+        def tick_values(self, vmin: float, vmax: float) -> Any:
+            found = super().tick_values(vmin, vmax)
+            low, high = min(vmin, vmax), max(vmin, vmax)
+            if ((found >= low) & (found <= high)).sum() >= 3:
+                return found
+            return [value for value in MaxNLocator(5).tick_values(low, high) if value > 0]
+
+    axis.set_major_locator(Plain(subs=(1.0, 2.0, 5.0), numticks=12))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from callbacks.figures import forecast
+from callbacks.figures.axes import make_figure, plain_log_ticks
 from callbacks.figures.callback import FiguresCallback
 from callbacks.gathering import concatenate
 from lightning_modules.recycle import ReCycle
@@ -278,3 +279,16 @@ def test_figures_do_not_use_pyplot(tmp_path, results, monkeypatch):
     monkeypatch.delitem(sys.modules, "matplotlib.pyplot", raising=False)
     forecast.forecast_week(results[0].outputs, results[0].datamodule).savefig(tmp_path / "a.png")
     assert "matplotlib.pyplot" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "few", "most"), [(90, 103, 3, 8), (20, 900, 4, 6), (26_000, 120_000, 3, 6), (1e-3, 1e5, 6, 30)]
+)
+def test_a_logarithmic_axis_has_several_numbers_whatever_its_range(low, high, few, most):
+    figure, (axes,) = make_figure(4, 3)
+    axes.set_xscale("log")
+    plain_log_ticks(axes.xaxis)
+    axes.set_xlim(low, high)
+    figure.canvas.draw()
+    seen = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert few <= len(seen) <= most, seen
