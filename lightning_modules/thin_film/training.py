@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,6 +114,19 @@ class StackTraining(Supervised):
             raise ValueError("the checkpoint was trained with other tokens: take its data.materials, data.thickness_nm")
         if stored["wavelength_nm"] != self.data.wavelength_nm.tolist():
             raise ValueError("the checkpoint was trained with other wavelengths: take its data.wavelength_nm")
+
+    @override
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            mine = self.state_dict().keys()
+            odd = [*sorted(mine - state_dict.keys()), *sorted(state_dict.keys() - mine)] or ["sizes differ"]
+            raise ValueError(
+                f"the checkpoint holds other networks than model ({odd[0]}, {len(odd)} in all): take the model and the "
+                "baselines of the run that wrote it (model=optollama for experiment=thin_film/published; "
+                "model.baselines.optogpt=null where no baseline was trained)"
+            ) from error
 
     # ------------------------------------------------------------------------------------------------------- training
 

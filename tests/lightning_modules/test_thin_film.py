@@ -422,6 +422,14 @@ def test_checkpoints_of_other_spaces_are_refused(tmp_path):
         quiet_trainer().test(module(), datamodule=data, ckpt_path=tmp_path / "a.ckpt")
 
 
+@pytest.mark.parametrize(("other", "what"), [({"width": 8}, "sizes differ"), ({"depth": 2}, r"net\.blocks\.1\.")])
+def test_checkpoints_of_other_networks_are_refused(tmp_path, other, what):
+    fit, _ = trained(module())
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match=rf"other networks than model \({what}.*take the model and the baselines"):
+        quiet_trainer().test(module(denoiser(**other)), datamodule=films(), ckpt_path=tmp_path / "a.ckpt")
+
+
 def test_checkpoints_hold_plain_data(tmp_path):
     own = module(baselines={"gpt": decoder()}, ema_decay=0.9, scheduler=None)
     fit, _ = trained(own)
