@@ -168,11 +168,17 @@ def test_c_the_network_is_good_from_the_first_draw(default):
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_d_a_hybrid_is_at_least_as_good_as_its_parts(default, published):
+    """Of 25 draws and 25 templates, which holds by construction, and of 50 of either, which does not.
+
+    0.0031 beside 0.0039 and 0.0046 (25 each), 0.0037 and 0.0046 (50); published: 0.0045 beside 0.0080 and 0.0056,
+    0.0070 and 0.0057. The hybrid refines five of each kind, ten in all.
+    """
     for run in (default, published):
         found = values(run)
         print({k: v for k, v in found.items() if k.startswith("hybrid")})
         alone = min(found["hybrid/refined_net_alone"], found["hybrid/refined_template_alone"])
         assert found["hybrid/refined"] <= alone
+        assert found["hybrid/refined"] <= min(found["mae"], found["template_equal/refined"])
 
 
 @functools.cache
@@ -201,7 +207,8 @@ def drawn(folder: Path, sampler: Sampler, draws: int) -> tuple[torch.Tensor, flo
 def test_e_few_steps_do_and_are_fast(default, published):
     """Mean error of 50 draws with 7 and 20 steps against 50; 150 x 50 x 20 steps in a minute.
 
-    1.01 and 1.02 for the default; 1.08 and 1.03 for the published network, which redraws all positions in every step.
+    1.01 and 1.02 for the default; 1.08, too many, and 1.03 for the published network, which redraws all positions in
+    every step.
     """
     for run in (default, published):
         own, _ = loaded(str(run["folder"]))
@@ -211,7 +218,8 @@ def test_e_few_steps_do_and_are_fast(default, published):
             mae[steps] = found.mean().item()
         print(run["name"], "mean error by steps:", mae, "CPU seconds:", seconds)
         assert seconds[20] <= 60
-        assert min(mae[7], mae[20]) <= 1.05 * mae[50]
+        assert mae[20] <= 1.05 * mae[50]
+        assert run is published or mae[7] <= 1.05 * mae[50]
 
 
 @pytest.mark.slow
@@ -249,7 +257,14 @@ def test_a_with_the_loss_and_the_sampler_of_the_paper(published):
 
 @pytest.mark.slow
 @pytest.mark.timeout(0)
-def test_a_with_the_loss_of_the_paper_and_all_of_its_distribution(published):
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="0.0070 beside 0.0072: 0.97, where 0.8 is asked")
+def test_b_with_the_loss_and_the_sampler_of_the_paper(default, published):
+    assert values(published)["mae"] <= 0.8 * values(default)["optogpt/refined_of_50"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_a_and_b_with_the_loss_of_the_paper_and_all_of_its_distribution(default, published):
     """Drawn at temperature 1 without a cut, more different stacks come to be refined."""
     own, data, _ = load_run(published["folder"])
     own.net.sampler = dataclasses.replace(own.net.sampler, temperature=1.0, top_p=1.0)
@@ -258,6 +273,7 @@ def test_a_with_the_loss_of_the_paper_and_all_of_its_distribution(published):
     assert found["test/mae"] <= 0.006
     assert found["test/mae"] <= 0.6 * found["test/template_equal/best"]
     assert found["test/mae"] <= 0.9 * found["test/template_equal/refined"]
+    assert found["test/mae"] <= 0.8 * values(default)["optogpt/refined_of_50"]
 
 
 # --- 8: the published sizes
@@ -313,6 +329,7 @@ def test_design_targets(target, default, tmp_path):
     else:
         wide = spectrum_of(best, torch.arange(900.0, 1981.0, 10.0, dtype=torch.float64))
         print("mean R beyond 900 nm:", wide[0].mean().item(), "mean T, 400 to 700 nm:", spectrum_of(best, nm)[2].mean())
+        assert wide[0].mean() > 0.95  # no number is asked for
 
 
 def spectrum_of(candidate: dict[str, Any], nm: torch.Tensor) -> torch.Tensor:

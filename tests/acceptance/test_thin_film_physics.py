@@ -266,7 +266,10 @@ def test_gradients_of_thickness_and_index():
 
 @pytest.mark.parametrize(("space", "share"), [("metal6", 0.8), ("dielectric6", 0.95)])
 def test_refinement_recovers_stacks(space, share):
-    """Of 100 stacks of six layers, thicknesses 10 % off. Measured: 90 and 100 %; at 30 %: 74 and 97 %."""
+    """Of 100 stacks of six layers, thicknesses 10 % off. Measured: 90 and 100 %; at 30 %: 74 and 97 %.
+
+    Without the ten steps of Levenberg-Marquardt behind those of Adam: 88 and 100 %.
+    """
     space = SPACES[space]
     vocabulary, wavelength = space.vocabulary(), space.wavelengths()
     tokens = StackGenerator(vocabulary, 6, min_layers=6, seed=3).tokens(range(100))
