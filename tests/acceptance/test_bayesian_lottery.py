@@ -14,6 +14,7 @@ import math
 import os
 import signal
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,36 +111,50 @@ def test_tickets_are_about_as_accurate_as_the_dense_network(study):
 # --- 6: controls -----------------------------------------------------------------------------------------------------
 
 
+CONTROLS = ("reinit", "shuffle_layerwise", "shuffle_even")
+MARGINS = {9: 0.03, 12: 0.08, 15: 0.12}
+
+
+def controlled(study: Study, level: int, seed: int, draws: Sequence[int]) -> dict[str, float]:
+    """Accuracy of every control, the mean over draws of it."""
+    found = {}
+    for control in CONTROLS:
+        options = [(f"model.control={control}", f"model.control_seed={draw}") for draw in draws]
+        found[control] = statistics.fmean(study.once(level, seed, "snr", *o)["test/accuracy"] for o in options)
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mask_and_initial_weights_both_matter(study):
     """In every seed, against the best control; what a control reaches is the mean of three draws of it.
 
     A draw of other initial weights gives 0.64 to 0.82 at level 15: the best of three controls with a draw each would be
-    the luckiest.
+    the luckiest. That reading of the line is the test below.
     """
-    found: dict[tuple[str, int], list[float]] = {}
-    margins = {}
-    for level in (9, 12, 15):
-        for seed in SEEDS:
-            controls = {}
-            for control in ("reinit", "shuffle_layerwise", "shuffle_even"):
-                draws = [
-                    study.once(level, seed, "snr", f"model.control={control}", f"model.control_seed={draw}")
-                    for draw in CONTROL_SEEDS
-                ]
-                controls[control] = statistics.fmean(draw["test/accuracy"] for draw in draws)
-                found.setdefault((control, level), []).append(controls[control])
-            margins[level, seed] = study.accuracy("snr", level, seed) - max(controls.values())
-    print(margins, found)
-    ordered = {
-        control: statistics.fmean(value for level in (9, 12, 15) for value in found[control, level])
-        for control in ("reinit", "shuffle_layerwise")
+    found = {(level, seed): controlled(study, level, seed, CONTROL_SEEDS) for level in MARGINS for seed in SEEDS}
+    margins = {
+        (level, seed): study.accuracy("snr", level, seed) - max(c.values()) for (level, seed), c in found.items()
     }
-    assert ordered["reinit"] > ordered["shuffle_layerwise"]
-    for level, margin in ((9, 0.03), (12, 0.08), (15, 0.12)):
+    print(margins, found)
+    for level, margin in MARGINS.items():
+        of_level = {control: statistics.fmean(found[level, seed][control] for seed in SEEDS) for control in CONTROLS}
+        assert of_level["reinit"] > of_level["shuffle_layerwise"], level
         for seed in SEEDS:
             assert margins[level, seed] >= margin, (level, seed, margins)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="0.109 in seed 2, whose draw of other initial weights is a lucky one"
+)
+def test_mask_and_initial_weights_both_matter_beside_a_single_draw(study):
+    """The line as it is written: level 15, one draw of every control, that of the seed."""
+    for seed in SEEDS:
+        margin = study.accuracy("snr", 15, seed) - max(controlled(study, 15, seed, [seed]).values())
+        print(f"seed {seed}: {margin:.3f}")
+        assert margin >= MARGINS[15]
 
 
 # --- 7: transplants --------------------------------------------------------------------------------------------------
@@ -185,6 +200,10 @@ def test_the_cost_of_a_transplant_is_accounted_for(study, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_learning_rate_rewinding_is_better_and_longer(study):
+    """All seeds train on one split. With a split for every seed the NLL at level 6 is 0.52 to 0.55 of the other's.
+
+    The control that trains as long is experiment=bayesian_lottery/equal_epochs; its numbers are in the card.
+    """
     for level in (6, 9, 12, 15):
         assert study.mean("lrr", level) - study.mean("snr", level) >= 0.01, level
         assert study.mean("lrr", level, "nll") <= 0.5 * study.mean("snr", level, "nll"), level
