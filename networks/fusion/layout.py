@@ -7,6 +7,7 @@ up. An *axis* of a tensor lists the channels of one or several groups, each with
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -42,15 +43,21 @@ class Axis:
         return self.outer * sum(part.inner * widths[part.group] for part in self.parts)
 
     def places(self, widths: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
-        """The group of every part, and where its channels lie: ``(channel, entry)`` int64."""
-        whole = sum(part.inner * widths[part.group] for part in self.parts)
-        begin = 0
-        for part in self.parts:
-            width = widths[part.group]
-            own = torch.arange(width * part.inner).view(width, 1, part.inner) + begin
-            repeats = torch.arange(self.outer).view(1, self.outer, 1) * whole
-            yield part.group, (own + repeats).reshape(width, self.outer * part.inner)
+        """The group of every part, and where its channels lie: ``(channel, entry)`` int64, not to be changed."""
+        return iter(_places(self.parts, self.outer, tuple(widths[part.group] for part in self.parts)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _places(parts: tuple[Part, ...], outer: int, widths: tuple[int, ...]) -> tuple[tuple[int, Tensor], ...]:
+    whole = sum(part.inner * width for part, width in zip(parts, widths, strict=True))
+    begin, found = 0, []
+    with torch.inference_mode(False):  # whoever needs them next may want gradients
+        for part, width in zip(parts, widths, strict=True):
+            own = torch.arange(width * part.inner, device="cpu").view(width, 1, part.inner) + begin
+            repeats = torch.arange(outer, device="cpu").view(1, outer, 1) * whole
+            found.append((part.group, (own + repeats).reshape(width, outer * part.inner)))
             begin += part.inner * width
+    return tuple(found)
 
 
 @dataclass(frozen=True)
