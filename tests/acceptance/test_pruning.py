@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import itertools
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,9 @@ LEAN = (
 )
 
 
+SEEDS = (0, 1, 2)
+
+
 def errors_of(run_dir: Path, *overrides: str) -> dict[str, float]:
     """MSE of every network of a run, by its name."""
     result = job.run(plain(composed(*overrides, *LEAN, run_dir=run_dir)))
@@ -259,9 +263,19 @@ def errors_of(run_dir: Path, *overrides: str) -> dict[str, float]:
 
 @pytest.fixture(scope="module", params=["transformer", "informer"])
 def of_etth1(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Errors of a study of a small network on ETTh1; random weights are pruned from the same dense network."""
-    folder = tmp_path_factory.mktemp(request.param)
-    base = ("experiment=pruning/etth1", f"model={request.param}_small", f"data_dir={needs_etth1()}")
+    """Errors of a study of a small network on ETTh1, means of three seeds.
+
+    One seed tells little: the test errors of the dense Transformer go from 0.78 to 0.97, those of the Informer from
+    0.82 to 0.94, of which fine-tuning betters 0.92 and 0.94 but not 0.82. Random weights are pruned from the same dense
+    networks.
+    """
+    seeds = [_study(request.param, seed, tmp_path_factory.mktemp(f"{request.param}_{seed}")) for seed in SEEDS]
+    print(request.param, seeds)
+    return {name: statistics.fmean(one[name] for one in seeds) for name in seeds[0]}
+
+
+def _study(network: str, seed: int, folder: Path) -> dict[str, float]:
+    base = ("experiment=pruning/etth1", f"model={network}_small", f"seed={seed}", f"data_dir={needs_etth1()}")
     found = errors_of(folder / "l1", *base, "callbacks.pruning.densities=[0.512,0.328]")
     drawn = errors_of(
         folder / "random",
@@ -289,12 +303,7 @@ def test_6_magnitude_beats_random(of_etth1: dict[str, float]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_6_fine_tuned_at_a_third_no_worse_than_dense_and_control(
-    request: pytest.FixtureRequest, of_etth1: dict[str, float]
-) -> None:
-    if request.node.callspec.params["of_etth1"] == "informer":
-        reason = "fine-tuned 0.855 on the test part (better on the validation part), dense and control 0.824"
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+def test_6_fine_tuned_at_a_third_no_worse_than_dense_and_control(of_etth1: dict[str, float]) -> None:
     assert of_etth1["l1_0.328_tuned"] <= of_etth1["dense"]
     assert of_etth1["l1_0.328_tuned"] <= of_etth1["control"]
 
