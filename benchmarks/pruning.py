@@ -46,6 +46,8 @@ CLAIM: str = (
 
 STEPS, CHANNELS, BATCH = 96, 7, 8
 SEARCH_S = 60.0
+# Its search takes minutes for these (110 s in the design study, which asks for 50 times that speed).
+SLOW_SEARCH = ("Informer", "Autoformer", "FEDformer")
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "Transformer": Transformer,
     "Informer": Informer,
@@ -156,9 +158,22 @@ def _groups(name: str) -> list[Row]:
     rows: list[Row] = [{"what": what, "variant": "ours", "value": ours, "unit": "s", "at_most": 2.0, "note": note}]
     if not failed:
         rows.append({"what": what, "variant": "torch-pruning, groups alone", "value": theirs, "unit": "s"})
-        bound = {} if name == "Crossformer" else {"at_least": 50.0}
+        bound = {"at_least": 50.0} if name in SLOW_SEARCH else {}
         rows.append({"what": what, "variant": "torch-pruning / ours", "value": theirs / ours, "unit": "ratio"} | bound)
     return rows
+
+
+def _together(rows: list[Row]) -> Row:
+    """Seconds of both for all networks whose groups torch-pruning finds, or searches until it is ended."""
+    theirs = {row["what"]: row["value"] for row in rows if row["variant"] == "torch-pruning, groups alone"}
+    ours = sum(row["value"] for row in rows if row["variant"] == "ours" and row["what"] in theirs)
+    return {
+        "what": f"groups and removal, {len(theirs)} networks together, d=64",
+        "variant": "torch-pruning / ours",
+        "value": sum(theirs.values()) / ours,
+        "unit": "ratio",
+        "at_least": 50.0,
+    }
 
 
 def run(repeats: int = REPEATS) -> Result:
@@ -167,6 +182,7 @@ def run(repeats: int = REPEATS) -> Result:
     with single_thread():
         for name in NETWORKS:
             rows += _groups(name)
+        rows.append(_together(rows))
         for width in WIDTHS:
             rows += _structured(width, repeats)
     settings = {"steps": STEPS, "channels": CHANNELS, "batch": BATCH, "repeats": repeats, "threads": 1}

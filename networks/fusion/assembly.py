@@ -244,6 +244,8 @@ def _moves(
             here, there = here[kept[group][k]], there[begin : begin + counts[group][k]]
         source.append(here.flatten())
         target.append(there.flatten())
+    if len(target) == axis.outer == 1:  # in order already
+        return source[0], target[0]
     places, order = torch.cat(target).sort()
     return torch.cat(source)[order], places
 
