@@ -181,6 +181,7 @@ SEARCHES = {
     "Bayesian, snr, learning-rate rewinding": ("callbacks.iterative_pruning.rewind=lr_only",),
 }
 CONTROLS = ("reinit", "shuffle_layerwise", "shuffle_even")
+DRAWS = (0, 1, 2)  # of every control; the mean of them is what it is worth
 EPOCHS = 15  # of a level
 LONGER = (6, 12)  # levels at which the dense network and the ticket are trained for all epochs of the search together
 
@@ -220,23 +221,31 @@ def _bounded(found: Mapping[tuple[str, int], Sequence[Mapping[str, float]]], cho
     return rows
 
 
-def _one_seed(folder: Path, seed: int, levels: int, chosen: Sequence[int], found: dict[Any, Any]) -> None:
+def _one_seed(
+    folder: Path, seed: int, levels: int, chosen: Sequence[int], found: dict[Any, Any], options: Sequence[str] = ()
+) -> None:
     def add(name: str, level: int, metrics: Mapping[str, float]) -> None:
         found.setdefault((name, level), []).append(_of_test(metrics, level))
 
-    common = ("experiment=bayesian_lottery", *LEAN, f"seed={seed}")
-    for name, options in SEARCHES.items():
-        metrics = _run(folder / name, *common, f"callbacks.iterative_pruning.levels={levels}", *options)
+    common = ("experiment=bayesian_lottery", *LEAN, *options, f"seed={seed}")
+    searches = {name: folder / f"search_{k}" for k, name in enumerate(SEARCHES)}  # no commas: overrides name them
+    for name, settings in SEARCHES.items():
+        metrics = _run(searches[name], *common, f"callbacks.iterative_pruning.levels={levels}", *settings)
         for level in chosen:
             add(name, level, metrics)
     for level in chosen[1:]:
         once = (*common, "callbacks.iterative_pruning.levels=0", f"model.level={level}")
         for control in CONTROLS:
-            options = (f"model.ticket={folder / 'Bayesian, snr'}", f"model.control={control}")
-            add(control, level, _run(folder / f"{control}{level}", *once, *options))
+            settings = (f"model.ticket={searches['Bayesian, snr']}", f"model.control={control}")
+            draws = [
+                _of_test(_run(folder / f"{control}{level}_{k}", *once, *settings, f"model.control_seed={k}"), level)
+                for k in DRAWS
+            ]
+            mean = {key: statistics.fmean(draw[key] for draw in draws) for key in ("accuracy", "nll", "ece")}
+            found.setdefault((control, level), []).append(mean)
         for source in ("init", "trained"):
-            options = (f"model.ticket={folder / 'ordinary'}", f"model.source={source}")
-            add(f"transplanted, {source}", level, _run(folder / f"{source}{level}", *once, *options))
+            settings = (f"model.ticket={searches['ordinary']}", f"model.source={source}")
+            add(f"transplanted, {source}", level, _run(folder / f"{source}{level}", *once, *settings))
     for level in (level for level in chosen if level in LONGER):
         epochs = EPOCHS * (level + 1)
         once = (
@@ -245,7 +254,7 @@ def _one_seed(folder: Path, seed: int, levels: int, chosen: Sequence[int], found
             f"trainer.max_epochs={epochs}",
         )
         once += (f"model.scheduler.milestones=[{epochs // 2},{epochs * 3 // 4}]",)
-        ticket = (f"model.ticket={folder / 'Bayesian, snr'}", f"model.level={level}")
+        ticket = (f"model.ticket={searches['Bayesian, snr']}", f"model.level={level}")
         add("ticket, epochs of the whole search", level, _run(folder / f"longer{level}", *once, *ticket))
         found.setdefault(("dense, epochs of the whole search", level), []).append(
             _of_test(_run(folder / f"dense{level}", *once), 0)

@@ -454,6 +454,25 @@ def test_pcc_gain_runs(monkeypatch):
     assert rows["energy of a training step, ratio"]["at_least"] == 10
 
 
+# ---------------------------------------------------------------------------------------------------------- lottery
+
+
+def test_searches_controls_and_transplants_of_a_seed_run(tmp_path, monkeypatch):
+    from benchmarks import bayesian_lottery
+
+    monkeypatch.setattr(bayesian_lottery, "DRAWS", (0, 1))
+    monkeypatch.setattr(bayesian_lottery, "LONGER", (1,))
+    found = {}
+    short = ("trainer.max_epochs=1", "model.scheduler.milestones=[1]", "data.max_train=128")
+    bayesian_lottery._one_seed(tmp_path, 0, 1, [0, 1], found, short)
+    searches = {(name, level) for name in bayesian_lottery.SEARCHES for level in (0, 1)}
+    assert searches | {(name, 1) for name in bayesian_lottery.CONTROLS} < found.keys()
+    for (each,) in found.values():
+        assert 0 <= each["accuracy"] <= 1 and each["nll"] > 0 and 0 <= each["ece"] <= 1
+    rows = {row["variant"]: row["value"] for row in bayesian_lottery._bounded(found, [0, 1])}
+    assert len(rows) == 2 and "transplanted, init - ticket" in rows
+
+
 # --------------------------------------------------------------------------------------------- sampling parallelism
 
 
