@@ -83,11 +83,14 @@ def draw_sweep(folder: Path) -> str:
     rows = read_study(folder)
     if not rows:
         return "no job has measured a pruned network"
-    shown = [row | {"name": " ".join(filter(None, (row["model"], row["name"])))} for row in rows]
+    means = averaged(rows)  # the best seed of a pruned network beside another one of the dense network says nothing
+    shown = [row | {"name": " ".join(filter(None, (row["model"], row["name"])))} for row in means]
     table = Table(shown)
-    models = dict.fromkeys(row["model"] for row in rows)
+    if any(row["seeds"] > 1 for row in means):
+        table.verdicts.append("Means over seeds; every one is in pruning.csv.")
+    models = dict.fromkeys(row["model"] for row in means)
     for model in models:
-        own = [row for row in rows if row["model"] == model]
+        own = [row for row in means if row["model"] == model]
         table.verdicts += [f"{model}: {line}" for line in verdicts(own)]
     columns = ["model", "seed", "label", *(c for c in Table(rows).columns() if c not in ("model", "seed", "label"))]
     with (folder / "pruning.csv").open("w", newline="") as file:
@@ -95,14 +98,13 @@ def draw_sweep(folder: Path) -> str:
         writer.writeheader()
         writer.writerows(rows)
     (folder / "pruning.md").write_text(table.text() + "\n")
-    means = averaged(rows)
     names = ("error_against_density", "error_against_cost", "layer_densities", "parameters")
     drawn = save_figures({name: getattr(pruning, name)(means) for name in names}, folder)
     return f"{table.text()}\n\n{drawn}"
 
 
 def averaged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds of every network."""
+    """Means over seeds of every network, with their number as ``seeds``."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["name"], row.get("label"), row["model"]), []).append(row)
@@ -111,7 +113,8 @@ def averaged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = dict(own[0])
         for name, value in own[0].items():
             numbers = [row[name] for row in own if isinstance(row.get(name), int | float)]
-            if isinstance(value, int | float) and numbers:
+            if isinstance(value, int | float) and any(number != value for number in numbers):  # counts stay whole
                 mean[name] = sum(numbers) / len(numbers)
+        mean["seeds"] = len(own)
         found.append(mean)
     return found

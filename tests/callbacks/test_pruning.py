@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import functools
 import json
 from pathlib import Path
@@ -371,7 +372,7 @@ def test_sparsity_is_the_other_way_to_say_density() -> None:
 
 
 def test_a_sweep_is_one_table(tmp_path: Path) -> None:
-    """Jobs that share a dense network show it once; seeds are averaged in the figures."""
+    """Jobs that share a dense network show it once; seeds are averaged in the table, its sentences and the figures."""
     table = ["job,seed,callbacks.pruning.method,parameters,status,run_dir"]
     for job, (seed, method) in enumerate([(0, "l1"), (0, "random"), (1, "l1")]):
         run = tmp_path / str(job)
@@ -397,4 +398,11 @@ def test_a_sweep_is_one_table(tmp_path: Path) -> None:
     assert means == {"dense": 1.5, "l1_0.5": 2.5, NAIVE: 3.0, "random_0.5": 2.0}
     printed = draw_sweep(tmp_path)
     assert "Transformer l1_0.5" in printed and "error_against_density.png" in printed
-    assert (tmp_path / "pruning.md").is_file() and (tmp_path / "pruning.csv").is_file()
+    report = (tmp_path / "pruning.md").read_text()
+    assert [line.split(" | ")[0] for line in report.splitlines() if line.startswith("| T")] == [
+        f"| Transformer {name}" for name in ("dense", "l1_0.5", NAIVE, "random_0.5")
+    ]
+    assert "The best pruned network (random_0.5, MSE 2) is 33.3 % worse than the dense one (MSE 1.5)" in report
+    assert "Means over seeds" in report and "| 8 |" in report
+    with (tmp_path / "pruning.csv").open(newline="") as file:
+        assert [row["seed"] for row in csv.DictReader(file)] == ["0", "0", "0", "0", "1", "1", "1"]
