@@ -160,7 +160,7 @@ def test_4_parameters_and_shares() -> None:
 def test_5_the_transformer_is_that_of_torch() -> None:
     """The authors' code is held out; torch's own layers with copied weights are the same network.
 
-    The other networks are compared with their definitions block by block (tests/networks/series).
+    The other networks are compared with their definitions block by block (tests/networks/series); that is not line 5.
     """
     network = build("transformer", **SMALL, dropout=0.0)
 
