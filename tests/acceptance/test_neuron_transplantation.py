@@ -256,7 +256,7 @@ def mean(rows: Sequence[dict[str, float]], key: str) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_zero_shot_on_mnist(small):
-    rows = small[4]  # nt 63.5, nt_r 91.0, average 28.4
+    rows = small[4]  # nt 70.7, nt_r 92.1, average 20.6
     assert 50 <= mean(rows, "nt") <= 80
     assert mean(rows, "nt_r") >= 91
     assert mean(rows, "average") <= 45
@@ -265,8 +265,8 @@ def test_zero_shot_on_mnist(small):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_fitting_beats_alignment(small):
-    assert mean(small[2], "nt_r") >= mean(small[2], "rebasin") + 0.5  # 91.6, 90.0
-    assert mean(small[4], "nt_r") >= mean(small[4], "rebasin") + 3  # 91.0, 85.8
+    assert mean(small[2], "nt_r") >= mean(small[2], "rebasin") + 0.5  # 92.4, 89.8
+    assert mean(small[4], "nt_r") >= mean(small[4], "rebasin") + 3  # 92.1, 81.0
 
 
 @pytest.mark.slow
@@ -275,8 +275,9 @@ def test_within_three_epochs_the_fused_network_is_as_good_as_a_member(mnist):
     """Six seeds and the 10,000 test images of MNIST, of which no network has seen any.
 
     Two members and their ensemble are 0.2 points apart, which 1,000 images do not tell: on those of three seeds the
-    best of `nt` and `nt_r` at the constant rate has 92.3 against 92.8. Here channels are chosen by activations and the
-    rate falls to 0: 91.59 against 91.52.
+    best of `nt` and `nt_r` at the constant rate has 92.3 against 92.8, which misses the line as it is written. Here
+    channels are chosen by activations and the rate falls to 0: 91.59 against 91.52, with a standard error of 0.07. The
+    members trained on for as long with that rate have 91.67 (docs/experiments/neuron_transplantation.md).
     """
     found: dict[str, list[float]] = {"member": [], "ensemble": [], "fused": [], "tuned": []}
     for seed in range(6):
@@ -294,7 +295,7 @@ def test_within_three_epochs_the_fused_network_is_as_good_as_a_member(mnist):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_an_epoch_brings_back_what_transplantation_has_lost(small):
-    """Of the drop of plain transplantation, 6.2 points: 0.87 are back without a fit, with one 0.91."""
+    """Of the drop of plain transplantation, 6.2 points: 0.86 are back without a fit, with one 0.91."""
     rows = small[2]
     drop = mean(rows, "member") - mean(rows, "nt")
     assert drop > 3
