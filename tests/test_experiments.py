@@ -84,7 +84,10 @@ FEW_DAYS = ("data.num_train=1", "data.records=24", "data.spin_up_days=0.5", "dat
 CUT |= {name: FEW_DAYS for name in ("weather", *(f"weather/{n}" for n in GENERATED))}
 FEW_ROTATIONS = ("data.num_train=1", "data.records=24", "data.cache_dir=${run.dir}/cache")
 CUT |= {f"energy_scaling/{name}": FEW_ROTATIONS for name in ("afno_pretrain", "afno_finetune", "afno_sweep")}
-SMALL_FORECASTER = ("model.net.backbone.d_model=16", "model.net.backbone.feed_forward=32")
+SMALL_FORECASTER = (
+    "model.net.backbone.d_model=16", "model.net.backbone.feed_forward=32", "callbacks.pruning.densities=[0.5]",
+    "callbacks.pruning.latency_batches=[1]", "callbacks.pruning.latency_repeats=1", "callbacks.pruning.energy_s=0",
+)  # fmt: skip
 CUT |= {f"pruning/{name}": SMALL_FORECASTER for name in ("paper", "crossformer")}
 CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
