@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_modules.coincidence.base import Batch, Found
-from lightning_modules.coincidence.pairs import LearnedPairs, Scored
+from lightning_modules.coincidence.pairs import BASELINES, LearnedPairs, Scored
 from networks.event_driven import EventDrivenCompetition
 from physics.pet.coincidences import candidate_pairs
 from physics.pet.decoding import pairs_of_lines
@@ -53,7 +53,7 @@ class CompetingLines(LearnedPairs):
         optimizer: Callable[..., torch.optim.Optimizer] | None = None,
         scheduler: Callable[..., Any] | None = None,
         window: int = 4,
-        baselines: Sequence[str] = ("scw_paper", "scw_raw", "scw", "scw_geometry", "take_winner_of_goods"),
+        baselines: Sequence[str] = BASELINES,
         windows: Sequence[int] = (0, 1, 2),
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",
@@ -78,15 +78,14 @@ class CompetingLines(LearnedPairs):
     @override
     def scored(self, hits: Hits) -> Scored:
         pairs = candidate_pairs(hits, self.window)
-        a, b, gap = (
-            torch.from_numpy(values).to(self.device)
-            for values in (
-                hits.crystal[pairs.first], hits.crystal[pairs.second], hits.step[pairs.second] - hits.step[pairs.first],
-            )
-        )  # fmt: skip
-        keep = self.net.is_line(a, b)
-        logits = self.net.logits(a[keep], b[keep], gap[keep])
-        return Scored(pairs.where(keep.cpu().numpy()), [logits])
+        a, b = hits.crystal[pairs.first], hits.crystal[pairs.second]
+        keep = self.net.is_line(torch.from_numpy(a), torch.from_numpy(b)).numpy()
+        gap = hits.step[pairs.second] - hits.step[pairs.first]
+        return Scored(pairs.where(keep), [self._logits(a[keep], b[keep], gap[keep])])
+
+    def _logits(self, a: np.ndarray, b: np.ndarray, gap: np.ndarray) -> Tensor:
+        rows = (torch.from_numpy(np.ascontiguousarray(values)).to(self.device) for values in (a, b, gap))
+        return self.net.logits(*rows)
 
     @override
     def use_threshold(self, logit: float) -> None:
@@ -99,17 +98,13 @@ class CompetingLines(LearnedPairs):
 
     @override
     def find(self, batch: Batch, hits: Hits) -> Found:
-        with torch.no_grad():
-            loss = self.loss(self.scored(hits), hits)
         fired = self._runner(hits.sample, hits.step, hits.crystal)
-        pairs = pairs_of_lines(hits, *fired[:1], *fired[2:])
+        pairs = pairs_of_lines(hits, fired.item, fired.a, fired.b, fired.step_a, fired.step_b)
         spikes = Spikes(np.tile(fired.item, 2), np.concatenate([fired.a, fired.b]), np.tile(fired.step, 2))
         operations = self.net.operations(len(hits), len(fired.item))
         activity = len(fired.item) / (self.net.num_lines * hits.num_samples)
         with torch.no_grad():
-            a, b, gap = (
-                torch.from_numpy(np.ascontiguousarray(values)).to(self.device)
-                for values in (fired.a, fired.b, np.abs(fired.step_a - fired.step_b))
-            )
-            score = self.net.logits(a, b, gap).sigmoid().double().cpu().numpy()
+            loss = self.loss(self.scored(hits), hits)
+            gap = np.abs(fired.step_a - fired.step_b)
+            score = self._logits(fired.a, fired.b, gap).sigmoid().double().cpu().numpy()
         return Found(hits, pairs, fired.step, score, spikes, loss, float(operations), activity)

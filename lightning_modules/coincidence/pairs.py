@@ -20,6 +20,9 @@ from physics.pet.pair_features import Candidates, pair_candidates
 
 log = logging.getLogger(__name__)
 
+BASELINES = ("scw_paper", "scw_raw", "scw", "scw_geometry", "take_winner_of_goods")
+"""Sorters that learned pairs are compared with, unless others are named."""
+
 
 class Scored(NamedTuple):
     """Pairs of hits, and the logits that every stage of a network gives them, (pair,) each."""
@@ -154,7 +157,7 @@ class PairScorer(LearnedPairs):
         scheduler: Callable[..., Any] | None = None,
         window: int = 2,
         min_angle_degree: float = 90.0,
-        baselines: Sequence[str] = ("scw_paper", "scw_raw", "scw", "scw_geometry", "take_winner_of_goods"),
+        baselines: Sequence[str] = BASELINES,
         windows: Sequence[int] = (0, 1, 2),
         scheduler_monitor: str = "val/loss",
         scheduler_interval: Literal["epoch", "step"] = "epoch",

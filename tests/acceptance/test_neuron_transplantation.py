@@ -271,6 +271,16 @@ def test_fitting_beats_alignment(small):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.xfail(strict=True, reason="92.4 against 92.8 of a member: 1,000 test images tell 0.8 points apart")
+def test_within_three_epochs_the_fused_network_is_as_good_as_a_member_on_a_thousand_images(small):
+    """As the list reads it: three seeds, a constant rate."""
+    rows = small[2]
+    best = max(mean(rows, f"{method} {epoch}") for method in ("nt", "nt_r") for epoch in (1, 2, 3))
+    assert best >= mean(rows, "member")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_within_three_epochs_the_fused_network_is_as_good_as_a_member(mnist):
     """Six seeds and the 10,000 test images of MNIST, of which no network has seen any.
 

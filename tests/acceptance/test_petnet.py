@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks import petnet as bench
+from benchmarks.measure import single_thread
 from datamodules.pet_events import PETEvents, labels_of
 from networks.event_driven import EventDrivenLines
 from networks.petnet import LORNetwork, PETNet, unique_events
@@ -40,10 +41,8 @@ CLINICAL = make_scanner("clinical240")
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 def list_f1(hits, pairs, true=None):

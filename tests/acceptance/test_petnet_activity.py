@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.measure import single_thread
 from networks.competing_lines import CompetingLines
 from networks.event_driven import EventDrivenCompetition
 from networks.petnet import PairNetwork
@@ -39,10 +40,8 @@ WIDE = (0, 70)
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with single_thread():
+        yield
 
 
 @functools.cache
@@ -96,7 +95,6 @@ def sorters(angles: tuple[float, ...]) -> tuple[float, float]:
 def scorer_f1() -> float:
     """F1 of learned scores of pairs on unseen hits."""
     train, test = safir(*TRAIN), safir(*TEST)
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     net = PairNetwork()
     threshold = fit_pairs(net, train)

@@ -262,16 +262,21 @@ def errors_of(run_dir: Path, *overrides: str) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module", params=["transformer", "informer"])
-def of_etth1(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """Errors of a study of a small network on ETTh1, means of three seeds.
+def by_seed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Errors of studies of a small network on ETTh1; random weights are pruned from the same dense networks."""
+    found = [_study(request.param, seed, tmp_path_factory.mktemp(f"{request.param}_{seed}")) for seed in SEEDS]
+    print(request.param, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_etth1(by_seed: list[dict[str, float]]) -> dict[str, float]:
+    """Means of three seeds.
 
     One seed tells little: the test errors of the dense Transformer go from 0.78 to 0.97, those of the Informer from
-    0.82 to 0.94, of which fine-tuning betters 0.92 and 0.94 but not 0.82. Random weights are pruned from the same dense
-    networks.
+    0.82 to 0.94, of which fine-tuning betters 0.92 and 0.94 but not 0.82.
     """
-    seeds = [_study(request.param, seed, tmp_path_factory.mktemp(f"{request.param}_{seed}")) for seed in SEEDS]
-    print(request.param, seeds)
-    return {name: statistics.fmean(one[name] for one in seeds) for name in seeds[0]}
+    return {name: statistics.fmean(one[name] for one in by_seed) for name in by_seed[0]}
 
 
 def _study(network: str, seed: int, folder: Path) -> dict[str, float]:
@@ -306,6 +311,18 @@ def test_6_magnitude_beats_random(of_etth1: dict[str, float]) -> None:
 def test_6_fine_tuned_at_a_third_no_worse_than_dense_and_control(of_etth1: dict[str, float]) -> None:
     assert of_etth1["l1_0.328_tuned"] <= of_etth1["dense"]
     assert of_etth1["l1_0.328_tuned"] <= of_etth1["control"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_6_fine_tuned_at_a_third_with_the_first_seed_alone(
+    request: pytest.FixtureRequest, by_seed: list[dict[str, float]]
+) -> None:
+    if "informer" in request.node.name:
+        reason = "fine-tuned 0.855 on the test part (better on the validation part), dense and control 0.824"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    assert by_seed[0]["l1_0.328_tuned"] <= by_seed[0]["dense"]
+    assert by_seed[0]["l1_0.328_tuned"] <= by_seed[0]["control"]
 
 
 @pytest.mark.slow
