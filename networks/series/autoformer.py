@@ -24,6 +24,7 @@ class AutoCorrelation(nn.Module):
     lags tau_i with weights softmax(R(tau_i)) give out_t = sum_i w_i v_(t + tau_i). Training picks one common set of
     lags by the mean of R over the batch, evaluation picks them per sample, so a forecast never depends on its batch.
     Keys and values are cut or padded with zeros to the length of the queries.
+    The reference transforms back to an even number of lags, so that its R differs where L is odd.
 
     Args:
         width: heads * E the network is trained with: the divisor of the average over heads and channels.
