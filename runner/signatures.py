@@ -136,6 +136,7 @@ def _find(target: str):
     return _attribute(module, parts[cut:], frozenset())
 
 
+@cache
 def _top_level() -> list[str]:
     return [p.name for p in Path(__file__).parents[1].iterdir() if (p / "__init__.py").is_file()]
 
@@ -232,21 +233,55 @@ def _arguments(args: ast.arguments, bound: bool) -> tuple[tuple[str, ...], tuple
 
 
 class _Aliases(ast.NodeTransformer):
-    """Replaces the names of aliases that a module defines itself (``Mode = Literal["a", "b"]``)."""
+    """Replaces the names of aliases (``Mode = Literal["a", "b"]``) that a module defines itself or takes from another.
+
+    Modules of other distributions are not looked into: theirs are long, and name no choices.
+    """
 
     def __init__(self, module: str) -> None:
-        path = _file(module)
-        assigned = [n for n in _statements(_tree(path).body) if isinstance(n, ast.Assign)] if path else []
-        self.known = {n.targets[0].id: n.value for n in assigned if isinstance(n.targets[0], ast.Name)}
+        self.module, path = module, _file(module)
+        self.known: dict[str, ast.expr] = {}
+        self.taken: dict[str, tuple[str, str]] = {}  # (module, its name there) by the name here
+        if not isinstance(path, Path):
+            return
+        package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+        for node in _statements(_tree(path).body):
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                self.known[node.targets[0].id] = node.value
+            elif isinstance(node, ast.ImportFrom) and _is_near(source := _absolute(node, package), module):
+                self.taken |= {alias.asname or alias.name: (source, alias.name) for alias in node.names}
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        value = self.known.get(node.id)
+        value = _assigned(self.module, node.id)
         return value if isinstance(value, ast.Subscript | ast.BinOp) else node
 
 
+def _assigned(module: str, name: str) -> ast.expr | None:
+    """What a name of a module was assigned, there or where it comes from; None where that is not found."""
+    seen: set[tuple[str, str]] = set()
+    while (module, name) not in seen:
+        seen.add((module, name))
+        aliases = _aliases(module)
+        if name in aliases.known or name not in aliases.taken:
+            return aliases.known.get(name)
+        module, name = aliases.taken[name]
+    return None
+
+
+@cache
+def _aliases(module: str) -> _Aliases:
+    return _Aliases(module)
+
+
+def _is_near(source: str, module: str) -> bool:
+    """Whether a module belongs to this program, or to the same package as another."""
+    head = source.split(".")[0]
+    return head == module.split(".")[0] or head in _top_level()
+
+
 def _annotations(module: str, args: ast.arguments) -> dict[str, str]:
-    """Annotations as written, own aliases resolved; a default of None is one of the values that are accepted."""
-    aliases = _Aliases(module)
+    """Annotations as written, aliases resolved; a default of None is one of the values that are accepted."""
+    aliases = _aliases(module)
     positional = [*args.posonlyargs, *args.args]
     defaults = [None] * (len(positional) - len(args.defaults)) + list(args.defaults)
     found = {}

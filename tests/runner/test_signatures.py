@@ -136,6 +136,29 @@ def test_kinds_of_definitions(module, attribute, names, required, is_open):
     assert (" ".join(read.names), " ".join(read.required), read.open) == (names, required, is_open)
 
 
+def test_choices_are_found_where_they_are_defined(tmp_path, monkeypatch):
+    """An alias of another module, and one that a package only passes on; nobody follows a circle."""
+    package = tmp_path / f"package_{tmp_path.name}"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .rules import Rule as Passed\nfrom .user import Circle\n")
+    (package / "rules.py").write_text('from typing import Literal\nRule = Literal["a", "b"]\n')
+    (package / "user.py").write_text(
+        f"from json import Odd\nfrom {package.name} import Passed, Circle\nfrom .rules import Rule\n\n\n"
+        "def use(x: Rule, y: Passed | None, z: Circle, odd: Odd): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    found = signature(f"{package.name}.user.use").annotations
+    assert found == {"x": "Literal['a', 'b']", "y": "Literal['a', 'b'] | None", "z": "Circle", "odd": "Odd"}
+
+
+def test_choices_of_the_strategies_are_known_before_they_are_made():
+    daso, ab = signature("strategies.daso.DASO"), signature("strategies.ab_training.ABTrainingStrategy")
+    assert daso.annotations["merge_rule"] == "Literal['delta', 'paper']"
+    assert daso.annotations["exchange"] == "Literal['rotate', 'sharded']"
+    assert ab.annotations["opt_state"] == "Literal['hold', 'reset', 'project']"
+    assert signature("callbacks.oialr.OIALR").annotations["criterion"] == "Literal['relative', 'energy']"
+
+
 def test_class_constants_are_read_with_those_of_the_bases(module):
     assert signature(f"{module}.Inherits").literals["keys"] == ("a", "b")
     assert signature(f"{module}.PassesOn").literals["keys"] == ("c",)
