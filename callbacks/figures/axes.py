@@ -79,4 +79,4 @@ def whole_numbers(axis: Any) -> None:
     """Ticks at whole numbers alone, as for epochs."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # two would be fractions around a single number

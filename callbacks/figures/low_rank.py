@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from callbacks.figures.axes import MAX_LABELS, cell_edges, heat_map, make_figure, map_height
+from callbacks.figures.axes import MAX_LABELS, cell_edges, heat_map, make_figure, map_height, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRIC, TRAINABLE, STORED, MIXING = "#0072B2", "#D55E00", "#8C8C8C", "#CC79A7"
+_TITLE = 36  # characters that fit above one of four panels
 
 
 def stability(history: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -61,6 +62,7 @@ def ranks(history: Mapping[str, Any]) -> Figure | None:
         right.set_yticks(range(len(labels)), last, fontsize="small")
         right.tick_params(length=0)
     figure.colorbar(image, ax=axes, label="rank / full rank", pad=0.02)
+    whole_numbers(axes.xaxis)
     axes.set_xlabel("epoch")
     return figure
 
@@ -88,6 +90,7 @@ def metric_and_parameters(history: Mapping[str, Any]) -> Figure | None:
         left.set_ylabel(name)
     left.set_zorder(right.get_zorder() + 1)
     left.patch.set_visible(False)
+    whole_numbers(left.xaxis)
     left.set_xlabel("epoch")
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize="small")
     return figure
@@ -108,7 +111,7 @@ def spectra(history: Mapping[str, Any]) -> Figure | None:
             if len(values) and values[0] > 0:
                 text = {"before": "at conversion", "after": "after the last update"}[name]
                 panel.plot(np.arange(1, len(values) + 1), values / values[0], color=color, label=text)
-        panel.set_title(label, fontsize="small")
+        panel.set_title(in_lines(label), fontsize="small")
         panel.set_ylim(0, 1.05)
     for panel in axes[len(shown) :]:
         panel.set_visible(False)
@@ -154,3 +157,14 @@ def _share_epochs(above: Any, below: Any, epochs: Sequence[int]) -> None:
     edges = cell_edges(epochs)
     for axes in (above, below):
         axes.set_xlim(edges[0], edges[-1])
+        whole_numbers(axes.xaxis)
+
+
+def in_lines(name: str, width: int = _TITLE) -> str:
+    """The name of a layer, broken behind its dots where a line would have more than ``width`` characters."""
+    lines = [""]
+    for part in name.replace(".", ".\n").split("\n"):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)

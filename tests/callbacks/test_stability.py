@@ -170,6 +170,31 @@ def test_spectra_are_relative_to_the_largest_value():
     assert len(other.lines) == 1
 
 
+def test_names_of_layers_do_not_run_into_each_other():
+    parts = ("self_attn.in_proj_weight", "multihead_attn.in_proj_weight", "linear1", "linear2")
+    names = [f"net.transformer.{coder}.layers.{i}.{part}" for coder in ("encoder", "decoder")
+             for i in (0, 11) for part in parts]  # fmt: skip
+    figure = figures.spectra({"spectra": {name: {"before": [2.0, 1.0], "after": [2.0]} for name in names}})
+    figure.draw_without_rendering()
+    shown = [axes.title.get_window_extent() for axes in figure.axes]
+    assert len(shown) == 12 and all(title.x0 >= 0 and title.x1 <= figure.bbox.width for title in shown)
+    assert not [1 for i, one in enumerate(shown) for other in shown[:i] if one.overlaps(other)]
+    titles = [axes.get_title().replace("\n", "") for axes in figure.axes]
+    assert titles == names[:12]
+
+
+@pytest.mark.parametrize("epochs", [[5], [1, 2]])
+def test_epochs_are_whole_numbers(epochs):
+    rows = [{"epoch": e, "ranks": {"a": 2}, "trainable": 1.0, "stored": 1.0, "metric": 0.5, "metric_name": "x"}
+            for e in epochs]  # fmt: skip
+    turned = [{"epoch": e, "stability": {"a": 0.9}, "r_similarity": {"a": 0.3}} for e in epochs]
+    history = {"rows": rows, "sides": {"a": (4, 4)}, "spectra": {}}
+    drawn = figures.ranks(history), figures.metric_and_parameters(history), figures.stability(turned)
+    for axes in (drawn[0].axes[0], drawn[1].axes[0], *drawn[2].axes[:2]):
+        axes.figure.draw_without_rendering()
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_the_stability_map_and_its_mean():
     history = [
         {"epoch": e, "stability": {"a": 0.5 + 0.1 * e, "b": math.nan}, "r_similarity": {"a": 0.3, "b": 0.5}}
