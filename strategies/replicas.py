@@ -63,11 +63,21 @@ class ReplicaStrategy(ClusterStrategy):
         return super().local_size
 
     @override
-    def setup_environment(self) -> None:
-        super().setup_environment()
-        if self.groups.num_nodes == 1:
+    def check_module(self) -> None:
+        self.refuse_manual_optimization()
+        self._tell_nodes()
+
+    def _tell_nodes(self) -> None:
+        """Say what the nodes are, before a training: an evaluation does not depend on them."""
+        name = type(self).__name__
+        if self.groups.world.size == 1:
             rank_zero_warn(
-                f"strategy={type(self).__name__} on one node of {self.local_size} processes is plain data parallelism; "
+                f"strategy={name} in one process is plain training, as by strategy=auto; trainer=cluster_2x2 makes two "
+                "nodes of two processes on this machine"
+            )
+        elif self.groups.num_nodes == 1:
+            rank_zero_warn(
+                f"strategy={name} on one node of {self.local_size} processes is plain data parallelism; "
                 "cluster.local_size makes smaller nodes"
             )
         elif self._local_size is None and self.num_nodes == 1 and self.global_rank == 0:
@@ -76,10 +86,6 @@ class ReplicaStrategy(ClusterStrategy):
                 self.groups.num_nodes,
                 self.local_size,
             )
-
-    @override
-    def check_module(self) -> None:
-        self.refuse_manual_optimization()
 
     # ---------------------------------------------------------------------------------------------------- replicas
 

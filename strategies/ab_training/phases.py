@@ -135,8 +135,8 @@ def make_schedule(
     if total is not None and not short:
         if ab_steps >= total:
             raise ValueError(
-                f"strategy.ab_steps={ab_steps} is longer than the training of {total} optimizer steps: lower it, or "
-                "raise trainer.max_epochs"
+                f"strategy.ab_steps={ab_steps} leaves no step to the other phases of a training of {total} optimizer "
+                "steps: lower it, or raise trainer.max_epochs"
             )
         if schedule.has_no_ab_phase():
             raise ValueError(

@@ -171,11 +171,6 @@ class ABTrainingStrategy(ClusterStrategy):
         super().setup_environment()
         self.layout = self._layout(self.groups.world.size)
         self.side = self.layout.member(self.global_rank).side
-        if self.layout.num_groups == 1 and self.sync != "only-b":
-            rank_zero_warn(
-                f"strategy.sync={self.sync} needs two processes or more: one alone trains B in AB phases, as by "
-                "strategy.sync=only-b"
-            )
         self.interconnect = GroupedInterconnect(self.local_size, self.network, self.interconnect.ledger)
         self.interconnect.between = Ledger(self.global_rank, self.layout.group_size)
         self._own_groups: list[Group] = []
@@ -208,6 +203,11 @@ class ABTrainingStrategy(ClusterStrategy):
 
     @override
     def check_module(self) -> None:
+        if self.layout.num_groups == 1 and self.sync != "only-b":
+            rank_zero_warn(
+                f"strategy.sync={self.sync} needs two processes or more: one alone trains B in AB phases, as by "
+                "strategy.sync=only-b; trainer=cluster_2x2 makes two nodes of two processes on this machine"
+            )
         self.slots = OptimizerSlots(self.optimizers, self._layers, self.opt_state)
         if not self._loaded:
             self._make_schedule()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import time
 import warnings
@@ -17,6 +19,7 @@ from strategies.daso import DASO
 from strategies.daso.schedule import Plateau, Schedule
 from strategies.ddp import DDP
 from strategies.diloco import DiLoCo
+from tests.ranks import Ranks
 from tests.strategies import nets
 
 # --------------------------------------------------------------------------------------------------- the schedule
@@ -644,14 +647,43 @@ def test_all_ranks_validate_with_the_same_running_statistics(ranks4, tmp_path):
 
 
 def halved(folder):
+    said, handler, logger = [], logging.Handler(), logging.getLogger("strategies.replicas")
+    handler.emit = lambda record: said.append(record.getMessage())
+    before = logger.level
+    logger.addHandler(handler), logger.setLevel(logging.INFO)
     strategy = DASO(0, 0, skip=4, wait=1)
-    nets.fit(strategy, folder, epochs=1)
-    return strategy.local_size, strategy.ledger.totals()["inter_node_bytes"]
+    module, trainer = nets.fit(strategy, folder, epochs=1)
+    sent = strategy.ledger.totals()["inter_node_bytes"]
+    os.environ["WORLD_SIZE"] = str(torch.distributed.get_world_size())  # the end of the fit has removed it
+    trainer.validate(module, datamodule=nets.Data(torch.float64), verbose=False)
+    logger.removeHandler(handler), logger.setLevel(before)
+    return strategy.local_size, sent, said
 
 
 def test_one_machine_is_taken_as_two_nodes(ranks4, tmp_path):
     found = ranks4(halved, str(tmp_path))
-    assert [size for size, _ in found] == [2] * 4 and sum(sent for _, sent in found) > 0
+    assert [size for size, *_ in found] == [2] * 4 and sum(sent for _, sent, _ in found) > 0
+    # By one rank, before the training; an evaluation after it does not depend on nodes.
+    assert [said for *_, said in found] == [
+        ["one machine, taken as 2 nodes of 2; cluster.local_size sets it"],
+        [],
+        [],
+        [],
+    ]
+
+
+def alone(folder):
+    with pytest.warns(UserWarning, match="strategy=DASO in one process is plain training.*trainer=cluster_2x2"):
+        nets.fit(DASO(1, 1), folder)
+    return True
+
+
+def test_one_process_is_told_how_there_are_more(tmp_path):
+    pool = Ranks(1)
+    try:
+        assert pool(alone, str(tmp_path)) == [True]
+    finally:
+        pool.close()
 
 
 class Phases(nets.pl.Callback):
