@@ -312,6 +312,16 @@ class ClusterStrategy(DDPStrategy):
         self.__dict__.pop("_alone", None)
 
 
+def running_state(module: torch.nn.Module) -> list[Tensor]:
+    """Floating-point tensors that follow a training without being trained, of which replicas need their mean.
+
+    Buffers (running statistics), and what a module names in ``weight_averages()`` (a moving average of its weights: the
+    mean over replicas is that of their mean).
+    """
+    averages = getattr(module, "weight_averages", list)()
+    return [t for t in [*module.buffers(), *averages] if t.is_floating_point()]
+
+
 def loss_of(output: Any) -> Tensor | None:
     """The loss that a training step returned."""
     loss = output.get("loss") if isinstance(output, Mapping) else output

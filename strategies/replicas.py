@@ -21,7 +21,7 @@ from parallel.flat import FlatTensors
 from parallel.groups import Group
 from parallel.ledger import Ledger
 from parallel.network_model import NetworkModel
-from strategies.cluster import ClusterStrategy
+from strategies.cluster import ClusterStrategy, running_state
 from strategies.exchange import Exchange, Variant
 
 log = logging.getLogger(__name__)  # not Lightning's, whose notes the console leaves out
@@ -33,8 +33,8 @@ class ReplicaStrategy(ClusterStrategy):
     """One replica per node.
 
     Args:
-        sync_buffers: ``mean``: floating-point buffers (running statistics) are averaged where replicas are made equal;
-            ``own``: every node keeps its own.
+        sync_buffers: ``mean``: floating-point buffers (running statistics), and the moving averages of weights that a
+            module keeps, are averaged where replicas are made equal; ``own``: every node keeps its own.
         **cluster: See `ClusterStrategy`.
     """
 
@@ -119,7 +119,7 @@ class ReplicaStrategy(ClusterStrategy):
         return vector
 
     def _buffers(self) -> FlatTensors:
-        return FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
+        return FlatTensors(running_state(self.lightning_module))
 
     def mean_over_nodes(self, vector: Tensor, interconnect: Interconnect | None = None) -> Tensor:
         """Average a vector that all ranks of a node hold alike over the nodes, in full precision, and wait for it.
@@ -164,7 +164,7 @@ class ReplicaStrategy(ClusterStrategy):
         named = dict(self.lightning_module.named_parameters(remove_duplicate=False))
         means = {id(p): v for p, v in zip(self.flat.tensors, self.flat.split(self._mean(self.flat)), strict=True)}
         if self.sync_buffers == "mean" and len(buffers := self._buffers()):
-            named |= dict(self.lightning_module.named_buffers(remove_duplicate=False))
+            named |= dict(self.lightning_module.named_buffers(remove_duplicate=False))  # averages are parameters
             means |= {id(b): v for b, v in zip(buffers.tensors, buffers.split(self._mean(buffers)), strict=True)}
         # In the types of the module: those that are loaded take over the type of some buffers.
         return {

@@ -179,7 +179,19 @@ class StackTraining(Supervised):
         self._updated_at = self.global_step
         decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
         with torch.no_grad():
-            torch._foreach_lerp_([*self.ema.parameters()], [*self.net.parameters()], 1 - decay)
+            averages, weights = zip(*self._averaged(), strict=True)
+            torch._foreach_lerp_(averages, weights, 1 - decay)
+
+    def _averaged(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Averages beside what they follow: the weights in use, of which a strategy or a callback may train factors."""
+        owners = dict(self.net.named_modules())
+        for name, average in self.ema.named_parameters():
+            owner, _, own = name.rpartition(".")
+            yield average, getattr(owners[owner], own)
+
+    def weight_averages(self) -> list[Tensor]:
+        """What strategies whose replicas differ average with them (`strategies.cluster.running_state`)."""
+        return [] if self.ema is None else [*self.ema.parameters()]
 
     # ----------------------------------------------------------------------------------------------------- evaluation
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from networks.ab_factors import ABFactor, Factors, Side, Sync, combine, divergence, scale_to
 from strategies.ab_training.exchange import FactoredLayer, mean_factors
 from strategies.ab_training.optimizer_slots import OptimizerSlots
+from strategies.cluster import running_state
 
 AllReduce = Callable[[Tensor], None]
 Start = tuple[ABFactor, Factors, Tensor | None]  # a layer, its factors at the split, roots of its singular values
@@ -63,9 +64,9 @@ class ABPhase:
             slots.to_factor(layer, scaled)
             self.entries.append(FactoredLayer(layer, start, root))
         factors = {id(f) for entry in self.entries for f in entry.layer.factors}
-        # What every group trains, and what batch norms count.
+        # What every group trains, and what batch norms count and a module averages.
         self.common = [p for p in module.parameters() if p.requires_grad and id(p) not in factors]
-        self.buffers = [b for b in module.buffers() if b.is_floating_point()]
+        self.buffers = running_state(module)
         self.anchors = [p.detach().clone() for p in self.common] if groups.wire_dtype is not None else []
         self._evaluation: _Evaluation | None = None
 

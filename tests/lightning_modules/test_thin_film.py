@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from callbacks.design_writer import SOURCES as WRITTEN_SOURCES
+from callbacks.oialr import OIALR
 from datamodules.design_targets import Variants
 from lightning_modules.metrics.spectra import summary
 from lightning_modules.thin_film import InverseDesign, Limits, Refinement
@@ -18,8 +19,12 @@ from lightning_modules.thin_film.candidates import (
     take,
 )
 from lightning_modules.thin_film.proposals import SOURCES
+from networks.ab_factors import decompose, split
 from networks.diffusion import Sampler
+from networks.low_rank import factored_weights
 from networks.spectrum_encoders import DenseTokens
+from strategies.ab_training.ranks import full_rank
+from strategies.ab_training.selection import select
 from tests.lightning_modules.thin_film_set import decoder, denoiser, films, module
 from tests.lightning_modules.tiny_series import quiet_trainer
 
@@ -187,6 +192,37 @@ def test_the_average_of_the_weights_follows_and_is_evaluated():
     assert not torch.allclose(weights(own.ema), weights(own.net), atol=1e-4)
     assert not any(p.requires_grad for p in own.ema.parameters())
     assert module().designer is not None and module().ema is None
+
+
+def in_use(net, names):
+    """Weights by their names in the plain network, whatever trains in their place."""
+    owners = dict(net.named_modules())
+    return torch.cat([getattr(owners[n.rpartition(".")[0]], n.rpartition(".")[2]).detach().flatten() for n in names])
+
+
+def test_the_average_follows_weights_of_which_factors_train():
+    own = module(ema_decay=0.9)
+    names = [name for name, _ in own.net.named_parameters()]
+    expected, hook = weights(own.net), own.on_train_batch_end
+
+    def watched(*args):
+        nonlocal expected
+        hook(*args)
+        decay = min(0.9, (1 + own.global_step) / (10 + own.global_step))
+        expected = decay * expected + (1 - decay) * in_use(own.net, names)
+
+    own.on_train_batch_end = watched
+    trained(own, callbacks=[OIALR(delay=3, frequency=2, beta=0.3, progressive=1, export="none")])
+    assert len(list(factored_weights(own.net))) > 3 and not list(factored_weights(own.ema))
+    assert [name for name, _ in own.ema.named_parameters()] == names
+    torch.testing.assert_close(weights(own.ema), expected, rtol=0, atol=1e-5)
+
+    own = module(ema_decay=0.9)  # AB-training's
+    before = weights(own.net)
+    for layer in select(own, None, 4):
+        layer.factorize(split(decompose(layer.weight), full_rank(layer)), "a")
+    followed = torch.cat([weight.flatten() for _, weight in own._averaged()])
+    torch.testing.assert_close(followed, before, rtol=0, atol=1e-5)
 
 
 def test_encoders_see_training_spectra_before_training(tmp_path):

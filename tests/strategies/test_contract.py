@@ -1,12 +1,13 @@
 """What every option of the group `strategy` must do, whatever it is.
 
-It trains, on several batches a step and with clipped gradients; ranks end with equal weights and running statistics;
-its checkpoints are plain, load in the bare module and go on as if the run had not stopped; sizes that do not fit are
-refused by name; nothing is left behind.
+It trains, on several batches a step and with clipped gradients; ranks end with equal weights, running statistics and
+moving averages of weights; its checkpoints are plain, load in the bare module and go on as if the run had not stopped;
+sizes that do not fit are refused by name; nothing is left behind.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import re
@@ -51,8 +52,26 @@ def configured(option, run_dir):
     return config["strategy"] | SHORT.get(option, {})
 
 
+class Averaged(nets.Regression):
+    """Keeps a moving average of its weights beside them, which nobody trains."""
+
+    def __init__(self):
+        super().__init__(nets.network(norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+    def weight_averages(self):
+        return [*self.average.parameters()]
+
+    def on_train_batch_start(self, *args):  # of what the step before has left: checkpoints come before its last hook
+        owners = dict(self.net.named_modules())
+        with torch.no_grad():
+            for name, average in self.average.named_parameters():
+                owner, _, own = name.rpartition(".")
+                average.lerp_(getattr(owners[owner], own), 0.2)
+
+
 def module():
-    return nets.Regression(nets.network(norm=True), lambda p: torch.optim.AdamW(p, 0.01))
+    return Averaged()
 
 
 class Begin(nets.pl.Callback):
