@@ -67,6 +67,11 @@ class LayerChoice:
         ends = {w.name for w in found[: int(self.keep_first)]}
         ends |= {w.name for w in found[len(found) - 1 :] if self.keep_last}
         chosen = [w for w in found if w.name not in ends and self._wanted(w)]
+        if not found:
+            raise ValueError(
+                "layers: the network has no trainable linear, convolutional or attention layer, the kinds that become "
+                "low-rank; layers.include names other tensors with two axes."
+            )
         if not chosen:
             raise ValueError(
                 f"layers: no weight is left to convert; the network has {[w.name for w in found]}. Lower "

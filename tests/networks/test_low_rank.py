@@ -507,6 +507,7 @@ def quantised() -> nn.Module:
     ("network", "options", "message"),
     [
         (lambda: nn.Sequential(nn.Linear(8, 8)), {}, r"no weight is left.*'0\.weight'.*min_ratio=0\.1"),
+        (lambda: nn.Sequential(nn.LayerNorm(8), nn.LSTM(8, 8)), {}, "has no trainable linear, convolutional or"),
         (Crossed, {"include": ["block.*"]}, r"layers\.include: 'block\.\*' matches no weight.*Did you mean 'blocks"),
         (Crossed, {"exclude": ["stump"]}, r"layers\.exclude: 'stump' matches no weight"),
         (tied, {"keep_last": False}, r"0\.weight and 1\.weight are one tensor.*layers\.exclude"),
