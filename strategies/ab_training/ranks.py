@@ -10,6 +10,8 @@ from torch import nn
 from networks.ab_factors import ABFactor, Decomposition, num_factored
 from networks.tall_view import tall_shape
 
+_SHOWN = 6  # layers that a line names
+
 
 def full_rank(layer: ABFactor) -> int:
     """Largest rank that a weight can have."""
@@ -39,12 +41,16 @@ def compression(module: nn.Module, layers: Sequence[ABFactor], ranks: Mapping[st
 
 
 def in_words(layers: Sequence[ABFactor], ranks: Mapping[str, int], smaller: float) -> str:
-    """One line for the log.
+    """One line for the log: of many layers those that have lost most, the loggers have all.
 
     Args:
         layers: Those that are factorised.
         ranks: Of all of them by path.
         smaller: Their `compression`.
     """
-    shown = [f"{layer.path} {ranks[layer.path]} of {full_rank(layer)}" for layer in layers]
-    return f"ranks {', '.join(shown)}; {smaller:.2f} times smaller"
+    few = layers
+    if len(layers) > _SHOWN:
+        few = sorted(layers, key=lambda layer: ranks[layer.path] / full_rank(layer))[:_SHOWN]
+    shown = ", ".join(f"{layer.path} {ranks[layer.path]} of {full_rank(layer)}" for layer in few)
+    more = f" and of {len(layers) - len(few)} more" if len(few) < len(layers) else ""
+    return f"ranks {shown}{more}; {smaller:.2f} times smaller"
