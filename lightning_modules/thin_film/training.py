@@ -44,7 +44,6 @@ class StackTraining(Supervised):
     evaluation_seed: int
     seed: int
     _refiner: tuple[torch.device, Refiner] | None = None
-    _updated_at = -1
     _trained = False  # here, or before the checkpoint was written
 
     # ----------------------------------------------------------------------------------------------- network and data
@@ -172,12 +171,14 @@ class StackTraining(Supervised):
             nn.utils.clip_grad_norm_(net.parameters(), gradient_clip_val)
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step, then let the average follow: before any callback sees the end of the batch, and may save it."""
+        super().optimizer_step(*args, **kwargs)
         self._trained = True
-        if self.ema is None or self.global_step == self._updated_at:  # accumulated batches make one step
+        if self.ema is None:
             return
-        self._updated_at = self.global_step
-        decay = min(self.ema_decay, (1 + self.global_step) / (10 + self.global_step))
+        step = self.global_step + 1  # this one is counted later
+        decay = min(self.ema_decay, (1 + step) / (10 + step))
         with torch.no_grad():
             averages, weights = zip(*self._averaged(), strict=True)
             torch._foreach_lerp_(averages, weights, 1 - decay)

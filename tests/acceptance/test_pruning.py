@@ -160,8 +160,8 @@ def test_4_parameters_and_shares() -> None:
 def test_5_the_transformer_is_that_of_torch() -> None:
     """The authors' code is held out; torch's own layers with copied weights are the same network.
 
-    The other networks are compared with their definitions block by block in tests/networks/series, and were compared with
-    the authors' programs once, outside the project (docs/experiments/pruning.md).
+    The other networks are compared with their definitions block by block in tests/networks/series; with the authors'
+    programs they were compared once, outside the project (docs/experiments/pruning.md).
     """
     network = build("transformer", **SMALL, dropout=0.0)
 

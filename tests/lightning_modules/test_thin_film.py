@@ -2,12 +2,13 @@ import functools
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from callbacks.design_writer import SOURCES as WRITTEN_SOURCES
 from callbacks.oialr import OIALR
 from datamodules.design_targets import Variants
 from lightning_modules.metrics.spectra import summary
-from lightning_modules.thin_film import InverseDesign, Limits, Refinement
+from lightning_modules.thin_film import Limits, Refinement
 from lightning_modules.thin_film.candidates import (
     alike,
     best_distinct,
@@ -173,20 +174,17 @@ def test_the_average_of_the_weights_follows_and_is_evaluated():
     own = module(ema_decay=0.9)
     expected, steps = weights(own.net), []
 
-    class Watched(InverseDesign):
-        pass
+    class Watch(Callback):
+        """Sees at the end of a batch what a checkpoint of that moment would hold."""
 
-    hook = own.on_train_batch_end
+        def on_train_batch_end(self, *args):
+            nonlocal expected
+            steps.append(own.global_step)
+            decay = min(0.9, (1 + own.global_step) / (10 + own.global_step))
+            expected = decay * expected + (1 - decay) * weights(own.net)
+            torch.testing.assert_close(weights(own.ema), expected, rtol=0, atol=1e-6)
 
-    def watched(*args):
-        nonlocal expected
-        hook(*args)
-        steps.append(own.global_step)
-        decay = min(0.9, (1 + own.global_step) / (10 + own.global_step))
-        expected = decay * expected + (1 - decay) * weights(own.net)
-
-    own.on_train_batch_end = watched
-    trained(own)
+    trained(own, callbacks=[Watch()])
     assert own.designer is own.ema and steps == list(range(1, 11))
     torch.testing.assert_close(weights(own.ema), expected, rtol=0, atol=1e-6)
     assert not torch.allclose(weights(own.ema), weights(own.net), atol=1e-4)
@@ -203,15 +201,15 @@ def in_use(net, names):
 def test_the_average_follows_weights_of_which_factors_train():
     own = module(ema_decay=0.9)
     names = [name for name, _ in own.net.named_parameters()]
-    expected, hook = weights(own.net), own.on_train_batch_end
+    expected, hook = weights(own.net), own.optimizer_step
 
-    def watched(*args):
+    def watched(*args, **kwargs):
         nonlocal expected
-        hook(*args)
-        decay = min(0.9, (1 + own.global_step) / (10 + own.global_step))
+        hook(*args, **kwargs)
+        decay = min(0.9, (2 + own.global_step) / (11 + own.global_step))
         expected = decay * expected + (1 - decay) * in_use(own.net, names)
 
-    own.on_train_batch_end = watched
+    own.optimizer_step = watched
     trained(own, callbacks=[OIALR(delay=3, frequency=2, beta=0.3, progressive=1, export="none")])
     assert len(list(factored_weights(own.net))) > 3 and not list(factored_weights(own.ema))
     assert [name for name, _ in own.ema.named_parameters()] == names
