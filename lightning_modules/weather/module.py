@@ -22,6 +22,7 @@ from lightning_modules.weather.loss import channel_weights, relative_distance, s
 from lightning_modules.weather.rollout import Rollouts
 from lightning_modules.weather.scoring import OfBatch, Scoring, logged, skill
 from parallel.sharding import clip_grad_norm_, grid_of
+from parallel.sharding.stored import load_network
 
 Batch = dict[str, Tensor]
 Mode = Literal["fixed", "cycle", "random"]
@@ -76,7 +77,8 @@ class WeatherMixerModule(Supervised):
         linear_ridge: Its ridge.
         baseline_samples: Most training samples that damped persistence and the linear baseline are fitted to.
         logged_channels: Whose scores are logged; None: of all. The table of skill has all.
-        weights: Checkpoint file whose network this one begins with; the optimizer begins anew. None: at random.
+        weights: Checkpoint whose network this one begins with, of any grid of ranks on any other; the optimizer begins
+            anew. None: at random.
         seed: Of random rollouts.
 
     Raises:
@@ -154,16 +156,10 @@ class WeatherMixerModule(Supervised):
                 self._begin_with(self.weights)
 
     def _begin_with(self, path: str) -> None:
-        if not self.net.grid.is_serial:
-            raise ValueError(
-                f"model.weights={path}: one file for whole networks; resume on a grid of ranks with ckpt_path instead"
-            )
-        stored = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-        mine = {key.removeprefix("net."): value for key, value in stored.items() if key.startswith("net.")}
         try:
-            self.net.load_state_dict(mine)
-        except RuntimeError as error:
-            raise ValueError(f"model.weights={path}: of another network than model.net: {error}") from None
+            load_network(self.net, path)
+        except ValueError as error:
+            raise ValueError(f"model.weights={path}: {error}") from None
 
     @override
     def cpu(self) -> Self:

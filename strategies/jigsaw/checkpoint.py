@@ -14,17 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from parallel.sharding.blocks import Block, BlockLoadPlanner, BlockSavePlanner, fill, whole
+from parallel.sharding.blocks import Block, BlockSavePlanner, fill, whole
 from parallel.sharding.grid import JigsawGrid
 from parallel.sharding.layout import Layout
-
-SHARDS = "shards"  # key of the file under which the name of the folder stands
-_MODEL = "model"
+from parallel.sharding.stored import (
+    MODEL,
+    SHARDS,
+    alone,
+    check_sizes,
+    folder_of,
+    model_sizes,
+    read_parts,
+    stored_sizes,
+    stored_types,
+)
 
 
 def module_layouts(module: nn.Module, net: nn.Module, prefix: str = "net.") -> dict[str, Layout]:
@@ -74,7 +80,7 @@ class States:
         """What is written in parts: `Block` objects and tensors that all ranks have."""
         found: dict[str, Any] = {}
         for name, tensor in self.module.state_dict().items():
-            found[f"{_MODEL}.{name}"] = self._part(name, tensor, name in self.layouts)
+            found[f"{MODEL}.{name}"] = self._part(name, tensor, name in self.layouts)
         for number, optimizer in enumerate(self.optimizers):
             order = self.order(optimizer)
             for index, values in optimizer.state_dict()["state"].items():
@@ -145,16 +151,7 @@ class States:
             name: self.layouts[name].sizes if name in self.layouts else tuple(tensor.shape)
             for name, tensor in self.module.state_dict().items()
         }
-        found = [f"{name}: {own[name]} here, missing there" for name in own if name not in sizes]
-        found += [f"{name}: {sizes[name]} there, missing here" for name in sizes if name not in own]
-        found += [
-            f"{name}: {own[name]} here, {sizes[name]} there"
-            for name in own
-            if name in sizes and own[name] != tuple(sizes[name])
-        ]
-        if found:
-            shown = "; ".join(found[:8]) + (f"; and {len(found) - 8} more" if len(found) > 8 else "")
-            raise ValueError(f"the checkpoint is of another architecture, {len(found)} difference(s): {shown}")
+        check_sizes(own, sizes)
 
     def load_whole_optimizer(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Take this rank's blocks of an optimizer's state without cuts, as `whole_optimizer` gives it."""
@@ -179,12 +176,11 @@ class States:
         Raises:
             ValueError: If the folder holds another architecture; lists the differences.
         """
-        sizes = stored_sizes(folder)
-        self._compare({name.removeprefix(f"{_MODEL}."): size for name, size in sizes.items() if _of_model(name)})
+        self._compare(model_sizes(folder))
         if with_model:
             state = self.module.state_dict()
-            parts = {f"{_MODEL}.{name}": self._part(name, value, name in self.layouts) for name, value in state.items()}
-            _read(parts, folder)
+            parts = {f"{MODEL}.{name}": self._part(name, value, name in self.layouts) for name, value in state.items()}
+            read_parts(parts, folder)
 
     def load_optimizer_parts(
         self, number: int, optimizer: torch.optim.Optimizer, plain: Mapping[str, Any], folder: Path
@@ -209,7 +205,7 @@ class States:
                 values[full[len(prefix) :]] = value
             if values:
                 state[index] = values
-        _read(parts, folder)
+        read_parts(parts, folder)
         optimizer.load_state_dict({"state": state, "param_groups": _renumbered(plain, order)})
 
 
@@ -222,53 +218,9 @@ def _renumbered(plain: Mapping[str, Any], order: list[str]) -> list[dict[str, An
     ]
 
 
-def _of_model(name: str) -> bool:
-    return name.startswith(f"{_MODEL}.")
-
-
-def _metadata(folder: Path) -> Mapping[str, Any]:
-    return dcp.FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-
-
-def stored_sizes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a folder, by name."""
-    return {
-        name: tuple(data.size) for name, data in _metadata(folder).items() if isinstance(data, TensorStorageMetadata)
-    }
-
-
-def stored_types(folder: Path) -> dict[str, torch.dtype]:
-    """Types of the tensors of a folder, by name."""
-    return {
-        name: data.properties.dtype
-        for name, data in _metadata(folder).items()
-        if isinstance(data, TensorStorageMetadata)
-    }
-
-
-def _alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized())
-
-
-def _read(parts: dict[str, Any], folder: Path) -> None:
-    dcp.load(parts, storage_reader=dcp.FileSystemReader(str(folder)), planner=BlockLoadPlanner(), no_dist=_alone())
-
-
 def write_parts(parts: dict[str, Any], folder: Path) -> None:
     """Write what all ranks hold; a collective call."""
-    dcp.save(parts, storage_writer=dcp.FileSystemWriter(str(folder)), planner=BlockSavePlanner(), no_dist=_alone())
-
-
-def folder_of(file: Path, content: Mapping[str, Any]) -> Path:
-    """Where the parts of a checkpoint lie.
-
-    Raises:
-        ValueError: If they are not there.
-    """
-    folder = file.resolve().parent / content[SHARDS]
-    if not (folder / ".metadata").is_file():
-        raise ValueError(f"{file} names its parts in {folder}, which is not there: copy both")
-    return folder
+    dcp.save(parts, storage_writer=dcp.FileSystemWriter(str(folder)), planner=BlockSavePlanner(), no_dist=alone())
 
 
 def folders(file: Path) -> list[Path]:
@@ -306,7 +258,7 @@ def read_whole(path: str | Path) -> dict[str, Any]:
         tensors[name] = torch.zeros(size, dtype=types[name])
     dcp.load(tensors, storage_reader=dcp.FileSystemReader(str(folder)), no_dist=True)
     del content[SHARDS]
-    content["state_dict"] = {n.removeprefix(f"{_MODEL}."): t for n, t in tensors.items() if _of_model(n)}
+    content["state_dict"] = {name: tensors[f"{MODEL}.{name}"] for name in model_sizes(folder)}
     found = []
     for number, plain in enumerate(content.get("optimizer_states", [])):
         state: dict[int, dict[str, Any]] = {}

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_modules.weather import WeatherMixerModule
+from networks.weather_mixer import WeatherMixer
+from parallel.sharding import JigsawGrid, make_grid
+from parallel.sharding.blocks import whole
 from strategies.jigsaw import JigsawStrategy, export_checkpoint, read_whole
 from tests.strategies import mixers, nets
 
@@ -92,6 +98,41 @@ def test_one_file_for_everybody(ranks2, tmp_path):
         equal(found["start"], whole["saved"][0])
         equal(found["moments_at_start"], whole["saved"][1])
         close(found["losses"], whole["losses"][3:], 1e-5)
+
+
+def test_a_new_training_begins_with_the_weights_of_any_grid(ranks2, ranks4, tmp_path):
+    """``model.weights``, for instance for a fine-tuning on rollouts: parts or one file, on one process or several."""
+    path, one = str(tmp_path / "part.ckpt"), str(tmp_path / "one.ckpt")
+    weights, _ = both(ranks4, FOUR, str(tmp_path), 2, None, (2, path))["saved"]
+    export_checkpoint(path, one)
+    for file in (path, one):
+        equal(_begun(None, file), weights)
+        for pool, grid in ((ranks2, (2, 1)), (ranks4, (2, 2))):
+            for found in pool(_begun, grid, file):
+                equal(found, weights)
+    for found in ranks2(_begun, (1, 2), path, 24):
+        assert re.match(
+            r"model\.weights=.*part\.ckpt: the checkpoint is of another architecture, .* embedding\.weight: "
+            r"\(24, 12\) here, \(16, 12\) there", found,
+        )  # fmt: skip
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    (tmp_path / "text.ckpt").write_text("nothing")
+    assert _begun(None, str(tmp_path / "other.pt")).endswith("other.pt: it holds no state_dict")
+    assert "text.ckpt: it is no checkpoint that can be read" in _begun(None, str(tmp_path / "text.ckpt"))
+
+
+def _begun(sizes, path, dim=16):
+    """Whole parameters of a module that begins with a checkpoint on a grid, or why it does not."""
+    grid = make_grid(*sizes) if sizes else JigsawGrid()
+    module = WeatherMixerModule(partial(WeatherMixer, **mixers.NET | {"dim": dim}, seed=9), weights=path)
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(grid=grid))
+    try:
+        module.configure_model()
+        return {name: whole(p, module.net.layouts[name], grid) for name, p in module.net.named_parameters()}
+    except ValueError as error:
+        return str(error)
+    finally:
+        grid.close()
 
 
 def test_saving_again_leaves_one_folder(ranks2, tmp_path):
