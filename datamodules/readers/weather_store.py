@@ -11,8 +11,9 @@ import io
 import math
 import os
 import re
+import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,20 +155,23 @@ class WeatherStore:
     def _open(self) -> tuple[Any, Any]:
         import xarray
 
-        if Path(self.path).is_file():
-            with open(self.path, "rb") as file:
-                classic = file.read(3) == b"CDF"
-            if classic:  # NetCDF-3: uncompressed, mapped; what is asked for is what is read
-                return xarray.open_dataset(self.path, engine="scipy", cache=False), None
-            counter = _CountingFile(self.path)
-            return xarray.open_dataset(counter, engine="h5netcdf", cache=False), counter
-        counter = _counting_zarr(self.path)
-        with warnings.catch_warnings():  # stores without consolidated metadata, with other files in their folder
-            warnings.simplefilter("ignore")
-            try:
+        try:
+            if Path(self.path).is_file():
+                with open(self.path, "rb") as file:
+                    classic = file.read(3) == b"CDF"
+                if classic:  # NetCDF-3: uncompressed, mapped; what is asked for is what is read
+                    return xarray.open_dataset(self.path, engine="scipy", cache=False), None
+                counter = _CountingFile(self.path)
+                return xarray.open_dataset(counter, engine="h5netcdf", cache=False), counter
+            counter = _counting_zarr(self.path)
+            with warnings.catch_warnings():  # stores without consolidated metadata, with other files in their folder
+                warnings.simplefilter("ignore")
                 return xarray.open_zarr(counter, chunks=None, consolidated=None), counter
-            except (OSError, KeyError) as error:
-                raise ValueError(f"{self.path}: is neither a zarr group nor a NetCDF file ({error})") from error
+        except (OSError, KeyError, ValueError) as error:
+            reason = str(error)
+            if "decode time" in reason:
+                raise ValueError(f"{self.path}: its times cannot be read ({reason})") from error
+            raise ValueError(f"{self.path}: is neither a zarr group nor a NetCDF file ({reason})") from error
 
     @property
     def bytes_read(self) -> int:
@@ -193,9 +197,14 @@ class WeatherStore:
         Integers count hours: since the date of an attribute ``time_units``, else since 1970. A snapshot, with a time
         that is no dimension, is one record.
         """
-        name = next((name for name in TIME if name in self.data.coords), None) or self._dimension(TIME)
-        values = self.data[name].values if name in self.data.coords else np.arange(self.data.sizes[name])
-        values = np.atleast_1d(values)
+        name = next((name for name in TIME if name in self.data.coords), None)
+        if name is None:
+            raise ValueError(
+                f"{self.path}: its dimension {self._dimension(TIME)} has no coordinate that tells the times"
+            )
+        values = np.atleast_1d(self.data[name].values)
+        if values.dtype == object:  # of cftime
+            raise ValueError(f"{self.path}: its times are of another calendar than the usual one ({values[0]!r})")
         if not np.issubdtype(values.dtype, np.datetime64):
             units = str(self.data.attrs.get("time_units", "hours since 1970-01-01"))
             origin = np.datetime64(units.split("since")[-1].strip().split(" ")[0], "ns")
@@ -210,6 +219,8 @@ class WeatherStore:
         """Degrees, from north to south."""
         values = np.asarray(self.data[self._dimension(LATITUDE)].values, dtype=np.float64)
         steps = np.diff(values)
+        if not len(steps):
+            raise ValueError(f"{self.path}: has a single latitude; a grid has two at least")
         if not ((steps > 0).all() or (steps < 0).all()):
             at = int(np.flatnonzero(np.sign(steps) != np.sign(steps[0]))[0]) + 1
             raise ValueError(f"{self.path}: latitudes are not monotone: {values[at]:g} follows {values[at - 1]:g}")
@@ -365,6 +376,22 @@ def _covered(indices: Iterable[int], chunk: int, size: int) -> int:
     return sum(min(chunk, size - number * chunk) for number in {index // chunk for index in indices})
 
 
+def whole_units(times: np.ndarray) -> tuple[np.ndarray, str]:
+    """Times since 1970 as whole numbers, int64, of the largest of hours, minutes and seconds that allows it.
+
+    Args:
+        times: datetime64; parts of a second are rounded.
+
+    Returns:
+        (numbers, units as the CF conventions write them).
+    """
+    seconds = np.round((times - np.datetime64("1970-01-01", "ns")) / np.timedelta64(1, "s")).astype(np.int64)
+    for name, length in (("hours", 3600), ("minutes", 60)):
+        if not (seconds % length).any():
+            return seconds // length, f"{name} since 1970-01-01"
+    return seconds, "seconds since 1970-01-01"
+
+
 def _as_slice(numbers: list[int]) -> slice | list[int]:
     """A slice where the numbers are consecutive: it is read at once."""
     first = numbers[0]
@@ -382,10 +409,11 @@ def rechunk(
     sharded: bool = False,
     records: Sequence[int] | None = None,
     height: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Write a packed store whose chunks are the blocks of a ``token x channel`` grid of ranks.
 
-    It also fits every coarser grid whose blocks are made of these.
+    It also fits every coarser grid whose blocks are made of these. It appears under its name when it is complete.
 
     Args:
         source: Any store.
@@ -398,21 +426,30 @@ def rechunk(
         sharded: One file per record that holds all chunks, in place of a file per chunk.
         records: Numbers of the records; None: all.
         height: Rows kept, from the north; None: all.
+        progress: Called after every record with how many there are by then, and how many there will be.
 
     Raises:
-        ValueError: If the bands do not divide the longitudes.
+        ValueError: If the bands do not divide the longitudes, or there is something at ``target``.
     """
+    target = Path(target)
+    if target.exists():
+        raise ValueError(f"{target}: is there already; remove it or name another folder")
     store = WeatherStore(source)
     store.check(channels)
     records = range(len(store.times)) if records is None else records
+    unfinished = target.with_name(f".{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     writer = PackedWriter(
-        target, [c.name for c in channels], store.times[list(records)], store.latitudes[:height], store.longitudes,
+        unfinished, [c.name for c in channels], store.times[list(records)], store.latitudes[:height], store.longitudes,
         {name: store.read_static([name])[0, :height] for name in statics},
         token, math.ceil((num_inputs or len(channels) + len(statics)) / channel), sharded,
     )  # fmt: skip
     for place, record in enumerate(records):
         writer.write(place, store.read(record, channels)[:, :height])
+        if progress is not None:
+            progress(place + 1, len(records))
     writer.close()
+    unfinished.rename(target)
 
 
 class PackedWriter:
@@ -460,8 +497,8 @@ class PackedWriter:
             dimension_names=("time", "channel", "latitude", "longitude"), attributes={"channels": list(channels)},
             fill_value=float("nan"),
         )  # fmt: skip
-        hours = (times - np.datetime64("1970-01-01", "ns")) / np.timedelta64(1, "h")
-        self._coordinate("time", hours.astype(np.int64), {"units": "hours since 1970-01-01", "calendar": "standard"})
+        numbers, units = whole_units(times)
+        self._coordinate("time", numbers, {"units": units, "calendar": "standard"})
         self._coordinate("latitude", latitudes, {"units": "degrees_north"})
         self._coordinate("longitude", longitudes, {"units": "degrees_east"})
         for name, field in statics.items():

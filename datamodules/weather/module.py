@@ -204,7 +204,13 @@ class WeatherZarr(LightningDataModule):
         """Open the store, check everything, and read or compute its statistics; later calls return at once."""
         if self._ready:
             return
-        self.store = WeatherStore(self.path)
+        try:
+            self.store = WeatherStore(self.path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"data.store={self.store_name}, data_dir={self.data_dir}: {error}; name its folder by data_dir, or all "
+                "of its path by data.store"
+            ) from None
         self._check_store()
         self._columns: dict[tuple[Part, bool], np.ndarray] = {}
         self.statistics = self._statistics()

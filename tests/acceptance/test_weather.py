@@ -254,7 +254,7 @@ def test_the_store_of_the_following_is_sound(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("data.store=b.zarr", "there is no such store"),
+        ("data.store=b.zarr", "there is no such store; name its folder by data_dir"),
         ("data.surface=[t2m]", "has no variable 't2m'; it has geopotential, land_sea_mask, mean_sea_level_pressure"),
         ("data.levels=[850,700]", "z has no level 700; it has 500, 850, 1000"),
         ("data.height=10", "data.height=10, data.width=16"),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from datamodules.readers.weather_store import Channel, WeatherStore, rechunk
+from datamodules.weather.rechunk import main
 from tests.datamodules.weather_files import LATITUDES, TIMES, dataset, values, write_packed, write_zarr
 
 Z850, MSL = Channel("z", 850.0), Channel("msl")
@@ -120,6 +121,46 @@ def test_rechunk_fits_the_ranks(tmp_path):
         rechunk(source, tmp_path / "c.zarr", channels, 3)
 
 
+def test_records_between_the_hours_keep_their_times(tmp_path):
+    for step in (np.timedelta64(30, "m"), np.timedelta64(90, "s")):
+        times = TIMES[0] + np.arange(len(TIMES)) * step
+        source, target = (tmp_path / f"{name}{step.astype(int)}.zarr" for name in "ab")
+        rechunk(write_zarr(source, dataset(times=times)), target, [MSL])
+        assert (WeatherStore(target).times == times).all()
+
+
+def test_rechunk_on_the_command_line(tmp_path, capsys):
+    source, target = write_zarr(tmp_path / "a.zarr", dataset()), tmp_path / "b.zarr"
+    main([str(source), str(target), "--surface", "msl", "--period", "2020-01-02", "2020-01-02"])
+    assert (WeatherStore(target).times == TIMES[4:8]).all()
+    assert np.array_equal(WeatherStore(target).read(1, [MSL]), WeatherStore(source).read(5, [MSL]))
+    assert "4 of 4 records" in capsys.readouterr().err
+    for arguments, words in (
+        ([str(source), str(target), "--surface", "msl"], "b.zarr: is there already; remove it or name another folder"),
+        ([str(source), str(tmp_path / "c.zarr")], "name the channels: --surface, or --pressure and --levels"),
+        ([str(source), str(tmp_path / "c.zarr"), "--surface", "msl", "--period", "1990", "1991"], "--period=['1990'"),
+        ([str(tmp_path / "x.zarr"), str(tmp_path / "c.zarr"), "--surface", "msl"], "x.zarr: there is no such store"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert words in capsys.readouterr().err and not (tmp_path / "c.zarr").exists()
+
+
+def test_an_unfinished_store_has_another_name(tmp_path):
+    data = dataset()
+    source, stopped = write_zarr(tmp_path / "a.zarr", data), tmp_path / "b.zarr"
+
+    def stop(done: int, whole: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rechunk(source, stopped, [MSL], progress=stop)
+    assert not stopped.exists()
+    rechunk(source, stopped, [MSL])
+    assert np.isfinite(WeatherStore(stopped).read_many([0, 11], [MSL])).all()
+    assert {path.name for path in tmp_path.iterdir()} == {"a.zarr", "b.zarr"}
+
+
 def test_what_is_missing_is_named(tmp_path):
     store = WeatherStore(write_zarr(tmp_path / "a.zarr", dataset()))
     with pytest.raises(ValueError, match=r"has no variable 't2m'; it has geopotential, land_sea_mask, mean_sea"):
@@ -146,3 +187,14 @@ def test_malformed_stores(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is neither a zarr group nor a NetCDF file"):
         _ = WeatherStore(tmp_path / "empty").times
+    (tmp_path / "text.nc").write_text("nothing")
+    with pytest.raises(ValueError, match=r"text\.nc: is neither a zarr group nor a NetCDF file"):
+        _ = WeatherStore(tmp_path / "text.nc").times
+    with pytest.raises(ValueError, match=r"d\.zarr: its dimension time has no coordinate that tells the times"):
+        _ = WeatherStore(write_zarr(tmp_path / "d.zarr", data.drop_vars("time"))).times
+    other = dataset(times=np.arange(len(TIMES)) * 6)
+    other["time"].attrs.update(units="hours since 2020-01-01", calendar="noleap")
+    with pytest.raises(ValueError, match=r"e\.zarr: its times (cannot be read|are of another calendar)"):
+        _ = WeatherStore(write_zarr(tmp_path / "e.zarr", other)).times
+    with pytest.raises(ValueError, match=r"f\.zarr: has a single latitude"):
+        _ = WeatherStore(write_zarr(tmp_path / "f.zarr", data.isel(latitude=[0]))).latitudes
