@@ -16,9 +16,10 @@ from typing_extensions import override
 class ForecastStore(pl.Callback):
     """Writes what prediction returns: ``variable (time, prediction_timedelta, [level], latitude, longitude)``.
 
-    ``time`` is that of the origin, as in WeatherBench 2. The steps return ``prediction`` (B, L, H, W, V), this rank's
-    block in the units of the fields, and ``index`` (B,). Every chunk belongs to one rank. The store appears under its
-    name when it is complete.
+    ``time`` is that of the origin, as in WeatherBench 2. Where records are unevenly apart leads differ from origin to
+    origin: ``prediction_timedelta`` numbers the records then, and ``valid_time (time, prediction_timedelta)`` says when
+    each forecast is for. The steps return ``prediction`` (B, L, H, W, V), this rank's block in the units of the fields,
+    and ``index`` (B,). Every chunk belongs to one rank. The store appears under its name when it is complete.
 
     Args:
         dirpath: Folder.
@@ -59,11 +60,16 @@ class ForecastStore(pl.Callback):
 
         group = zarr.create_group(str(self._unfinished))
         levels, height, width = _levels(data), len(data.latitudes), len(data.longitudes)
-        origins = data.hours[data.columns("test", train=False)[:rows, 0]]
-        leads = data.hours[data.columns("test", train=False)[0]]
+        times = data.hours[data.columns("test", train=False)[:rows]]
+        (moments, unit), calendar = _whole(times), {"calendar": "standard"}
+        if data.step_h is None:
+            leads, of_leads = np.asarray(data.lead_steps, dtype=np.int64), {"long_name": "records ahead"}
+        else:
+            leads, unit_of_leads = _whole(times[0, 1:] - times[0, 0])
+            of_leads = {"units": unit_of_leads}
         coordinates = {
-            "time": (origins.round().astype(np.int64), {"units": "hours since 1970-01-01", "calendar": "standard"}),
-            "prediction_timedelta": ((leads[1:] - leads[0]).round().astype(np.int64), {"units": "hours"}),
+            "time": (moments[:, 0], {"units": f"{unit} since 1970-01-01"} | calendar),
+            "prediction_timedelta": (leads, of_leads),
             "latitude": (data.latitudes, {"units": "degrees_north"}),
             "longitude": (data.longitudes, {"units": "degrees_east"}),
         }
@@ -73,6 +79,9 @@ class ForecastStore(pl.Callback):
             array = group.create_array(name, data=np.ascontiguousarray(values), dimension_names=(name,))
             array.attrs.update(attributes)
         dims = ("time", "prediction_timedelta", "latitude", "longitude")
+        if data.step_h is None:
+            valid = group.create_array("valid_time", data=moments[:, 1:].copy(), dimension_names=dims[:2])
+            valid.attrs.update({"units": f"{unit} since 1970-01-01"} | calendar)
         for variable in dict.fromkeys(channel.variable for channel in data.channels):
             on_levels = any(c.variable == variable and c.level is not None for c in data.channels)
             middle = (len(levels),) if on_levels else ()
@@ -119,6 +128,15 @@ class ForecastStore(pl.Callback):
         self._arrays = []
         if trainer.is_global_zero:
             shutil.rmtree(self._unfinished, ignore_errors=True)
+
+
+def _whole(hours: np.ndarray) -> tuple[np.ndarray, str]:
+    """Hours as whole numbers of the largest of hours, minutes and seconds that allows it, and its name."""
+    seconds = (hours * 3600).round().astype(np.int64)
+    for name, length in (("hours", 3600), ("minutes", 60)):
+        if not (seconds % length).any():
+            return seconds // length, name
+    return seconds, "seconds"
 
 
 def _levels(data: Any) -> list[float]:

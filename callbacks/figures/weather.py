@@ -194,4 +194,6 @@ def _unit(datamodule: Any, at: int) -> str:
 def _after(datamodule: Any, lead: int) -> str:
     """For instance ``24 h``."""
     value = datamodule.leads_h[lead]
-    return f"{value:g} h" if datamodule.step_h is not None else f"{value:g} records"
+    if datamodule.step_h is not None:
+        return f"{value:g} h"
+    return f"{value:g} record" + ("" if value == 1 else "s")

@@ -291,6 +291,30 @@ def test_forecasts_on_levels(tmp_path):
     )
 
 
+def test_forecasts_know_the_time_that_they_are_for(tmp_path):
+    """Between records that are unevenly apart, and between the hours."""
+    begin, hour, minute = np.datetime64("2020-01-01", "ns"), np.timedelta64(1, "h"), np.timedelta64(1, "m")
+    uneven = begin + np.array([0, 7, 14, 21, 29, 36, 43, 50, 58, 65, 72, 79]) * hour
+    half = begin + np.arange(12) * 30 * minute
+    for name, times, step_h, leads in (("uneven", uneven, None, [1, 2]), ("half", half, 0.5, [0.5, 1])):
+        store = write_zarr(tmp_path / f"{name}.zarr", dataset(times=times))
+        data = WeatherZarr(
+            str(store), surface=["msl"], statics=["lsm"], height=8, width=16, num_inputs=2, num_outputs=1,
+            step_h=step_h, leads_h=leads,
+        )  # fmt: skip
+        made = module(lambda grid=None: Persist(2, 1, 8, 16))
+        trainer(tmp_path, ForecastStore(tmp_path, f"{name}_forecasts.zarr")).predict(
+            made, data, return_predictions=False
+        )
+        found = xarray.open_zarr(tmp_path / f"{name}_forecasts.zarr", chunks=None)
+        assert (found.time.values == times[:10]).all()
+        if step_h is None:
+            assert (found.valid_time.values == np.stack([times[1:11], times[2:]], 1)).all()
+            assert found.prediction_timedelta.values.tolist() == [1, 2]
+        else:
+            assert (found.prediction_timedelta.values == np.array([30, 60]) * minute).all()
+
+
 def test_figures_are_drawn(tmp_path, cache):
     made, data = module(), planet(cache)
     kept = []
