@@ -31,6 +31,7 @@ from benchmarks.record import Result, Row
 from networks.jigsaw_layers import Width
 from networks.weather_mixer import MixerBlock
 from parallel.sharding import JigsawGrid, make_grid
+from parallel.sharding.memory import SavedBytes
 
 CLAIM: str = (
     "On two processes the best grid of Jigsaw takes at most 0.7 of the time of tensor parallelism for a mixer block, "
@@ -96,27 +97,10 @@ def stepping(block: nn.Module, x: Tensor) -> Callable[[], None]:
 
 def saved_bytes(block: nn.Module, x: Tensor) -> int:
     """Bytes that autograd keeps for the backward pass of a block, its parameters not counted."""
-    own = {_storage(p) for p in block.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = _storage(tensor)
-        if storage not in own:
-            kept[storage] = _local(tensor).untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedBytes(block.parameters()) as saved:
         out = block(x)  # alive while it is counted, so that no storage is counted twice or used again
     assert out.requires_grad
-    return sum(kept.values())
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return getattr(tensor.detach(), "_local_tensor", tensor)
-
-
-def _storage(tensor: Tensor) -> int:
-    return _local(tensor).untyped_storage()._cdata
+    return saved.total
 
 
 def variants(world: int, sizes: tuple[int, int, int, int]) -> dict[str, tuple[nn.Module, Tensor]]:

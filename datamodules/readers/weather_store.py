@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,9 @@ class WeatherStore:
     Args:
         path: A zarr folder or address, or a NetCDF file.
 
+    Attributes:
+        read_s: Seconds that this process has spent reading blocks so far, decompression included.
+
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it has no grid of latitudes and longitudes, or latitudes that are not monotone.
@@ -138,9 +142,10 @@ class WeatherStore:
         if "://" not in self.path and not Path(self.path).exists():
             raise FileNotFoundError(f"{self.path}: there is no such store")
         self._pid: int | None = None
+        self.read_s = 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_pid": None}
+        return {"path": self.path, "_pid": None, "read_s": 0.0}
 
     # ------------------------------------------------------------------------------------------------------ opening
 
@@ -300,6 +305,13 @@ class WeatherStore:
         return self._read(channels, longitudes, None)[0]
 
     def _read(self, channels: Sequence[Channel], longitudes: slice, records: list[int] | None) -> np.ndarray:
+        begin = perf_counter()
+        try:
+            return self._blocks(channels, longitudes, records)
+        finally:
+            self.read_s += perf_counter() - begin
+
+    def _blocks(self, channels: Sequence[Channel], longitudes: slice, records: list[int] | None) -> np.ndarray:
         width = len(range(*longitudes.indices(len(self.longitudes))))
         shape = (1 if records is None else len(records), len(channels), len(self.latitudes), width)
         out = np.empty(shape, dtype=np.float32)

@@ -44,6 +44,7 @@ class WeatherZarr(LightningDataModule):
     valid_h   (B, 1 + R)        float64: times of the origin and of the targets, hours since 1970
     step      (B, S)            float32: lengths of the steps as the network is told; 0 where it is not told
     io_bytes  ()                int64: bytes that were fetched from the store for the batch
+    io_s      ()                float64: seconds that this took, decompression included
     ========= ================= ========================================================================================
 
     The store may have its dimensions in any order, latitudes in any direction, levels in any order. With a grid of
@@ -73,7 +74,8 @@ class WeatherZarr(LightningDataModule):
         train_every: Origins in training: every so many.
         leads_h: Leads of evaluation in hours, records where ``step_h=null``.
         eval_every: Origins in evaluation: every so many.
-        normalization: By ``store`` statistics of the training part, or by the reference values of ``era5``.
+        normalization: By ``store`` statistics of the training part (over grid points, each alike, not weighted by
+            area), or by the reference values of ``era5``.
         statistics_records: Most records that statistics are computed from, evenly spread; None: all.
         climatology: ``mean`` of the training part, or ``seasonal``: with waves of a year, half a year and a day.
         in_memory: Keep the part of this rank in memory.
@@ -89,7 +91,7 @@ class WeatherZarr(LightningDataModule):
         ValueError: Names the setting, its value and the remedy.
     """
 
-    batch_keys: ClassVar[tuple[str, ...]] = ("input", "target", "index", "valid_h", "step", "io_bytes")
+    batch_keys: ClassVar[tuple[str, ...]] = ("input", "target", "index", "valid_h", "step", "io_bytes", "io_s")
 
     def __init__(
         self,

@@ -87,12 +87,13 @@ class WeatherSamples(Dataset[Batch]):
     def __getitem__(self, index: int) -> Batch:
         """Return one sample, the batch of one without its batch dimension."""
         batch = self.__getitems__([index])
-        return {key: value if key == "io_bytes" else value[0] for key, value in batch.items()}
+        return {key: value[0] if value.ndim else value for key, value in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> Batch:
         """Gather a whole batch."""
         columns = self.columns[np.asarray(indices, dtype=np.int64)]
-        before = self.block.store.bytes_read
+        store = self.block.store
+        bytes_before, seconds_before = store.bytes_read, store.read_s
         wanted, places = np.unique(columns, return_inverse=True)
         fields = self.block.fields(wanted)[torch.from_numpy(places.reshape(columns.shape))]
         return {
@@ -101,7 +102,8 @@ class WeatherSamples(Dataset[Batch]):
             "index": torch.as_tensor(indices, dtype=torch.int64),
             "valid_h": torch.from_numpy(self.hours[columns]),
             "step": torch.from_numpy(self._steps(columns[:, 0])),
-            "io_bytes": torch.tensor(self.block.store.bytes_read - before),
+            "io_bytes": torch.tensor(store.bytes_read - bytes_before),
+            "io_s": torch.tensor(store.read_s - seconds_before, dtype=torch.float64),
         }
 
     def _input(self, fields: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""Means, deviations and climatology of a store: computed once, record by record, and kept beside it."""
+"""Means, deviations and climatology of a store: computed once, record by record, and kept beside it.
+
+Mean and deviation are over records and grid points, each point alike: they are not weighted by area, so the poles of a
+regular grid weigh more than their part of the sphere. They scale what the network sees and nothing else: losses and
+scores have their own weights of latitudes.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +50,8 @@ class Statistics:
     """Of the channels of a store.
 
     Attributes:
-        mean: (channel,), over records and grid points.
-        std: (channel,).
+        mean: (channel,), over records and grid points, not weighted by area.
+        std: (channel,), the same.
         path: Store with the climatology, (K, channel, latitude, longitude).
     """
 

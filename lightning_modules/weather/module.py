@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +20,9 @@ from lightning_modules.weather.blocks import Blocks
 from lightning_modules.weather.loss import channel_weights, relative_distance, squared_error
 from lightning_modules.weather.rollout import Rollouts
 from lightning_modules.weather.scoring import OfBatch, Scoring, logged, skill
+from lightning_modules.weather.work import Work
 from parallel.sharding import clip_grad_norm_, grid_of
+from parallel.sharding.memory import held_bytes
 from parallel.sharding.stored import load_network
 
 Batch = dict[str, Tensor]
@@ -53,7 +54,8 @@ class WeatherMixerModule(Supervised):
     Logged: ``<stage>/loss`` (of the first lead), ``<stage>/rmse/<channel>@<lead>``, ``acc/...``,
     ``persistence_ratio/...`` and ``climatology_ratio/...`` (RMSE over theirs), ``<stage>/small_scales/...`` (zonal
     power of forecast over truth in waves of 3 to 8 grid lengths), in the test also ``damped_ratio/...`` and
-    ``linear_ratio/...``; in training ``flops/rank`` (of a step, in TFLOP), ``tflops/s`` and ``io_bytes/rank``.
+    ``linear_ratio/...``; after every epoch of training what a rank needs for it, see
+    `lightning_modules.weather.work.Work`.
 
     Args:
         net: Partial of a network like `networks.weather_mixer.WeatherMixer`; it is built where the ranks are known.
@@ -85,7 +87,7 @@ class WeatherMixerModule(Supervised):
         ValueError: Names the setting, its value and the remedy.
     """
 
-    batch_keys: ClassVar[tuple[str, ...]] = ("input", "target", "index", "valid_h", "step", "io_bytes")
+    batch_keys: ClassVar[tuple[str, ...]] = ("input", "target", "index", "valid_h", "step", "io_bytes", "io_s")
 
     def __init__(
         self,
@@ -144,7 +146,7 @@ class WeatherMixerModule(Supervised):
         self._scoring: dict[str, Scoring] = {}
         self._fitted: FittedBaselines | None = None
         self._constants: dict[str, Tensor] = {}
-        self._validation_s = 0.0  # in the running epoch of training
+        self._work = Work()
 
     # ------------------------------------------------------------------------------------------------------- network
 
@@ -298,54 +300,53 @@ class WeatherMixerModule(Supervised):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         steps = self._steps_now()
-        if self.rollout == "latent":
-            loss = self._loss(self._roll(batch, [steps], "latent")[0], batch["target"][:, steps - 1])
-        else:
-            outputs = self._roll(batch, list(range(1, steps + 1)), "autoregressive")
-            loss = sum(self._loss(output, batch["target"][:, i]) for i, output in enumerate(outputs)) / steps
-        size = len(batch["target"])
-        self._add_to_epoch("loss", loss.detach() * size, size if self.blocks.first_of_instance else 0)
-        self._worked[0] += (
-            3
-            * self.net.flops(size, steps if self.rollout == "latent" else 1)
-            * (1 if self.rollout == "latent" else steps)
-        )
-        self._worked[1] = self._worked[1] + batch["io_bytes"]  # on the device: no step waits for it
-        self._worked[2] += 1
+        with self._work.saving(steps, self.net):
+            loss = self._loss_of(batch, steps)
+        size, first = len(batch["target"]), self.blocks.first_of_instance
+        self._add_to_epoch("loss", loss.detach() * size, size if first else 0)
+        forward = self.net.flops(size, steps) if self.rollout == "latent" else steps * self.net.flops(size, 1)
+        self._work.add(3 * forward / self.net.grid.size, size if first else 0, batch["io_bytes"], batch["io_s"])
         return loss
+
+    def _loss_of(self, batch: Batch, steps: int) -> Tensor:
+        """This rank's share of the loss of a rollout of some steps."""
+        if self.rollout == "latent":
+            return self._loss(self._roll(batch, [steps], "latent")[0], batch["target"][:, steps - 1])
+        outputs = self._roll(batch, list(range(1, steps + 1)), "autoregressive")
+        return sum(self._loss(output, batch["target"][:, i]) for i, output in enumerate(outputs)) / steps
+
+    @override
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        self._work.begin_step(self.net.grid.traffic.total())
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self._work.end_step(self.net.grid.traffic.total())
+        if not self._work.held and self.trainer.global_step > self._work.first_step:  # validation drops gradients
+            self._work.held = held_bytes(self.parameters(), self.trainer.optimizers)
 
     @override
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._begin_of_work()
+        self._work.begin_epoch()
 
     @override
     def on_train_start(self) -> None:
         super().on_train_start()
-        self._begin_of_work()
-
-    def _begin_of_work(self) -> None:
-        self._worked: list[Any] = [0.0, 0.0, 0]  # FLOPs of all ranks, bytes read by this one, steps
-        self._since = time.perf_counter()
+        self._work = Work(self.trainer.global_step)  # epochs that go on in their middle have no other hook
 
     @override
     def on_train_epoch_end(self) -> None:
+        if self._work.steps:  # before the means, which take time
+            found = self._work.of_epoch(self.trainer.strategy.root_device)
+            self._log_exact({name: torch.tensor(value) for name, value in found.items()})
         super().on_train_epoch_end()
-        flops, io_bytes, steps = self._worked
-        if steps:
-            seconds = time.perf_counter() - self._since - self._validation_s
-            share = flops / self.net.grid.size
-            values = {"flops/rank": share / steps / 1e12, "tflops/s": share / 1e12 / max(seconds, 1e-9)}
-            values["io_bytes/rank"] = float(io_bytes) / steps
-            self._log_exact({name: torch.tensor(value) for name, value in values.items()})
-        self._validation_s = 0.0
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def _start_stage(self, stage: Stage) -> None:
         self._scoring[stage] = Scoring(self.forecasts, len(self.data.lead_steps), self.blocks, self.device)
         self.losses[f"{stage}_"].reset()
-        self._began = time.perf_counter()
 
     @override
     def on_validation_epoch_start(self) -> None:
@@ -428,7 +429,14 @@ class WeatherMixerModule(Supervised):
     @override
     def on_validation_epoch_end(self) -> None:
         self._log_scores("val")
-        self._validation_s += time.perf_counter() - self._began
+
+    @override
+    def on_validation_start(self) -> None:
+        self._work.pause()
+
+    @override
+    def on_validation_end(self) -> None:
+        self._work.resume()
 
     @override
     def on_test_epoch_end(self) -> None:

@@ -21,7 +21,7 @@ from datamodules.weather import ShallowWater
 from lightning_modules.weather import WeatherMixerModule
 from networks.weather_mixer import WeatherMixer
 from parallel.sharding import JigsawGrid, make_grid
-from parallel.sharding.blocks import block_of
+from parallel.sharding.memory import held_bytes
 from strategies.jigsaw import JigsawStrategy, export_checkpoint
 from tests.cli import run
 from tests.composing import composed, plain
@@ -107,8 +107,7 @@ def _bytes_of_training(block, x):
     optimizer = torch.optim.Adam(block.parameters())
     block(x).sum().backward()
     optimizer.step()
-    tensors = [t for p in block.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
-    return sum(block_of(t).numel() * t.element_size() for t in tensors)
+    return held_bytes(block.parameters(), [optimizer])
 
 
 def _memory(world, sizes):

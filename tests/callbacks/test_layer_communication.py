@@ -8,6 +8,7 @@ import pytest
 
 from callbacks.layer_communication import LayerCommunication
 from callbacks.run_record import RunRecord
+from tests.composing import composed, plain
 from tests.strategies import mixers
 
 
@@ -47,6 +48,15 @@ def test_whole_models_have_nothing_to_count(ranks2, tmp_path):
     for rows, record in ranks2(counted, {}, str(tmp_path), 2):  # two instances of a whole model
         assert rows == [] and record == {}
     assert not (tmp_path / "layer_communication.csv").exists()
+
+
+def test_weather_has_an_option_with_all():
+    callbacks = {
+        name: plain(composed("experiment=weather", f"callbacks={name}"))["callbacks"]
+        for name in ("weather", "layer_communication", "weather_profile")
+    }
+    assert callbacks["weather_profile"] == callbacks["weather"] | callbacks["layer_communication"]
+    assert {"figures", "skill", "forecasts", "layer_communication"} <= callbacks["weather_profile"].keys()
 
 
 def test_steps_are_counted_from_one(tmp_path):

@@ -81,7 +81,9 @@ def test_a_batch_is_what_the_store_holds(store):
     data.setup()
     assert data.names == ["msl", "z850", "z500"] and np.allclose(data.latitudes, LATITUDES)
     mean, std = data.scale
-    batch = data.samples("train", train=True).__getitems__([0, 3])
+    samples = data.samples("train", train=True)
+    before = data.store.read_s
+    batch = samples.__getitems__([0, 3])
     assert batch["input"].shape == (2, 8, 16, 4) and batch["target"].shape == (2, 2, 8, 16, 3)
     raw = batch["target"].double() * std + mean
     for place, (variable, level) in enumerate((("msl", None), ("z", 850.0), ("z", 500.0))):
@@ -90,6 +92,8 @@ def test_a_batch_is_what_the_store_holds(store):
     mask = torch.from_numpy((values("lsm")[0] > 0).astype(np.float32))
     assert torch.equal(batch["input"][0, ..., 3], mask)  # as it is
     assert batch["valid_h"].diff(dim=1).unique().tolist() == [6.0] and int(batch["io_bytes"]) > 0
+    assert float(batch["io_s"]) == pytest.approx(data.store.read_s - before) and batch["io_s"] > 0
+    assert samples[0].keys() == batch.keys() == set(data.batch_keys)
     evaluated = data.samples("test").__getitems__([1])
     assert torch.allclose(evaluated["target"][0, 1], batch["input"].new_tensor(0) + _scaled(data, 3), atol=1e-5)
     whole = np.stack([values("msl"), values("z", 850.0), values("z", 500.0)])
@@ -207,7 +211,7 @@ def test_rechunk_from_the_command_line(tmp_path, store, capsys):
     data.setup()
     same.setup()
     for key, value in data.samples("val").__getitems__([0, 1]).items():
-        if key != "io_bytes":
+        if key not in ("io_bytes", "io_s"):
             assert torch.allclose(value, same.samples("val").__getitems__([0, 1])[key], atol=1e-6), key
     with pytest.raises(SystemExit):
         main([str(tmp_path / "none.zarr"), str(tmp_path / "c.zarr"), "--surface", "msl"])
@@ -322,4 +326,4 @@ def test_loader_processes_read_the_same(store, in_memory):
     expected = alone.samples("test").__getitems__(list(range(len(alone.samples("test")))))
     for key in ("input", "target", "index", "valid_h"):
         assert torch.equal(torch.cat([batch[key] for batch in batches]), expected[key]), key
-    assert all(bool(batch["io_bytes"] > 0) != in_memory for batch in batches)
+    assert all(bool(batch[key] > 0) != in_memory for batch in batches for key in ("io_bytes", "io_s"))

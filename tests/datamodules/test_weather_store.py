@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import numpy as np
 import pytest
@@ -33,8 +34,23 @@ def test_zarr(tmp_path, version, consolidated):
     holds_what_was_written(store)
     assert store.bytes_read > 0
     again = pickle.loads(pickle.dumps(store))  # to a worker
-    assert again.bytes_read == 0
+    assert again.bytes_read == 0 and again.read_s == 0
     holds_what_was_written(again)
+
+
+def test_seconds_of_reading(tmp_path, monkeypatch):
+    """Those of the blocks, however they are asked for, and nothing else."""
+    store = WeatherStore(write_zarr(tmp_path / "a.zarr", dataset()))
+    assert len(store.times) == 12 and store.read_s == 0
+    inner = store._sources
+    monkeypatch.setattr(store, "_sources", lambda channels: (time.sleep(0.05), inner(channels))[1])
+    begin = time.perf_counter()
+    holds_what_was_written(store)  # three reads
+    assert 0.15 <= store.read_s <= time.perf_counter() - begin
+    before = store.read_s
+    with pytest.raises(ValueError, match="shape"):
+        store.read(99, [MSL])
+    assert store.read_s >= before + 0.05
 
 
 @pytest.mark.parametrize(

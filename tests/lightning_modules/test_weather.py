@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import time
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from lightning_modules.weather import WeatherMixerModule
 from lightning_modules.weather.loss import channel_weights, squared_error
 from networks.weather_mixer import WeatherMixer
 from parallel.sharding import JigsawGrid
+from parallel.sharding.memory import SavedBytes
 from tests.datamodules.weather_files import dataset, write_zarr
 
 SIZES = {"height": 16, "width": 32, "num_inputs": 6, "num_outputs": 4}
@@ -72,6 +74,30 @@ class Persist(nn.Module):
 
     def parameter_kind(self, name):
         return "blend"
+
+
+class Clock(pl.Callback):
+    """Counts for itself what an epoch of training needs."""
+
+    def __init__(self):
+        self.seconds, self.samples, self.io_bytes, self.steps = 0.0, 0, 0, 0
+
+    def on_train_epoch_start(self, trainer, *args):
+        self.seconds, self.samples, self.io_bytes, self.steps = -time.perf_counter(), 0, 0, 0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, *args):
+        self.steps += 1
+        self.samples += len(batch["input"])
+        self.io_bytes += int(batch["io_bytes"])
+
+    def on_validation_start(self, trainer, *args):
+        self.seconds += time.perf_counter()
+
+    def on_validation_end(self, trainer, *args):
+        self.seconds -= time.perf_counter()
+
+    def on_train_epoch_end(self, trainer, *args):
+        self.seconds += time.perf_counter()
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -203,6 +229,87 @@ def test_it_learns(tmp_path, cache):
     assert np.mean(ratios) < 0.95
     assert float(found["flops/rank"]) == pytest.approx(3 * made.net.flops(8) / 1e12)
     assert float(found["tflops/s"]) > 0 and float(found["io_bytes/rank"]) == 0  # it is in memory
+
+
+def test_samples_and_reading_of_an_epoch(tmp_path, cache, monkeypatch):
+    """Validation, the check of it before the training too, takes time that is not the training's."""
+
+    class Slow(Persist):
+        def forward(self, x, steps=1):
+            time.sleep(0.03 if self.training else 0.2)
+            return super().forward(x, steps)
+
+    made, data, clock = module(lambda grid=None: Slow()), planet(cache, in_memory=False), Clock()
+    data.setup()
+    assert data.block.memory is None  # its statics have been read
+    blocks, spent = data.store._blocks, []
+
+    def slow(*args):
+        begin = time.perf_counter()
+        time.sleep(0.04)
+        found = blocks(*args)
+        spent.append(time.perf_counter() - begin)
+        return found
+
+    monkeypatch.setattr(data.store, "_blocks", slow)
+    reads_of_training = slice(1, 4)  # after that of the check
+    run = trainer(tmp_path, clock, num_sanity_val_steps=1)
+    run.fit(made, data)
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert (clock.steps, clock.samples) == (3, 3 * 8)
+    assert found["samples/s"] == pytest.approx(clock.samples / clock.seconds, rel=0.1)
+    assert found["samples/s"] < 8 / 0.07
+    assert found["io_bytes/rank"] == pytest.approx(clock.io_bytes / 3) and clock.io_bytes > 0
+    assert found["io_gb/s"] == pytest.approx(1e-9 * clock.io_bytes / sum(spent[reads_of_training]), rel=0.05)
+    assert found["comm_bytes/rank"] == 0
+
+
+def test_memory_of_a_training_step(tmp_path, cache, monkeypatch):
+    """By hand, of a network with one parameter; counted again where a rollout is longer than all before."""
+    counted = []
+
+    class Counting(SavedBytes):
+        def __enter__(self):
+            counted.append(self)
+            return super().__enter__()
+
+    monkeypatch.setattr("lightning_modules.weather.work.SavedBytes", Counting)
+    points, data = 8 * 16 * 32, planet(cache, train_steps=2)  # of a batch
+    saved = {}
+    for mode, steps in (("fixed", 1), ("fixed", 2), ("cycle", 2)):
+        counted.clear()
+        made = module(lambda grid=None: Persist(), rollout_mode=mode, rollout_max=steps)
+        run = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+        run.fit(made, data)
+        saved[mode, steps] = float(run.callback_metrics["mem/activations"])
+        assert len(counted) == (2 if mode == "cycle" else 1)
+        assert float(run.callback_metrics["mem/params"]) == 4 * 4 + 4  # gradient, two moments, number of steps
+    # The input, of which a part is multiplied; differences; weights of latitudes times those of channels.
+    assert saved["fixed", 1] == 4 * points * (6 + 4) + 4 * 16 * 4
+    # The input of the second step and twice what the loss saves; the factor to the power of one, a number.
+    assert 4 * points * (6 + 4 + 6 + 4) <= saved["fixed", 2] <= 4 * points * (6 + 4 + 6 + 4) + 8 * 16 * 4 + 100
+    assert saved["cycle", 2] == saved["fixed", 2]
+
+
+def test_memory_of_a_network_is_that_of_another_count(tmp_path, cache):
+    made, data = module(), planet(cache)
+    run = trainer(tmp_path, limit_val_batches=0)
+    run.fit(made, data)
+    found = {name: float(value) for name, value in run.callback_metrics.items()}
+    sizes = [p.numel() for p in made.parameters()]
+    assert found["mem/params"] == 4 * 4 * sum(sizes) + 4 * len(sizes)
+    batch, pointers = next(iter(data.train_dataloader())), {}
+    own = {p.data_ptr() for p in made.parameters()}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            pointers[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    made.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = made._loss(made(batch["input"]), batch["target"][:, 0])
+    assert loss.requires_grad and found["mem/activations"] == pytest.approx(sum(pointers.values()), rel=0.01)
 
 
 def test_a_bare_module_loads_the_weights(tmp_path, cache):

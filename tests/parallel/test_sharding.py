@@ -17,6 +17,7 @@ from parallel.sharding.counter import keep_mask, key_of, uniform_
 from parallel.sharding.grid import check_sizes
 from parallel.sharding.layout import Layout, pieces
 from parallel.sharding.linear import rows_of
+from parallel.sharding.traffic import Flow, Traffic
 from tests.parallel import jigsaw_runs as runs
 
 GRIDS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]
@@ -217,6 +218,18 @@ def test_what_is_received_is_what_the_formulas_say(ranks2, ranks4, token, channe
             for key, expected in predicted.items():
                 assert counted.get(key, 0.0) == pytest.approx(expected, rel=1e-9), key
             assert seen == pytest.approx(sum(counted.values()), rel=1e-9)  # by torch's dispatcher
+
+
+def test_the_sum_of_everything_is_that_of_the_flows():
+    traffic = Traffic()
+    for number, (layer, direction) in enumerate(itertools.product("abc", ("forward", "backward"))):
+        traffic.add(Flow(layer, direction, "weight"), 10.0**number)
+    with traffic.paused():
+        traffic.add(Flow("a", "forward", "weight"), 5.0)
+    assert traffic.total() == sum(traffic.received.values()) == 111111.0
+    assert traffic.total("a") == 11.0 and traffic.total(direction="backward") == 101010.0
+    traffic.clear()
+    assert traffic.total() == 0
 
 
 def test_the_cheaper_variant_is_chosen():
