@@ -257,10 +257,10 @@ def test_samples_and_reading_of_an_epoch(tmp_path, cache, monkeypatch):
     run.fit(made, data)
     found = {name: float(value) for name, value in run.callback_metrics.items()}
     assert (clock.steps, clock.samples) == (3, 3 * 8)
-    assert found["samples/s"] == pytest.approx(clock.samples / clock.seconds, rel=0.1)
+    assert found["samples/s"] == pytest.approx(clock.samples / clock.seconds, rel=0.2)
     assert found["samples/s"] < 8 / 0.07
     assert found["io_bytes/rank"] == pytest.approx(clock.io_bytes / 3) and clock.io_bytes > 0
-    assert found["io_gb/s"] == pytest.approx(1e-9 * clock.io_bytes / sum(spent[reads_of_training]), rel=0.05)
+    assert found["io_gb/s"] == pytest.approx(1e-9 * clock.io_bytes / sum(spent[reads_of_training]), rel=0.1)
     assert found["comm_bytes/rank"] == 0
 
 

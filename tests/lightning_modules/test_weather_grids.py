@@ -86,7 +86,7 @@ def test_a_grid_of_ranks_does_what_one_does(tmp_path, request, serial, token, ch
             assert found[name] == pytest.approx(expected[name], rel=2e-4, abs=2e-5), name
         if channel == 1:  # groups of channels are padded to one width
             assert found["flops/rank"] == pytest.approx(expected["flops/rank"] / token)
-        assert found["samples/s"] == pytest.approx(found["_samples/s"], rel=0.1)
+        assert found["samples/s"] == pytest.approx(found["_samples/s"], rel=0.3)  # busy machines
         for name in own - {"_formula", "_held", "_samples/s", "_io"}:
             assert found[name] == results[0][name], name
         mean = {name: sum(found[name] for found in results) / len(results) for name in ("_formula", "_io")}
