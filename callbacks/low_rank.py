@@ -137,6 +137,12 @@ class LowRankCallback(pl.Callback):
                 "decomposition needs; choose strategy=auto or another data-parallel one."
             )
         refuse_replaced_weights(trainer, self.key)
+        module = trainer.lightning_module
+        if getattr(module, "needs_plain_weights", False):
+            raise ValueError(
+                f"callbacks.{self.key}: {type(module).__name__} joins weights of several networks, which low-rank "
+                "factors would replace: leave the callback out, or train the networks with it first and join them later"
+            )
         for optimizer in trainer.optimizers:
             if type(optimizer).__name__ == "ZeroRedundancyOptimizer":
                 raise ValueError(

@@ -157,7 +157,8 @@ def make_loader(
         **kwargs: Further arguments of ``DataLoader`` (``num_workers``, ``collate_fn``, ``pin_memory``, ...).
 
     Raises:
-        ValueError: If ``batch_size`` does not divide by the number of processes, or if ``drop_last`` leaves nothing.
+        ValueError: If ``batch_size`` does not divide by the number of processes, if ``drop_last`` leaves nothing, or if
+            there are fewer samples to evaluate than processes.
     """
     layout = {key: layout[key] for key in ("num_replicas", "rank")} if layout else {"num_replicas": 1, "rank": 0}
     replicas = layout["num_replicas"]
@@ -170,6 +171,11 @@ def make_loader(
         raise ValueError(
             f"data.batch_size={batch_size} is larger than the training part ({len(data)} samples) and "
             f"data.drop_last=true drops incomplete batches: use at most {len(data)}, or data.drop_last=false"
+        )
+    if not shuffle and 0 < len(data) < replicas:  # said by all: some of them would have none, and the others wait
+        raise ValueError(
+            f"{len(data)} samples to evaluate cannot be shared by {replicas} data-parallel processes: lower "
+            "trainer.devices, or give the validation, test or prediction part more data"
         )
     sampler = RankSampler(
         data, shuffle=shuffle, seed=seed, multiple_of=batch_size if shuffle and drop_last else None, **layout

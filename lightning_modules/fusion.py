@@ -84,6 +84,7 @@ class Fusion(LabelledImages):
 
     batch_keys: ClassVar[tuple[str, ...]] = ("image", "label", "index")
     score_names: ClassVar[tuple[str, ...]] = ()
+    needs_plain_weights: ClassVar[bool] = True  # asked by callbacks that factorise
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
@@ -197,7 +196,7 @@ class ClusterStrategy(DDPStrategy):
     def refuse_manual_optimization(self) -> None:
         """For strategies that act after each step of the Trainer's own optimisation."""
         if not self.lightning_module.automatic_optimization:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"strategy={type(self).__name__} acts after the optimizer steps of the Trainer, and "
                 f"{type(self.lightning_module).__name__} steps by itself (automatic_optimization=False): "
                 "use strategy=ddp"

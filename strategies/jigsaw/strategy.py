@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -156,14 +155,14 @@ class JigsawStrategy(ModelParallelStrategy):
         module = self.lightning_module
         net = getattr(module, "net", None)
         if getattr(net, "grid", None) is not self._grid:
-            raise MisconfigurationException(
+            raise ValueError(
                 f"strategy=jigsaw cuts networks of Jigsaw layers into blocks, and {type(module).__name__} has "
                 f"{type(net).__name__ if net is not None else 'no net'}, which knows of no grid: choose an experiment "
                 "with networks.weather_mixer.WeatherMixer (experiment=weather), or strategy=ddp"
             )
         scaler = getattr(self.precision_plugin, "scaler", None)
         if scaler is not None and scaler.is_enabled():
-            raise MisconfigurationException(
+            raise ValueError(
                 "trainer.precision=16-mixed scales the loss, and ranks with parts of a model would disagree on which "
                 "steps to leave out; use bf16-mixed"
             )

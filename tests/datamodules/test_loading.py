@@ -197,6 +197,14 @@ def test_sizes_that_do_not_fit(size, batch_size, replicas, drop_last, message):
         make_loader(Numbers(size), batch_size, shuffle=True, layout=layout, drop_last=drop_last)
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_fewer_samples_to_evaluate_than_processes_are_refused_by_all(rank):
+    layout = {"num_replicas": 2, "rank": rank}
+    with pytest.raises(ValueError, match=r"1 samples to evaluate cannot be shared by 2 .* lower trainer\.devices"):
+        make_loader(Numbers(1), 2, layout=layout)
+    assert len(make_loader(Numbers(0), 2, layout=layout)) == 0  # nothing to evaluate is no mistake
+
+
 def test_rank_out_of_range():
     with pytest.raises(ValueError, match=r"rank=2 is not in 0\.\.1"):
         RankSampler(Numbers(3), shuffle=False, num_replicas=2, rank=2)

@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn import functional as F
 
@@ -194,7 +193,7 @@ def refusal(folder, kind):
     build, begin = REFUSED[kind][0], time.perf_counter()
     try:
         nets.fit(DASO(local_size=2, warmup_epochs=1, cooldown_epochs=1, timeout_s=20), folder, module=build())
-    except (ValueError, MisconfigurationException) as error:
+    except ValueError as error:
         found = str(error), time.perf_counter() - begin
     torch.distributed.barrier()  # nobody waits in a collective for a rank that has gone
     return found
