@@ -1,7 +1,7 @@
 """How small AB-training makes a VGG16 on a part of CIFAR-10, and what that costs (AB-training, acceptance 8).
 
-Three trainings of 14 minutes on one core. Set AB_COMPRESSION_RUNS to a folder in which finished runs are kept, and found
-again.
+Three trainings of 14 minutes on one core. Set AB_COMPRESSION_RUNS to a folder in which finished runs are kept, and
+found again.
 """
 
 from __future__ import annotations

@@ -410,7 +410,7 @@ def test_somebodys_own_tensor():
             return torch.einsum("bi,oik->bok", inputs, self.kernel)
 
     network = nn.Sequential(Mixer())
-    with pytest.raises(ValueError, match="layers.include names other tensors"):
+    with pytest.raises(ValueError, match="names other tensors with two axes"):
         ALL(network)
     choice = LayerChoice(include=["0.kernel"], min_ratio=0, keep_last=False)
     inputs, before = torch.randn(2, 4), network[0].kernel.detach().clone()
