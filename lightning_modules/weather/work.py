@@ -108,8 +108,9 @@ class Work:
         io = [float(value) for value in self._io]  # the device has come this far
         seconds = max(perf_counter() - self._since - self._elsewhere_s, 1e-9)
         own = [self.steps, seconds, self._flops, self._samples, self._received, *io, self.held, self._saved_bytes]
-        every = torch.tensor([own], dtype=torch.float64, device=device)
+        every = torch.tensor([own], dtype=torch.float64)
         if dist.is_initialized() and dist.get_world_size() > 1:
+            every = every.to(device)  # one device alone may know no double precision
             rows = [torch.empty_like(every) for _ in range(dist.get_world_size())]
             dist.all_gather(rows, every)
             every = torch.cat(rows)
