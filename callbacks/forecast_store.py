@@ -12,6 +12,8 @@ import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from physics.time_units import whole_units
+
 
 class ForecastStore(pl.Callback):
     """Writes what prediction returns: ``variable (time, prediction_timedelta, [level], latitude, longitude)``.
@@ -61,11 +63,11 @@ class ForecastStore(pl.Callback):
         group = zarr.create_group(str(self._unfinished))
         levels, height, width = _levels(data), len(data.latitudes), len(data.longitudes)
         times = data.hours[data.columns("test", train=False)[:rows]]
-        (moments, unit), calendar = _whole(times), {"calendar": "standard"}
+        (moments, unit), calendar = whole_units(times), {"calendar": "standard"}
         if data.step_h is None:
             leads, of_leads = np.asarray(data.lead_steps, dtype=np.int64), {"long_name": "records ahead"}
         else:
-            leads, unit_of_leads = _whole(times[0, 1:] - times[0, 0])
+            leads, unit_of_leads = whole_units(times[0, 1:] - times[0, 0])
             of_leads = {"units": unit_of_leads}
         coordinates = {
             "time": (moments[:, 0], {"units": f"{unit} since 1970-01-01"} | calendar),
@@ -128,15 +130,6 @@ class ForecastStore(pl.Callback):
         self._arrays = []
         if trainer.is_global_zero:
             shutil.rmtree(self._unfinished, ignore_errors=True)
-
-
-def _whole(hours: np.ndarray) -> tuple[np.ndarray, str]:
-    """Hours as whole numbers of the largest of hours, minutes and seconds that allows it, and its name."""
-    seconds = (hours * 3600).round().astype(np.int64)
-    for name, length in (("hours", 3600), ("minutes", 60)):
-        if not (seconds % length).any():
-            return seconds // length, name
-    return seconds, "seconds"
 
 
 def _levels(data: Any) -> list[float]:

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from physics.time_units import whole_units
+
 TIME = ("time", "time_index", "valid_time")
 LEVEL = ("level", "pressure_level", "isobaricInhPa", "plev")
 LATITUDE = ("latitude", "lat")
@@ -388,22 +390,6 @@ def _covered(indices: Iterable[int], chunk: int, size: int) -> int:
     return sum(min(chunk, size - number * chunk) for number in {index // chunk for index in indices})
 
 
-def whole_units(times: np.ndarray) -> tuple[np.ndarray, str]:
-    """Times since 1970 as whole numbers, int64, of the largest of hours, minutes and seconds that allows it.
-
-    Args:
-        times: datetime64; parts of a second are rounded.
-
-    Returns:
-        (numbers, units as the CF conventions write them).
-    """
-    seconds = np.round((times - np.datetime64("1970-01-01", "ns")) / np.timedelta64(1, "s")).astype(np.int64)
-    for name, length in (("hours", 3600), ("minutes", 60)):
-        if not (seconds % length).any():
-            return seconds // length, f"{name} since 1970-01-01"
-    return seconds, "seconds since 1970-01-01"
-
-
 def _as_slice(numbers: list[int]) -> slice | list[int]:
     """A slice where the numbers are consecutive: it is read at once."""
     first = numbers[0]
@@ -509,8 +495,8 @@ class PackedWriter:
             dimension_names=("time", "channel", "latitude", "longitude"), attributes={"channels": list(channels)},
             fill_value=float("nan"),
         )  # fmt: skip
-        numbers, units = whole_units(times)
-        self._coordinate("time", numbers, {"units": units, "calendar": "standard"})
+        numbers, unit = whole_units((times - np.datetime64("1970-01-01", "ns")) / np.timedelta64(1, "h"))
+        self._coordinate("time", numbers, {"units": f"{unit} since 1970-01-01", "calendar": "standard"})
         self._coordinate("latitude", latitudes, {"units": "degrees_north"})
         self._coordinate("longitude", longitudes, {"units": "degrees_east"})
         for name, field in statics.items():
