@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import subprocess
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,6 +19,9 @@ import torch.distributed as dist
 from typing_extensions import override
 
 log = logging.getLogger(__name__)
+
+AGREE_S = 0.2  # time between two rounds in which ranks compare their flags
+_MOST_STEPS = 100  # and steps, at most
 
 
 class Interrupted(Exception):
@@ -30,10 +35,12 @@ class Interrupted(Exception):
 class Interrupt(pl.Callback):
     """Turns signals into an orderly end after the running step.
 
-    The handler only sets a flag. After each training step the ranks agree on the flag (an asynchronous all-reduce of
-    one number over gloo, started after one step and read after the next, so that no rank waits and no device is
-    synchronised), save ``last.ckpt`` and raise `Interrupted`. Lightning's own SIGTERM handler broadcasts inside the
-    handler, which can interleave with the collectives of the running step; this one replaces it.
+    The handler only sets a flag. About five times a second, and at the end of every epoch, the ranks agree on it: an
+    asynchronous all-reduce over gloo, started after one step and read some steps later, so that no rank waits and no
+    device is synchronised. Then they save ``last.ckpt`` and raise `Interrupted`. Lightning's own way is replaced: its
+    SIGTERM handler broadcasts inside the handler, which can interleave with the collectives of the running step, and
+    before every batch all ranks wait for a broadcast of rank 0 and for their devices, strategies that let nodes run
+    ahead of each other included.
 
     Args:
         dirpath: Folder for ``last.ckpt``.
@@ -54,6 +61,9 @@ class Interrupt(pl.Callback):
         self._requeued = False
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Any, torch.Tensor] | None = None
+        self._agreed = 0  # what all ranks know of, the same number on each
+        self._begun_at, self._steps, self._lag = 0.0, 0, 1  # of the running round; steps until it is read
+        self._loop: Any = None  # of Lightning, whose broadcast is left out
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if not self._requested:
@@ -80,26 +90,49 @@ class Interrupt(pl.Callback):
         # Only here: a rank without a share of an evaluation skips its hooks, and making a group takes all ranks.
         if trainer.world_size > 1 and self._group is None and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")
+            self._loop = trainer.fit_loop.epoch_loop
+            self._loop._broadcast_sigterm_tensor = _nothing
 
-    def _agreed(self, trainer: pl.Trainer) -> int:
-        """The signal to obey after this step: the same number on every rank (0: go on)."""
+    def _agree(self, wait: bool) -> int:
+        """The signal to obey after this step: the same number on every rank (0: go on).
+
+        Args:
+            wait: For a round of this step. All ranks call this with the same value.
+        """
         if self._group is None:
             return self._requested
-        agreed = 0
-        if self._pending is not None:
-            work, flag = self._pending
-            work.wait()
-            agreed = int(flag)
-            self._requested = self._requested or agreed
-        flag = torch.tensor(self._requested, dtype=torch.int32)
-        self._pending = (dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group, async_op=True), flag)
-        return agreed
+        self._steps += 1
+        if self._pending is not None and (wait or self._steps >= self._lag):
+            self._read()
+        if wait and not self._agreed:
+            self._begin()
+            self._read()
+        elif self._pending is None and not self._agreed:
+            self._begin()
+        return self._agreed
+
+    def _begin(self) -> None:
+        """Start to compare flags, and what a step takes on the slowest rank: it says when all read the next round."""
+        now = time.monotonic()
+        step_s = (now - self._begun_at) / self._steps if self._begun_at and self._steps else math.inf
+        state = torch.tensor([float(self._requested), step_s], dtype=torch.float64)
+        self._pending = (dist.all_reduce(state, dist.ReduceOp.MAX, group=self._group, async_op=True), state)
+        self._begun_at, self._steps = now, 0
+
+    def _read(self) -> None:
+        work, state = self._pending
+        self._pending = None
+        work.wait()
+        signum, step_s = state.tolist()
+        self._lag = min(max(math.ceil(AGREE_S / max(step_s, 1e-9)), 1), _MOST_STEPS)
+        self._agreed = int(signum)
+        self._requested = self._requested or self._agreed
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        signum = self._agreed(trainer)
+        signum = self._agree(trainer.is_last_batch)
         if signum and trainer.is_last_batch:  # the validation of the epoch comes first
             self._at_epoch_end = signum
         elif signum and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:  # gradients are not in checkpoints
@@ -165,6 +198,9 @@ class Interrupt(pl.Callback):
                 if signal.getsignal(signum) == self._handle:
                     signal.signal(signum, handler)
         self._before = {}
+        if self._loop is not None:
+            self._loop.__dict__.pop("_broadcast_sigterm_tensor", None)
+            self._loop = None
         if self._pending is not None:
             self._pending[0].wait()
             self._pending = None
@@ -184,3 +220,7 @@ class Interrupt(pl.Callback):
         else:  # the other ranks may be gone: no collective
             self._pending = self._group = None
             self._restore()
+
+
+def _nothing() -> None:
+    """In place of Lightning's broadcast before every batch."""

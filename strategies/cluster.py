@@ -73,6 +73,7 @@ class ClusterStrategy(DDPStrategy):
             timeout=timedelta(seconds=timeout_s),
             bucket_cap_mb=bucket_cap_mb,
             find_unused_parameters=find_unused_parameters,
+            gradient_as_bucket_view=True,  # no second copy of all gradients
             **_NO_FORWARD_SYNC,
         )
         if local_size is not None and local_size < 1:
@@ -242,9 +243,11 @@ class ClusterStrategy(DDPStrategy):
         DDP does so before every forward pass, which leaves them different after the last step, when a validation or a
         checkpoint looks at them.
         """
-        buffers = FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
         group = self.gradient_group
-        if len(buffers) and group.size > 1:
+        if group.size < 2:
+            return
+        buffers = FlatTensors([b for b in self.lightning_module.buffers() if b.is_floating_point()])
+        if len(buffers):
             vector = buffers.pack()
             self.interconnect.broadcast(vector, group.ranks[0], group).wait()
             buffers.unpack(vector)

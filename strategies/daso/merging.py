@@ -22,6 +22,6 @@ def merge(rule: MergeRule, x: Tensor, sent: Tensor, mean: Tensor, waited: int, n
         nodes: P.
     """
     if rule == "delta":
-        return x + (mean - sent)
+        return (mean - sent).add_(x)
     local = 2 * waited or 1
-    return (local * x + nodes * mean) / (local + nodes)
+    return (local * x).add_(mean, alpha=nodes).div_(local + nodes)

@@ -237,10 +237,10 @@ class DASO(ReplicaStrategy):
 
     def _send(self, t: int, wait: int) -> None:
         """Begin to exchange x(t)."""
-        vector = self.flat.pack()
         flight = Flight(t, wait, self.turn)
-        part = self._exchange.part(self._encode(vector, self.cycling_wire_dtype), self.turn)
-        if part is not None:
+        flat = self.flat  # all ranks ask for it: where parameters were exchanged they build it anew together
+        if self._exchange.mine(self.turn) is not None:
+            part = self._exchange.part(self._encode(flat.pack(), self.cycling_wire_dtype), self.turn)
             flight.mean = self._exchange.start(part, WIRE_TYPES[self.cycling_wire_dtype])
         self._flight = flight
         self.turn += 1
@@ -250,15 +250,14 @@ class DASO(ReplicaStrategy):
         flight, self._flight = self._flight, None
         assert flight is not None
         flight.land()
-        vector = self.flat.pack()
-        part = None
+        vector, part = self.flat.empty(), None
         if flight.received is not None:
             received, sent = flight.received, flight.sent
             if self._encodes(self.cycling_wire_dtype):
                 anchor = self._exchange.part(self._anchor, flight.turn)
                 received, sent = received + anchor, sent + anchor
             self.drift = (sent - received).norm() / received.norm().clamp_min(1e-30)
-            part = self._exchange.part(vector, flight.turn)
+            part = self._exchange.part(self.flat.pack(vector), flight.turn)
             part = merge(self.merge_rule, part, sent, received, t - flight.step, self.groups.num_nodes)
         self.flat.unpack(self._exchange.distribute(part, flight.turn, vector))
 

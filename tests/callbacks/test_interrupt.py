@@ -6,16 +6,20 @@ import contextlib
 import os
 import signal
 import stat
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from callbacks.interrupt import Interrupt, Interrupted
 from runner import job
+from strategies.daso import DASO
 from tests.cli import results
 from tests.composing import tiny
+from tests.strategies import nets
 
 ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -161,3 +165,62 @@ def test_slurms_warning_in_an_evaluation_queues_the_job_once(scontrol, slurm_job
         with pytest.raises(Interrupted) if world_size == 1 else contextlib.nullcontext():
             callback.on_test_batch_end(trainer, None, None, None, batch)
     assert scontrol.read_text() == "requeue 4711\n"
+
+
+def _told_while_steps_are_quick(folder: str) -> tuple[int, int]:
+    """Steps until this rank knows that rank 1 was told in step 300 of 1 ms, and rounds until then."""
+    callback = Interrupt(folder)
+    callback._group = torch.distributed.new_group(backend="gloo")
+    rounds, reduce = [0], torch.distributed.all_reduce
+
+    def counted(*args, **kwargs):
+        rounds[0] += 1
+        return reduce(*args, **kwargs)
+
+    torch.distributed.all_reduce = counted
+    try:
+        for step in range(2000):
+            if step == 300 and torch.distributed.get_rank() == 1:
+                callback._handle(signal.SIGTERM, None)
+            if callback._agree(wait=False):
+                return step, rounds[0]
+            time.sleep(1e-3)
+        return 2000, rounds[0]
+    finally:
+        torch.distributed.all_reduce = reduce
+        callback._restore()
+
+
+def test_quick_steps_share_a_round(ranks2, tmp_path):
+    (first, rounds), second = ranks2(_told_while_steps_are_quick, str(tmp_path))
+    assert (first, rounds) == second
+    assert 300 < first <= 500  # a round began before, the next one takes 100 steps at most
+    assert rounds <= 12
+
+
+class Sleeper(pl.Callback):
+    """Rank 0 is late in one step; when every step began."""
+
+    def __init__(self) -> None:
+        self.begins: list[float] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.begins.append(time.time())
+        if trainer.global_rank == 0 and len(self.begins) == 4:
+            time.sleep(1.0)
+
+
+def _begins(folder: str, interrupt: bool) -> list[float]:
+    sleeper = Sleeper()
+    callbacks = (sleeper, *([Interrupt(folder)] if interrupt else []))
+    strategy = DASO(0, 0, skip=8, wait=4, schedule="fixed", local_size=1)
+    _, trainer = nets.fit(strategy, folder, callbacks=callbacks, epochs=1)
+    assert "_broadcast_sigterm_tensor" not in vars(trainer.fit_loop.epoch_loop)
+    return sleeper.begins
+
+
+@pytest.mark.parametrize("interrupt", [True, False])
+def test_no_rank_waits_for_another_before_a_batch(ranks2, tmp_path, interrupt):
+    """Lightning's broadcast before every batch makes them wait; with it here the test would see nothing."""
+    late, other = ranks2(_begins, str(tmp_path), interrupt)
+    assert (other[4] - late[3] < 0.5) == interrupt
