@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -57,6 +57,9 @@ class LowRankCallback(pl.Callback):
         figures_dir: Folder of the figures; None draws nothing.
         metric: Name of the logged metric that figures show; None: what the checkpoint callback monitors.
     """
+
+    # Whether events may come later, when a strategy that replaces weights itself has them whole (AB-training).
+    can_wait: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -136,7 +139,13 @@ class LowRankCallback(pl.Callback):
                 f"callbacks.{self.key}: {type(strategy).__name__} does not keep whole weights on every rank, which a "
                 "decomposition needs; choose strategy=auto or another data-parallel one."
             )
-        refuse_replaced_weights(trainer, self.key)
+        if not (self.can_wait and hasattr(strategy, "weights_are_whole")):
+            refuse_replaced_weights(trainer, self.key)
+        elif getattr(strategy, "full_steps", 1) == 0:
+            raise ValueError(
+                f"strategy.full_steps=0 leaves no step with whole weights, in which callbacks.{self.key} could act: 1 "
+                "or more"
+            )
         module = trainer.lightning_module
         if getattr(module, "needs_plain_weights", False):
             raise ValueError(
@@ -180,7 +189,7 @@ class LowRankCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self._recorder is not None:
+        if self._recorder is not None and self._whole(trainer):
             self._order = self._recorder.stop()
             self._recorder = None
             self.weights = self.layers(pl_module, self._order)
@@ -192,6 +201,11 @@ class LowRankCallback(pl.Callback):
         self._handled_step = trainer.global_step
 
     # ---------------------------------------------------------------------------------------------------- distribution
+
+    @staticmethod
+    def _whole(trainer: pl.Trainer) -> bool:
+        """Whether every weight stands in its place now; a strategy may train others instead for some time."""
+        return getattr(trainer.strategy, "weights_are_whole", True)
 
     def _synchronize(self, trainer: pl.Trainer) -> None:
         """Make replicas equal where the strategy lets them differ between its synchronisations."""
@@ -254,7 +268,7 @@ class LowRankCallback(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        names = parameter_names(pl_module, trainer.optimizers)
+        names = parameter_names(pl_module, trainer.optimizers, getattr(trainer.strategy, "stand_ins", None))
         checkpoint["low_rank"] = {"layers": structure(pl_module), "optimizer_names": names}
 
     @override

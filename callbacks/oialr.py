@@ -49,7 +49,8 @@ class OIALR(LowRankCallback):
 
     Checkpoints hold the factors; any run with this callback loads them, whatever its ranks. Works with one device and
     with strategies that keep a replica on each (DDP and those with a method ``synchronize()``, which is called before
-    weights are decomposed).
+    weights are decomposed). Under AB-training events wait for the next step of a phase with whole weights; the factors
+    of an AB phase are then those of Sigma.
 
     Logged after every validation: ``oialr/trainable_fraction``, ``stored_fraction``, ``rank_fraction`` (mean r / n) and
     ``rank/<layer>``. To the loggers at every event: ``oialr/discarded/<layer>`` (share of the squared singular values),
@@ -79,6 +80,8 @@ class OIALR(LowRankCallback):
         figures_dir: Their folder; None: no figures.
         metric: Logged metric that figures show; None: the one that checkpoints monitor.
     """
+
+    can_wait = True
 
     def __init__(
         self,
@@ -129,6 +132,7 @@ class OIALR(LowRankCallback):
         self.warm_rebound_steps, self.stability_gap = warm_rebound_steps, stability_gap
         self._first_event: int | None = None  # step of the first conversion
         self._updates = 0
+        self._checks = 0  # rounds of ``frequency`` steps after which stability was looked at
         self._bases: list[dict[str, Any]] = []  # {"step", "factors": {name: P}}, oldest first
         self._losses: deque[Tensor] = deque(maxlen=_NEAR)
         self._loss_before: Tensor | None = None
@@ -165,11 +169,13 @@ class OIALR(LowRankCallback):
 
     @override
     def on_steps(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, epochs: int) -> None:
+        if not self._whole(trainer):
+            return  # what is due waits
         due = [w for w in self._due(trainer, step, epochs) if not w.converted]
         treated: list[LowRankWeight] = []
         if self._first_event is not None and step > self._first_event:
-            if (step - self._first_event) % self.frequency == 0:
-                self._updates += 1
+            if (step - self._first_event) // self.frequency > self._updates:
+                self._updates = (step - self._first_event) // self.frequency
                 treated = [w for w in self._treated(self._updates) if w.converted]
         elif self._first_event is None and due:
             self._first_event = step
@@ -181,7 +187,10 @@ class OIALR(LowRankCallback):
         if all(w.converted for w in self.weights):
             return []
         if self.delay == "stability":
-            return self._stable(trainer, step) if step and step % self.frequency == 0 else []
+            if step // self.frequency <= self._checks:
+                return []
+            self._checks = step // self.frequency
+            return self._stable(trainer, step)
         now = step if self.delay == "steps" else epochs
         return self.weights if now >= self.threshold and self._first_event is None else []
 
@@ -327,14 +336,14 @@ class OIALR(LowRankCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        own = {"first_event": self._first_event, "updates": self._updates, "bases": self._bases}
+        own = {"first_event": self._first_event, "updates": self._updates, "bases": self._bases, "checks": self._checks}
         return super().state_dict() | own
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._first_event, self._updates = state_dict["first_event"], state_dict["updates"]
-        self._bases = state_dict["bases"]
+        self._bases, self._checks = state_dict["bases"], state_dict["checks"]
 
     @override
     def _unhook(self, pl_module: pl.LightningModule) -> None:

@@ -262,6 +262,17 @@ class LowRankWeight:
         return self.module.sigma if self.drop_in else self.module.parametrizations[self.tensor].original
 
     @property
+    def sigma_place(self) -> tuple[nn.Module, str]:
+        """The module that holds Sigma, and its name there."""
+        return (self.module, "sigma") if self.drop_in else (self.module.parametrizations[self.tensor], "original")
+
+    @property
+    def sigma_path(self) -> str:
+        """Path of Sigma, as in the ``state_dict`` of the factored network."""
+        inner = "sigma" if self.drop_in else f"parametrizations.{self.tensor}.original"
+        return f"{self.path}.{inner}" if self.path else inner
+
+    @property
     def trained(self) -> nn.Parameter:
         """What the optimizer holds in the place of the weight: Sigma, or the dense weight."""
         return self.sigma if self.converted else getattr(self.module, self.tensor)

@@ -9,7 +9,7 @@ three times too long.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -118,9 +118,17 @@ def scale_moments(optimizers: Iterable[Optimizer], parameter: nn.Parameter, fact
                 value.mul_(factor.square())
 
 
-def parameter_names(network: nn.Module, optimizers: Iterable[Optimizer]) -> list[list[list[str]]]:
-    """Names of the parameters of every group of every optimizer, which is what their saved state is numbered by."""
-    names = {id(parameter): name for name, parameter in network.named_parameters()}
+def parameter_names(
+    network: nn.Module, optimizers: Iterable[Optimizer], stand_ins: Mapping[int, str] | None = None
+) -> list[list[list[str]]]:
+    """Names of the parameters of every group of every optimizer, which is what their saved state is numbered by.
+
+    Args:
+        network: Whose parameters they are.
+        optimizers: Of the training.
+        stand_ins: Names of the weights in whose place others are trained for now, by the identity of those.
+    """
+    names = {id(parameter): name for name, parameter in network.named_parameters()} | dict(stand_ins or {})
     return [[[names[id(p)] for p in group["params"]] for group in o.param_groups] for o in optimizers]
 
 

@@ -95,7 +95,7 @@ class ABTrainingStrategy(ClusterStrategy):
         ValueError: On all ranks, before training; names the setting, its value and the remedy.
     """
 
-    # Callbacks that replace weights too (low-rank methods) look for this.
+    # Callbacks that replace weights too look for this; those that can wait (OIALR) for `weights_are_whole`.
     replaces_weights: ClassVar[bool] = True
 
     def __init__(
@@ -208,9 +208,35 @@ class ABTrainingStrategy(ClusterStrategy):
                 f"strategy.sync={self.sync} needs two processes or more: one alone trains B in AB phases, as by "
                 "strategy.sync=only-b; trainer=cluster_2x2 makes two nodes of two processes on this machine"
             )
-        self.slots = OptimizerSlots(self.optimizers, self._layers, self.opt_state)
+        self._find_slots()
         if not self._loaded:
             self._make_schedule()
+
+    def _find_slots(self) -> None:
+        self.slots = OptimizerSlots(self.optimizers, self._layers, self.opt_state)
+
+    @property
+    def weights_are_whole(self) -> bool:
+        """Whether a callback may put other parameters in the place of weights now, the same on all ranks."""
+        return self.ab is None
+
+    def parameters_changed(self) -> None:
+        """Look for the weights anew, in which a callback has exchanged some; it does so where they are whole."""
+        if self.ab is not None:
+            raise RuntimeError("parameters were exchanged within an AB phase: wait for weights_are_whole")
+        self._layers = select(
+            self.lightning_module, self.keep_full, self.min_dim, self.factor_embeddings, required=False
+        )
+        self.ranks = {layer.path: self.ranks[layer.path] for layer in self._layers if layer.path in self.ranks}
+        self._find_slots()
+
+    @property
+    def stand_ins(self) -> dict[int, str]:
+        """Names of the weights in whose place optimizers hold a factor now, by the identity of the factor."""
+        if self.ab is None:
+            return {}
+        with self.ab.as_in_training():
+            return {id(layer.trained): layer.path for layer in self.ab.layers}
 
     def _make_schedule(self) -> None:
         """Count the steps of the training, which builds the loader.
@@ -238,6 +264,8 @@ class ABTrainingStrategy(ClusterStrategy):
         super().on_train_start()
         if self.steps != known:  # the checkpoint of another strategy
             self.phase_begin = self.steps
+        if self.ab is None:  # callbacks may have arranged the optimizers anew when the fit began
+            self._find_slots()
         if self.schedule.has_no_ab_phase():
             self._say(
                 f"a training of {self.schedule.total} steps is too short for an AB phase after {self.schedule.warmup} "
@@ -418,6 +446,7 @@ class ABTrainingStrategy(ClusterStrategy):
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         self._make_schedule()
+        self._find_slots()
         super().load_optimizer_state_dict(checkpoint)
 
     @override
