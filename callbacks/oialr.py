@@ -32,6 +32,7 @@ from networks.low_rank import (
     state_bytes,
     update_basis,
 )
+from networks.ranks_in_words import ranks_in_words
 
 log = logging.getLogger(__name__)
 
@@ -288,14 +289,17 @@ class OIALR(LowRankCallback):
         self._log_now(trainer, values)
         if due:
             log.info(
-                "step %d: %d of %d layers are low-rank now, %.1f %% of the parameters train",
+                "optimizer step %d: %d of %d layers are low-rank now, %.1f %% of the parameters train",
                 trainer.global_step,
                 sum(w.converted for w in self.weights),
                 len(self.weights),
                 100 * trainable,
             )
         if treated:
-            log.debug("step %d: ranks %s", trainer.global_step, {w.label: w.rank for w in self.weights})
+            ranks = ranks_in_words([(w.label, w.rank, w.n) for w in self.weights])
+            log.info(
+                "optimizer step %d: %s; %.1f %% of the parameters train", trainer.global_step, ranks, 100 * trainable
+            )
 
     def _log_now(self, trainer: pl.Trainer, values: dict[str, float]) -> None:
         """To the loggers alone: times differ between equal runs, and events are not epochs."""

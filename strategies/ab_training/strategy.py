@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from networks.ab_factors import ABFactor, Decomposition, Init, SigmaSplit, Sync, num_kept, set_spectra
+from networks.ranks_in_words import ranks_in_words
 from parallel.ab_layout import ABLayout, ab_layout
 from parallel.collectives import gather_objects
 from parallel.groups import Group, destroy, make_group
@@ -27,7 +28,7 @@ from strategies.ab_training.grouped_interconnect import GroupedInterconnect
 from strategies.ab_training.levelling import level_states
 from strategies.ab_training.optimizer_slots import OptimizerSlots, OptState
 from strategies.ab_training.phases import Phase, Rule, check_lengths, make_schedule
-from strategies.ab_training.ranks import compression, full_rank, in_words, whole_rank
+from strategies.ab_training.ranks import compression, full_rank, whole_rank
 from strategies.ab_training.rebound import Rebound
 from strategies.ab_training.restart import check_agreement, stored_starts
 from strategies.ab_training.selection import select
@@ -315,7 +316,8 @@ class ABTrainingStrategy(ClusterStrategy):
         self.ranks = ranks_of(splits)
         self.cycles += 1
         self._enter("ab", starts)
-        self._say(f"AB phase {self.cycles}: {in_words(self._layers, self.ranks, self.compression())}")
+        ranks = ranks_in_words([(path, self.ranks[path], full) for path, full in self.full_ranks.items()])
+        self._say(f"AB phase {self.cycles}: {ranks}; {self.compression():.2f} times smaller")
 
     def _cut_rank(self, layer: ABFactor, parts: Decomposition) -> int:
         return num_kept(parts.sigma, self.cutoff_now, self.ranks.get(layer.path), self.max_drop)

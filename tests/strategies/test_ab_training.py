@@ -26,7 +26,6 @@ from strategies.ab_training.ab_phase import ABPhase, Groups
 from strategies.ab_training.cutoff import Cutoff
 from strategies.ab_training.optimizer_slots import OptimizerSlots
 from strategies.ab_training.phases import PhaseSchedule, make_schedule
-from strategies.ab_training.ranks import in_words
 from strategies.ab_training.rebound import Rebound
 from strategies.ab_training.selection import select
 from strategies.ddp import DDP
@@ -239,16 +238,6 @@ def test_what_cannot_be_factored_is_named():
 
 
 # ------------------------------------------------------------------------------------------------------ learning rate
-
-
-def test_a_line_of_the_log_names_a_few_layers():
-    net = nn.Sequential(*(nn.Linear(8, 8) for _ in range(9)))
-    layers = select(net, [], 4)
-    ranks = {layer.path: 8 - i for i, layer in enumerate(layers)}
-    assert in_words(layers[:2], ranks, 1.5) == "ranks 0.weight 8 of 8, 1.weight 7 of 8; 1.50 times smaller"
-    said = in_words(layers, ranks, 2.0)
-    assert said.startswith("ranks 8.weight 0 of 8, 7.weight 1 of 8, ")
-    assert said.endswith(", 3.weight 5 of 8 and of 3 more; 2.00 times smaller")
 
 
 def test_the_rebound_is_a_ramp_below_the_schedule():
