@@ -90,6 +90,10 @@ SMALL_FORECASTER = (
 )  # fmt: skip
 CUT |= {f"pruning/{name}": SMALL_FORECASTER for name in ("paper", "crossformer")}
 CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "cifar10_vgg11", "cifar10_vit", "paper")}
+# A library of 100,000 stacks is a baseline of each of them.
+FEW_STACKS = ("data.num_train=2000", "data.num_val=20", "data.num_test=10")
+CUT |= {name: FEW_STACKS for name in experiments() if name.split("/")[0] == "thin_film"}
+CUT["thin_film/dielectric10"] += ("data.batch_size=16",)
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = [pytest.param(name, marks=SLOW if name in LARGE else []) for name in experiments()]
 
