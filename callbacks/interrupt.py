@@ -36,11 +36,11 @@ class Interrupt(pl.Callback):
     """Turns signals into an orderly end after the running step.
 
     The handler only sets a flag. About five times a second, and at the end of every epoch, the ranks agree on it: an
-    asynchronous all-reduce over gloo, started after one step and read some steps later, so that no rank waits and no
-    device is synchronised. Then they save ``last.ckpt`` and raise `Interrupted`. Lightning's own way is replaced: its
-    SIGTERM handler broadcasts inside the handler, which can interleave with the collectives of the running step, and
-    before every batch all ranks wait for a broadcast of rank 0 and for their devices, strategies that let nodes run
-    ahead of each other included.
+    asynchronous all-reduce over gloo, started after one step and read some steps later, so that no device is
+    synchronised and no rank waits that is less than 0.2 s, or one step where that is longer, ahead of another. Then
+    they save ``last.ckpt`` and raise `Interrupted`. Lightning's own way is replaced: its SIGTERM handler broadcasts
+    inside the handler, which can interleave with the collectives of the running step, and before every batch all ranks
+    wait for a broadcast of rank 0 and for their devices, strategies that let nodes run ahead of each other included.
 
     Args:
         dirpath: Folder for ``last.ckpt``.

@@ -9,6 +9,7 @@ import stat
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -171,23 +172,19 @@ def _told_while_steps_are_quick(folder: str) -> tuple[int, int]:
     """Steps until this rank knows that rank 1 was told in step 300 of 1 ms, and rounds until then."""
     callback = Interrupt(folder)
     callback._group = torch.distributed.new_group(backend="gloo")
-    rounds, reduce = [0], torch.distributed.all_reduce
-
-    def counted(*args, **kwargs):
-        rounds[0] += 1
-        return reduce(*args, **kwargs)
-
-    torch.distributed.all_reduce = counted
+    clock = SimpleNamespace(now=1.0)
+    clock.monotonic = lambda: clock.now  # a busy machine makes no difference
+    reduce = mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce)
     try:
-        for step in range(2000):
-            if step == 300 and torch.distributed.get_rank() == 1:
-                callback._handle(signal.SIGTERM, None)
-            if callback._agree(wait=False):
-                return step, rounds[0]
-            time.sleep(1e-3)
-        return 2000, rounds[0]
+        with mock.patch("callbacks.interrupt.time", clock), reduce as rounds:
+            for step in range(2000):
+                clock.now += 1e-3
+                if step == 300 and torch.distributed.get_rank() == 1:
+                    callback._handle(signal.SIGTERM, None)
+                if callback._agree(wait=False):
+                    break
+        return step, rounds.call_count
     finally:
-        torch.distributed.all_reduce = reduce
         callback._restore()
 
 
