@@ -287,6 +287,8 @@ class OIALR(LowRankCallback):
             values["oialr/step_s"] = statistics.median(self._step_times)
             self._step_times = []
         self._log_now(trainer, values)
+        if not trainer.is_global_zero:
+            return
         if due:
             log.info(
                 "optimizer step %d: %d of %d layers are low-rank now, %.1f %% of the parameters train",

@@ -34,7 +34,8 @@ class TrainingHistory(pl.Callback):
     - ``phases``: ``step`` and ``epoch`` at which a phase of the strategy began, its name, and its report at that time;
     - ``curve``: training loss of every batch over optimizer steps, thinned to ``2 * curve_points`` at most by means
       over neighbours;
-    - ``metric``: its name; ``sides``: full rank of the weights that the strategy factorises.
+    - ``metric``: its name; ``sides``: full rank of the weights that the strategy factorises, the first one of those
+      that become smaller (Sigma of a low-rank weight).
 
     Strategies may have ``phase`` and ``phase_begin``, ``drift``, ``ledger``, ``report()`` and ``full_ranks``; all are
     optional, and figures that have nothing to show are left out.
@@ -95,8 +96,11 @@ class TrainingHistory(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._device = trainer.strategy.root_device
-        self.history["sides"] |= getattr(trainer.strategy, "full_ranks", {})
+        self._note_sides(trainer)
         self._since = time.perf_counter()
+
+    def _note_sides(self, trainer: pl.Trainer) -> None:
+        self.history["sides"] = getattr(trainer.strategy, "full_ranks", {}) | self.history["sides"]
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -124,6 +128,7 @@ class TrainingHistory(pl.Callback):
             self._phase = phase
             now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "phase": phase[0], "report": report()}
             self.history["phases"].append(now)
+            self._note_sides(trainer)  # a callback may have exchanged weights since
 
     @override
     def on_train_batch_end(

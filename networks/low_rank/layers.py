@@ -50,7 +50,7 @@ class _Factored:
     @property
     def rank(self) -> int:
         """Rank of the factors."""
-        return len(self.sigma)
+        return self.u.shape[1]  # not that of Sigma, which AB-training computes whenever it is read
 
     @property
     def weight(self) -> Tensor:

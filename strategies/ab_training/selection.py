@@ -41,11 +41,7 @@ class Candidate(NamedTuple):
 
 
 def select(
-    module: nn.Module,
-    keep_full: Sequence[str] | None,
-    min_dim: int,
-    factor_embeddings: bool = False,
-    required: bool = True,
+    module: nn.Module, keep_full: Sequence[str] | None, min_dim: int, factor_embeddings: bool = False
 ) -> list[ABFactor]:
     """The weights to factorise, in the order of registration.
 
@@ -56,11 +52,11 @@ def select(
             and the last layer.
         min_dim: Weights with a shorter side of their tall view below this stay whole.
         factor_embeddings: Whether embeddings count as layers.
-        required: Whether at least one must be left.
 
     Raises:
-        ValueError: If a name matches nothing, nothing is left, a selected weight belongs to two modules, or an
-            embedding has sparse gradients.
+        ValueError: If a name matches nothing, nothing is left (unless weights are low-rank already: every Sigma may
+            have become small since the training began), a selected weight belongs to two modules, or an embedding has
+            sparse gradients.
     """
     found = list(_candidates(module, factor_embeddings))
     _refuse_sparse(module)
@@ -79,7 +75,7 @@ def select(
         for c in found
         if c.path not in whole and min(tall_shape(c.owner._parameters[c.name].shape)) >= min_dim
     ]
-    if required and not layers:
+    if not layers and not any(True for _ in factored_weights(module)):
         raise ValueError(
             f"nothing is left to factorise: of {len(found)} layers {len(whole)} are kept whole (strategy.keep_full) "
             f"and the others have a side shorter than strategy.min_dim={min_dim}; lower it, or use strategy=ddp"
@@ -102,6 +98,8 @@ def _candidates(module: nn.Module, factor_embeddings: bool) -> Iterator[Candidat
                 continue
             plain = f"{path}.{name}" if path else name
             yield Candidate(plain, path, plain, owner, name)
+        if isinstance(owner, nn.Embedding) and not factor_embeddings:
+            continue
         for weight in low_rank:
             if weight.module is owner and weight.sigma.requires_grad:
                 yield Candidate(weight.sigma_path, path, weight.name, *weight.sigma_place)

@@ -225,9 +225,7 @@ class ABTrainingStrategy(ClusterStrategy):
         """Look for the weights anew, in which a callback has exchanged some; it does so where they are whole."""
         if self.ab is not None:
             raise RuntimeError("parameters were exchanged within an AB phase: wait for weights_are_whole")
-        self._layers = select(
-            self.lightning_module, self.keep_full, self.min_dim, self.factor_embeddings, required=False
-        )
+        self._layers = select(self.lightning_module, self.keep_full, self.min_dim, self.factor_embeddings)
         self.ranks = {layer.path: self.ranks[layer.path] for layer in self._layers if layer.path in self.ranks}
         self._find_slots()
 

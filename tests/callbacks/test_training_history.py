@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_daso_and_a_restart_in_the_middle_of_an_epoch(ranks4, tmp_path):
         assert mine == theirs
     assert one == other
     assert {rank[0][0]["epochs"][-1]["drift"] for rank in ranks} == {rows[-1]["drift"]}
+
+
+def test_weights_that_a_callback_exchanges_have_a_full_rank_too(tmp_path):
+    """Or the figure of ranks would take the largest one for full."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(strategy=strategy, current_epoch=0, global_step=0)
+    history = TrainingHistory(f"{tmp_path}/history.json")
+    history.on_train_start(trainer, None)
+    for begin, full_ranks in enumerate(({"a.weight": 24}, {"a.sigma": 12}, {"a.sigma": 6})):
+        strategy.phase, strategy.phase_begin, strategy.full_ranks = "ab", begin, full_ranks
+        history.on_train_batch_start(trainer)
+    assert history.history["sides"] == {"a.weight": 24, "a.sigma": 12}
 
 
 def under_ab(folder):

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from networks import low_rank
 from networks.ab_factors import ABFactor, Decomposition, Factors, decompose, num_factored, split
 from networks.bayes.convert import to_bayesian
 from parallel.ab_layout import ab_layout
@@ -214,6 +215,21 @@ def test_all_kinds_of_layers_are_found():
     expected += [f"separate.{c}_proj_weight" for c in "qkv"] + ["separate.out_proj.weight"]
     assert [layer.path for layer in select(net, [], 16)] == expected
     assert [layer.path for layer in select(net, [], 16, factor_embeddings=True)] == [*expected, "table.weight"]
+
+
+def test_of_weights_that_are_low_rank_sigma_is_found():
+    net = nn.ModuleDict(
+        {"first": nn.Linear(20, 32), "attention": nn.MultiheadAttention(32, 4), "table": nn.Embedding(50, 32)}
+    )
+    for name in ("first.weight", "attention.in_proj_weight", "attention.out_proj.weight", "table.weight"):
+        weight = low_rank.weight_of(net, name)
+        low_rank.convert(weight, low_rank.decompose(weight.matrix()))
+    attention = ["attention.parametrizations.in_proj_weight.original", "attention.out_proj.sigma"]
+    assert [layer.path for layer in select(net, [], 16)] == ["first.sigma", *attention]
+    whole = ["first", "attention.out_proj.weight"]  # names of the plain network go on to count
+    assert [layer.path for layer in select(net, whole, 16)] == attention[:1]
+    assert [layer.path for layer in select(net, whole, 16, factor_embeddings=True)] == [attention[0], "table.sigma"]
+    assert select(net, [], 64) == [], "they may have become small in the course of a training"
 
 
 def test_what_cannot_be_factored_is_named():

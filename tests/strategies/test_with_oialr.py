@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -96,7 +97,8 @@ ALTERNATING = {"delay": 4, "frequency": 5, "beta": 0.2, "progressive": 1.0}
 def alternating(folder):
     callback = Watched(**ALTERNATING)
     optimizer = lambda p: torch.optim.AdamW(p, 0.01)  # noqa: E731
-    module, trainer = nets.fit(ab(), folder, module=wide(optimizer), epochs=4, callbacks=(callback,))
+    with mock.patch("callbacks.oialr.log.info") as said:
+        module, trainer = nets.fit(ab(), folder, module=wide(optimizer), epochs=4, callbacks=(callback,))
     held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     trained = {id(p) for p in module.parameters() if p.requires_grad}
     return {
@@ -105,6 +107,7 @@ def alternating(folder):
         "ranks": [w.rank for w in factored_weights(module)],
         "factorised": sorted(trainer.strategy.ranks),
         "optimizer": held == trained,
+        "said": said.call_count,
         "weights": nets.weights(module),
     }
 
@@ -120,6 +123,7 @@ def test_ab_training_and_oialr_take_turns(ranks4, tmp_path):
     assert first["factorised"] == ["net.2.sigma", "net.4.sigma"]  # the first layer stays whole
     assert all(found["optimizer"] for found in (first, *others))
     assert all(torch.equal(found["weights"], first["weights"]) for found in others)
+    assert first["said"] == len(steps) and not any(found["said"] for found in others), "one console has all ranks"
 
 
 def at_full_rank(folder, sync):
@@ -150,21 +154,21 @@ def test_factors_of_sigma_learn_what_factors_of_the_weight_learn(ranks4, tmp_pat
 CUTS = (7, 9, 12, 16)  # before the conversion, after it, within an AB phase of low-rank weights, after an update
 
 
-def stopped_and_not(folder):
+def stopped_and_not(folder, make=wide, options=ALTERNATING):
     optimizer = lambda p: torch.optim.AdamW(p, 0.01)  # noqa: E731
     run = partial(nets.fit, folder=folder, epochs=4)
-    whole = Watched(**ALTERNATING, save_at=CUTS)
-    run(ab(), module=wide(optimizer), callbacks=(whole,))
+    whole = Watched(**options, save_at=CUTS)
+    _, trainer = run(ab(), module=make(optimizer), callbacks=(whole,))
     resumed = {}
     for step in CUTS:
-        again = Watched(**ALTERNATING)
-        run(ab(), module=wide(optimizer), callbacks=(again,), ckpt_path=f"{folder}/{step}.ckpt")
+        again = Watched(**options)
+        run(ab(), module=make(optimizer), callbacks=(again,), ckpt_path=f"{folder}/{step}.ckpt")
         resumed[step] = again.params
-    return whole.params, resumed
+    return whole.params, resumed, sorted(trainer.strategy.ranks)
 
 
 def compared(runs, atol):
-    for whole, resumed in runs:
+    for whole, resumed, _ in runs:
         for cut in CUTS:
             assert set(resumed[cut]) == {step for step in whole if step > cut}
             for step, params in resumed[cut].items():
@@ -173,6 +177,45 @@ def compared(runs, atol):
 
 def test_a_resumed_run_of_both_is_the_same_bit_for_bit(ranks2, tmp_path):
     compared(ranks2(stopped_and_not, str(tmp_path)), atol=0)
+
+
+class Attending(torch.nn.Module):
+    """Three tokens of two numbers that look at each other; attention reads its input projection as a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.into = torch.nn.Linear(2, 16)
+        self.attention = torch.nn.MultiheadAttention(16, 2, batch_first=True)
+        self.out = torch.nn.Linear(16, 2)
+
+    def forward(self, x):
+        tokens = self.into(x.unflatten(1, (3, 2)))
+        return self.out(self.attention(tokens, tokens, tokens, need_weights=False)[0].mean(1))
+
+
+def attending(optimizer):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        return nets.Regression(Attending().double(), optimizer)
+
+
+def test_weights_of_attention_take_turns_too(ranks2, tmp_path):
+    found = ranks2(stopped_and_not, str(tmp_path), attending)
+    for *_, ranks in found:
+        assert ranks == [
+            f"net.attention.{name}" for name in ("out_proj.sigma", "parametrizations.in_proj_weight.original")
+        ]
+    compared(found, atol=0)
+
+
+SMALL = {"delay": 1, "frequency": 1, "beta": 0.99, "max_drop": 0.9, "progressive": 1.0}
+
+
+def test_a_run_goes_on_when_every_sigma_is_small(ranks2, tmp_path):
+    """Ranks of two or one, below ``min_dim``: nothing is left to factorise, and that is no reason to stop."""
+    found = ranks2(stopped_and_not, str(tmp_path), wide, SMALL)
+    assert all(ranks == [] for *_, ranks in found)
+    compared(found, atol=0)
 
 
 def test_a_resumed_run_of_both_on_four_processes(ranks4, tmp_path):
