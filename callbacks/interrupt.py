@@ -20,8 +20,9 @@ from typing_extensions import override
 
 log = logging.getLogger(__name__)
 
-AGREE_S = 0.2  # time between two rounds in which ranks compare their flags
-_MOST_STEPS = 100  # and steps, at most
+# Between two rounds in which ranks compare their flags: time, and the fewest and the most steps. A rank that is further
+# ahead of another waits there.
+AGREE_S, LEAST_STEPS, MOST_STEPS = 1.0, 2, 100
 
 
 class Interrupted(Exception):
@@ -35,12 +36,14 @@ class Interrupted(Exception):
 class Interrupt(pl.Callback):
     """Turns signals into an orderly end after the running step.
 
-    The handler only sets a flag. About five times a second, and at the end of every epoch, the ranks agree on it: an
-    asynchronous all-reduce over gloo, started after one step and read some steps later, so that no device is
-    synchronised and no rank waits that is less than 0.2 s, or one step where that is longer, ahead of another. Then
-    they save ``last.ckpt`` and raise `Interrupted`. Lightning's own way is replaced: its SIGTERM handler broadcasts
-    inside the handler, which can interleave with the collectives of the running step, and before every batch all ranks
-    wait for a broadcast of rank 0 and for their devices, strategies that let nodes run ahead of each other included.
+    The handler only sets a flag. Once a second, or after two steps where these take longer, and at the end of every
+    epoch, the ranks agree on it: an asynchronous all-reduce over gloo, started after one step and read at the next
+    round, so that no device is synchronised and no rank waits that is less than that ahead of another. Then they save
+    ``last.ckpt`` and raise `Interrupted`.
+
+    Lightning's own way is replaced: its SIGTERM handler broadcasts inside the handler, which can interleave with the
+    collectives of the running step, and before every batch all ranks wait for a broadcast of rank 0 and for their
+    devices, strategies that let nodes run ahead of each other included.
 
     Args:
         dirpath: Folder for ``last.ckpt``.
@@ -62,7 +65,7 @@ class Interrupt(pl.Callback):
         self._group: dist.ProcessGroup | None = None
         self._pending: tuple[Any, torch.Tensor] | None = None
         self._agreed = 0  # what all ranks know of, the same number on each
-        self._begun_at, self._steps, self._lag = 0.0, 0, 1  # of the running round; steps until it is read
+        self._begun_at, self._steps, self._lag = 0.0, 0, LEAST_STEPS  # of the running round; steps until it is read
         self._loop: Any = None  # of Lightning, whose broadcast is left out
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
@@ -124,7 +127,7 @@ class Interrupt(pl.Callback):
         self._pending = None
         work.wait()
         signum, step_s = state.tolist()
-        self._lag = min(max(math.ceil(AGREE_S / max(step_s, 1e-9)), 1), _MOST_STEPS)
+        self._lag = min(max(math.ceil(AGREE_S / max(step_s, 1e-9)), LEAST_STEPS), MOST_STEPS)
         self._agreed = int(signum)
         self._requested = self._requested or self._agreed
 

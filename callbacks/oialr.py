@@ -349,7 +349,8 @@ class OIALR(LowRankCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self._first_event, self._updates = state_dict["first_event"], state_dict["updates"]
-        self._bases, self._checks = state_dict["bases"], state_dict["checks"]
+        self._bases = state_dict["bases"]
+        self._checks = state_dict.get("checks", self._handled_step // self.frequency)  # older checkpoints lack it
 
     @override
     def _unhook(self, pl_module: pl.LightningModule) -> None:

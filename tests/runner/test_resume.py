@@ -143,7 +143,8 @@ def in_parts(folder: Path, *overrides: str) -> None:
 def stopped(folder: Path, *overrides: str, rank: int = 0, step: int = 8) -> None:
     """A signal arrives on one rank in the middle of the second epoch; then the run continues."""
     fault = ("model.fault=SIGTERM", f"model.fault_step={step}", f"model.fault_rank={rank}")
-    with mock.patch("callbacks.interrupt.AGREE_S", 0.0):  # or ranks would go on to the end of so short an epoch
+    # Or ranks would go on to the end of so short an epoch.
+    with mock.patch.multiple("callbacks.interrupt", AGREE_S=0.0, LEAST_STEPS=1):
         result = job.run(tiny(folder, *overrides, *fault))
     assert result["status"] == "interrupted" and result["signum"] == signal.SIGTERM
     if step < 10:
