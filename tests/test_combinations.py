@@ -25,6 +25,8 @@ WITH = {
     ),
     "oialr": (*NODES, "strategy=ddp", "callbacks=oialr", "callbacks.oialr.delay=2", "callbacks.oialr.frequency=2"),
 }  # fmt: skip
+BOTH = "ab_training and oialr"
+WITH[BOTH] = (*WITH["ab_training"], *WITH["oialr"][-3:])
 EXPERIMENTS = (
     "bayesian_lottery", "classification", "energy_measurement", "energy_scaling", "f3", "neuron_transplantation",
     "petnet", "power_flow", "pruning", "recycle", "sampling_parallelism", "thin_film", "weather",
@@ -49,6 +51,13 @@ REFUSED = {
     ("sampling_parallelism", "oialr"): NO_LAYER,
     ("weather", "ab_training"): "nothing can be factorised",
     ("weather", "oialr"): NO_LAYER,
+}
+REFUSED |= {
+    (name, BOTH): REFUSED[name, "ab_training"]
+    for name in ("energy_measurement", "f3", "petnet", "sampling_parallelism", "weather")
+} | {
+    ("bayesian_lottery", BOTH): BAYESIAN,
+    ("neuron_transplantation", BOTH): REFUSED["neuron_transplantation", "oialr"],
 }
 REFUSED |= {("pruning", name): "callbacks.pruning runs in one process" for name in ("daso", "diloco", "ab_training")}
 # Enough weather for both processes.
