@@ -94,6 +94,7 @@ CUT |= {f"bayesian_lottery/{name}": TICKETS for name in ("cifar10_resnet20", "ci
 FEW_STACKS = ("data.num_train=2000", "data.num_val=20", "data.num_test=10")
 CUT |= {name: FEW_STACKS for name in experiments() if name.split("/")[0] == "thin_film"}
 CUT["thin_film/dielectric10"] += ("data.batch_size=16",)
+CUT["petnet/paper"] = ("data.num_train=64", "data.num_val=16", "data.num_test=16", "data.batch_size=8")
 SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
 NAMES = [pytest.param(name, marks=SLOW if name in LARGE else []) for name in experiments()]
 
