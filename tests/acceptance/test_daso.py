@@ -170,6 +170,24 @@ def test_the_accuracy_of_data_parallelism_with_a_fifth_of_the_bytes(tmp_path):
     assert 1 - (ten["inter_node_bytes"] / 220) / (ddp["inter_node_bytes"] / 264) >= 0.78
 
 
+# --------------------------------------------------------------------------------- the paper's segmentation, its stand-in
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_dense_prediction_is_as_good_as_under_data_parallelism(tmp_path):
+    """Synchronised statistics are those of a node under DASO, and those of all processes under data parallelism."""
+    lean = ("experiment=daso/segmentation", "~callbacks.energy", "logger=none")
+    for strategy in ("daso", "ddp"):
+        folder = f"hydra.run.dir={tmp_path / strategy}"
+        cli.ok(*lean, f"strategy={strategy}", folder, cwd=tmp_path, timeout=700)
+    daso, ddp = (cli.results(tmp_path / strategy) for strategy in ("daso", "ddp"))
+    assert ddp["metrics"]["test/miou"] > 0.9
+    assert daso["metrics"]["test/miou"] >= ddp["metrics"]["test/miou"] - 0.01
+    assert daso["communication"]["inter_node_bytes"] <= 0.22 * ddp["communication"]["inter_node_bytes"]
+    assert (tmp_path / "daso" / "figures" / "scenes.png").is_file()
+
+
 # --------------------------------------------------------------------------------- the composition that the issue names
 
 
