@@ -170,7 +170,7 @@ def test_the_accuracy_of_data_parallelism_with_a_fifth_of_the_bytes(tmp_path):
     assert 1 - (ten["inter_node_bytes"] / 220) / (ddp["inter_node_bytes"] / 264) >= 0.78
 
 
-# --------------------------------------------------------------------------------- the paper's segmentation, its stand-in
+# ------------------------------------------------------------------------------------------ dense prediction
 
 
 @pytest.mark.slow
