@@ -41,9 +41,9 @@ class Interrupt(pl.Callback):
     round, so that no device is synchronised and no rank waits that is less than that ahead of another. Then they save
     ``last.ckpt`` and raise `Interrupted`.
 
-    Lightning's own way is replaced: its SIGTERM handler broadcasts inside the handler, which can interleave with the
-    collectives of the running step, and before every batch all ranks wait for a broadcast of rank 0 and for their
-    devices, strategies that let nodes run ahead of each other included.
+    Lightning's own way (its pull request 20825) is replaced: the SIGTERM handler broadcasts inside the handler, which
+    can interleave with the collectives of the running step, and before every batch all ranks wait for a broadcast of
+    rank 0 and for their devices, strategies that let nodes run ahead of each other included.
 
     Args:
         dirpath: Folder for ``last.ckpt``.
