@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import select
@@ -204,15 +205,14 @@ class Started:
             self.kill()
 
     def kill(self) -> None:
-        """End whatever is left."""
-        for process in [*self.family, self.process]:
-            if isinstance(process, psutil.Process) and not process.is_running():
-                continue
-            try:
+        """End whatever is left, all of it at once: ranks must not train on while their supervisor's end is awaited."""
+        left = [p for p in (*self.family, self.process) if not isinstance(p, psutil.Process) or p.is_running()]
+        for process in left:
+            with contextlib.suppress(psutil.Error):
                 process.kill()
+        for process in left:
+            with contextlib.suppress(psutil.Error, subprocess.TimeoutExpired):
                 process.wait(5)
-            except (psutil.Error, subprocess.TimeoutExpired):
-                continue
 
 
 def results(run_dir: Path) -> dict[str, Any]:
