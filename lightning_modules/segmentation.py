@@ -77,6 +77,12 @@ class Segmenter(Supervised):
             if given is not None and expected is not None and given != expected:
                 option = "model.num_classes" if name == "num_classes" else f"model.net.{name}"
                 raise ValueError(f"{option}={expected}, but the data have {given}: set {option}={given}")
+        size, multiple = getattr(data, "image_size", None), getattr(self.net, "multiple_of", 1)
+        if size is not None and size % multiple:
+            below = size - size % multiple
+            raise ValueError(
+                f"data.image_size={size}: the network takes multiples of {multiple}, such as {below} or {below + multiple}"
+            )
         if getattr(self.net, "num_classes", self.num_classes) != self.num_classes:
             raise ValueError(f"model.net.num_classes={self.net.num_classes}, but model.num_classes={self.num_classes}")
 

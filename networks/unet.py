@@ -28,6 +28,7 @@ class UNet(nn.Module):
         if depth < 1:
             raise ValueError(f"model.net.depth={depth}: halve the resolution at least once")
         self.num_classes, self.num_channels, self.depth = num_classes, num_channels, depth
+        self.multiple_of = 2**depth  # sides of images
         widths = [width * 2**stage for stage in range(depth + 1)]
         self.down = nn.ModuleList(
             _stage(before, after) for before, after in zip([num_channels, *widths], widths, strict=False)
@@ -39,10 +40,10 @@ class UNet(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Map ``(batch, channel, height, width)`` to logits ``(batch, class, height, width)``."""
-        if any(side % 2**self.depth for side in image.shape[-2:]):
+        if any(side % self.multiple_of for side in image.shape[-2:]):
             raise ValueError(
                 f"data.image_size: sides of {image.shape[-2]} and {image.shape[-1]} pixels are no multiples of "
-                f"{2**self.depth}, which model.net.depth={self.depth} needs"
+                f"{self.multiple_of}, which model.net.depth={self.depth} needs"
             )
         ways: list[Tensor] = []
         x = image

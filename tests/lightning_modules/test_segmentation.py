@@ -136,3 +136,6 @@ def test_network_and_data_must_fit(tmp_path):
     model = Segmenter(UNet(4, 1, width=4, depth=1), partial(torch.optim.SGD, lr=0.1))
     with pytest.raises(ValueError, match=r"model\.net\.num_channels=1, but the data have 3"):
         trainer(tmp_path, max_epochs=1).fit(model, datamodule=SyntheticScenes(**SMALL))
+    model = Segmenter(UNet(4, 3, width=4, depth=5), partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(ValueError, match=r"data\.image_size=48: the network takes multiples of 32, such as 32 or 64"):
+        trainer(tmp_path, max_epochs=1).fit(model, datamodule=SyntheticScenes(**SMALL | {"image_size": 48}))

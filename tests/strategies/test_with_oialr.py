@@ -167,7 +167,7 @@ def stopped_and_not(folder, make=wide, options=ALTERNATING):
     return whole.params, resumed, sorted(trainer.strategy.ranks)
 
 
-def compared(runs, atol):
+def assert_same_steps(runs, atol):
     for whole, resumed, _ in runs:
         for cut in CUTS:
             assert set(resumed[cut]) == {step for step in whole if step > cut}
@@ -176,7 +176,7 @@ def compared(runs, atol):
 
 
 def test_a_resumed_run_of_both_is_the_same_bit_for_bit(ranks2, tmp_path):
-    compared(ranks2(stopped_and_not, str(tmp_path)), atol=0)
+    assert_same_steps(ranks2(stopped_and_not, str(tmp_path)), atol=0)
 
 
 class Attending(torch.nn.Module):
@@ -205,7 +205,7 @@ def test_weights_of_attention_take_turns_too(ranks2, tmp_path):
         assert ranks == [
             f"net.attention.{name}" for name in ("out_proj.sigma", "parametrizations.in_proj_weight.original")
         ]
-    compared(found, atol=0)
+    assert_same_steps(found, atol=0)
 
 
 SMALL = {"delay": 1, "frequency": 1, "beta": 0.99, "max_drop": 0.9, "progressive": 1.0}
@@ -215,12 +215,12 @@ def test_a_run_goes_on_when_every_sigma_is_small(ranks2, tmp_path):
     """Ranks of two or one, below ``min_dim``: nothing is left to factorise, and that is no reason to stop."""
     found = ranks2(stopped_and_not, str(tmp_path), wide, SMALL)
     assert all(ranks == [] for *_, ranks in found)
-    compared(found, atol=0)
+    assert_same_steps(found, atol=0)
 
 
 def test_a_resumed_run_of_both_on_four_processes(ranks4, tmp_path):
     """DDP arranges its buckets anew after its first step, and sums of four round by where a gradient lies there."""
-    compared(ranks4(stopped_and_not, str(tmp_path)), atol=1e-10)
+    assert_same_steps(ranks4(stopped_and_not, str(tmp_path)), atol=1e-10)
 
 
 def never_whole(folder):
