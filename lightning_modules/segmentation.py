@@ -81,7 +81,8 @@ class Segmenter(Supervised):
         if size is not None and size % multiple:
             below = size - size % multiple
             raise ValueError(
-                f"data.image_size={size}: the network takes multiples of {multiple}, such as {below} or {below + multiple}"
+                f"data.image_size={size}: the network takes multiples of {multiple}, "
+                f"such as {below} or {below + multiple}"
             )
         if getattr(self.net, "num_classes", self.num_classes) != self.num_classes:
             raise ValueError(f"model.net.num_classes={self.net.num_classes}, but model.num_classes={self.num_classes}")
